@@ -1,0 +1,187 @@
+"""The `problems` stage: what the model is asked in cold start, reinforcement learning and evaluation.
+
+Rows have the fields of GSM8K, `question` and `answer` ending in `#### N`, so that a GSM8K file takes their place.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from gristmill.data.arithmetic import Style, draw_chain, generator, lesson, question, thought  # noqa: F401
+from gristmill.data.config import Config
+from gristmill.data.stage_types import Metrics, Progress
+
+Row = dict[str, Any]
+
+
+class Styles(Config):
+    """Shares of the ways of thinking in the cold-start data; they are scaled to sum to one."""
+
+    thorough: float = Field(1.0, ge=0, title="Thorough", description="Every running sum is written.")
+    hasty: float = Field(1.0, ge=0, title="Hasty", description="Two steps are taken at a time.")
+    guess: float = Field(1.0, ge=0, title="Guess", description="The answer follows an empty thought.")
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.thorough + self.hasty + self.guess <= 0:
+            raise ValueError("styles are all 0: give at least one of thorough, hasty, guess a positive share")
+        return self
+
+
+class ProblemsConfig(Config):
+    """Which problems there are and how the cold-start chains of thought are written."""
+
+    family: Literal["arithmetic", "gsm8k"] = Field(
+        "arithmetic", title="Family", description="Generated chains of sums, or files in GSM8K's format."
+    )
+    cold_start: int = Field(3000, ge=1, title="Cold start", description="Chains of thought for supervised training.")
+    train: int = Field(6000, ge=1, title="Training", description="Problems for reinforcement learning.")
+    test: int = Field(500, ge=1, title="Test", description="Held-out problems for evaluation.")
+    least_terms: int = Field(4, ge=2, le=20, title="Least terms", description="Numbers in the shortest chain.")
+    most_terms: int = Field(6, ge=2, le=20, title="Most terms", description="Numbers in the longest chain.")
+    largest: int = Field(9, ge=2, le=49, title="Largest number", description="Largest number added or taken away.")
+    words: float = Field(0.5, ge=0, le=1, title="In words", description="Share of problems put in words.")
+    styles: Styles = Field(default_factory=Styles, title="Styles", description="Cold-start ways of thinking.")
+    train_file: str | None = Field(None, title="Training file", description="GSM8K-format JSONL(.gz), family gsm8k.")
+    test_file: str | None = Field(None, title="Test file", description="GSM8K-format JSONL(.gz), family gsm8k.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.least_terms > self.most_terms:
+            raise ValueError(f"least_terms {self.least_terms} is more than most_terms {self.most_terms}: swap them")
+        if self.family == "gsm8k" and not (self.train_file and self.test_file):
+            raise ValueError("family gsm8k needs train_file and test_file: name two JSONL files in GSM8K's format")
+        return self
+
+
+def problem_files(config: ProblemsConfig) -> list[str]:
+    """The files outside the store that the problems are read from; their contents belong to the stage's key."""
+    return [f for f in (config.train_file, config.test_file) if f] if config.family == "gsm8k" else []
+
+
+def make_problems(config: ProblemsConfig, out: Path, seed: int, *, progress: Progress) -> Metrics:
+    """Write cold_start.jsonl, train.jsonl and test.jsonl; no question of the test is in the others.
+
+    Raises:
+        ValueError: a GSM8K-format file has a row without `question` or an answer without `####`.
+    """
+    sets = _from_files(config, seed) if config.family == "gsm8k" else _arithmetic(config, seed)
+    asked = {row["question"] for row in sets["test"]}
+    kept = {name: rows if name == "test" else [r for r in rows if r["question"] not in asked] for name, rows in sets.items()}
+    for done, (name, rows) in enumerate(kept.items(), start=1):
+        _write(out / f"{name}.jsonl", rows)
+        progress(done, len(kept), rows=len(rows))
+    _write(out / "samples.jsonl", [{"set": name, **row} for name, rows in kept.items() for row in rows[:6]])
+    styles = {s: sum(row["style"] == s for row in kept["cold_start"]) for s in ("thorough", "hasty", "guess")}
+    return {
+        **{f"{name}_problems": len(rows) for name, rows in kept.items()},
+        "dropped_seen_in_test": sum(len(sets[n]) - len(kept[n]) for n in kept),
+        "styles": styles,
+    }
+
+
+def _arithmetic(config: ProblemsConfig, seed: int) -> dict[str, list[Row]]:
+    return {
+        "cold_start": [_arithmetic_row(config, seed, "cold_start", i) for i in range(config.cold_start)],
+        "train": [_arithmetic_row(config, seed, "train", i) for i in range(config.train)],
+        "test": list(_distinct(config, seed)),
+    }
+
+
+def _distinct(config: ProblemsConfig, seed: int) -> Iterator[Row]:
+    """Test problems with different questions: one asked twice would be counted twice."""
+    seen: set[str] = set()
+    for index in range(100 * config.test):
+        row = _arithmetic_row(config, seed, "test", index)
+        if row["question"] not in seen:
+            seen.add(row["question"])
+            yield row
+        if len(seen) == config.test:
+            return
+    raise ValueError(
+        f"problems.test {config.test} asks for more different chains than there are with at most "
+        f"{config.most_terms} terms up to {config.largest}: lower it or raise problems.largest"
+    )
+
+
+def _arithmetic_row(config: ProblemsConfig, seed: int, which: str, index: int) -> Row:
+    rng = generator(seed, which, index)
+    chain = draw_chain(rng, (config.least_terms, config.most_terms), config.largest, held_out=which == "test")
+    form = "words" if rng.random() < config.words else "symbols"
+    row: Row = {
+        "id": f"{which}/{index}",
+        "question": question(chain, form, rng),
+        "answer": f"{thought(chain, 'thorough')}\n#### {chain.answer}",
+        "terms": chain.terms,
+        "form": form,
+    }
+    if which == "cold_start":
+        shares = style_shares(config.styles)
+        style: Style = ("thorough", "hasty", "guess")[int(rng.choice(3, p=shares))]
+        row |= {"thought": thought(chain, style), "final": str(chain.answer), "style": style}
+    return row
+
+
+def style_shares(styles: Styles) -> list[float]:
+    """The three shares (thorough, hasty, guess), scaled to sum to one."""
+    total = styles.thorough + styles.hasty + styles.guess
+    return [styles.thorough / total, styles.hasty / total, styles.guess / total]
+
+
+def _from_files(config: ProblemsConfig, seed: int) -> dict[str, list[Row]]:
+    """GSM8K-format files: the written solution is the chain of thought; calculator marks `<<…>>` are left out."""
+    assert config.train_file and config.test_file
+    rows = list(_read_gsm8k(Path(config.train_file), "train"))
+    order = generator(seed, "gsm8k").permutation(len(rows))
+    rows = [rows[i] for i in order]
+    cold = [{**r, "id": f"cold_start/{r['id']}", "style": "thorough"} for r in rows[: config.cold_start]]
+    bare = [{k: v for k, v in r.items() if k not in ("thought", "final")} for r in rows]
+    test = [
+        {k: v for k, v in r.items() if k not in ("thought", "final")}
+        for r in _read_gsm8k(Path(config.test_file), "test")
+    ]
+    return {"cold_start": cold, "train": bare[: config.train], "test": test[: config.test]}
+
+
+def _read_gsm8k(path: Path, which: str) -> Iterator[Row]:
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    with opened as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                asked, answer = str(row["question"]), str(row["answer"])
+                solution, final = answer.rsplit("####", 1)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}, is not a GSM8K row with `question` and an `answer` ending in "
+                    f"`#### N` ({type(error).__name__}: {error}): mend or remove the line"
+                ) from error
+            yield {
+                "id": f"{which}/{number - 1}",
+                "question": asked,
+                "answer": answer,
+                "terms": 0,
+                "form": "words",
+                "thought": _without_marks(solution.strip()),
+                "final": final.strip().replace(",", ""),
+            }
+
+
+def _without_marks(text: str) -> str:
+    parts = text.split("<<")
+    return parts[0] + "".join(p.split(">>", 1)[-1] for p in parts[1:])
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    part = path.with_suffix(".tmp")
+    with part.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
+    os.replace(part, path)

@@ -1,0 +1,195 @@
+"""Sampling from the model: batched, cached in the latent, each sample seeded by itself.
+
+The draw of sample i at its t-th token is a hash of (seed i, t), so a sample's randomness does not depend on who else
+is in the batch, nor on how often the batch was made smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gristmill.model.transformer import LatentCache, Transformer
+
+COMPACT_SHARE = 0.75  # the batch is made smaller when fewer than this share of its rows still speak
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: temperature 0 takes the likeliest; `top_p` keeps the nucleus."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A response: its tokens (the end token included where it came) and their log-probabilities under the sampler."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    ended: bool
+
+
+def uniform(seed_B: Tensor, step: int) -> Tensor:
+    """Numbers in [0, 1), float64, a hash of (seed, step): SplitMix64 (Steele et al. 2014) in wrapping int64."""
+    z = seed_B + (step + 1) * -7046029254386353131
+    z = (z ^ _shift(z, 30)) * -4658895280553007687
+    z = (z ^ _shift(z, 27)) * -7723592293110705685
+    z = z ^ _shift(z, 31)
+    return _shift(z, 11).double() * 2.0**-53
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def choose(logits_BV: Tensor, sampling: Sampling, u_B: Tensor) -> tuple[Tensor, Tensor]:
+    """A token a row, and its log-probability at the sampling temperature before the nucleus is cut."""
+    if sampling.temperature == 0:
+        log_p_BV = logits_BV.float().log_softmax(-1)
+        token_B = log_p_BV.argmax(-1)
+        return token_B, log_p_BV.gather(1, token_B[:, None])[:, 0]
+    log_p_BV = (logits_BV.float() / sampling.temperature).log_softmax(-1)
+    if sampling.top_p < 1:
+        p_BV, order_BV = torch.sort(log_p_BV.exp(), stable=True, dim=-1, descending=True)
+        before_BV = p_BV.cumsum(-1) - p_BV
+        p_BV = p_BV.masked_fill(before_BV >= sampling.top_p, 0)
+        token_B = order_BV.gather(1, _inverse_cdf(p_BV, u_B)[:, None])[:, 0]
+    else:
+        token_B = _inverse_cdf(log_p_BV.exp(), u_B)
+    return token_B, log_p_BV.gather(1, token_B[:, None])[:, 0]
+
+
+def _inverse_cdf(p_BV: Tensor, u_B: Tensor) -> Tensor:
+    total_BV = p_BV.cumsum(-1)
+    target_B = u_B.to(total_BV.dtype) * total_BV[:, -1]
+    place = torch.searchsorted(total_BV, target_B[:, None], right=True)[:, 0]
+    last = (p_BV > 0).int().cumsum(-1).argmax(-1)  # rounding may point past the last token that has any weight
+    return torch.minimum(place, last)
+
+
+@torch.no_grad()
+def sample(
+    model: Transformer,
+    prompts: list[list[int]],
+    seeds: list[int],
+    sampling: Sampling,
+    *,
+    eos: int,
+    pad: int,
+    copies: int = 1,
+) -> list[Sample]:
+    """`copies` responses to each prompt, prompt by prompt; the prompt is read once for all its copies.
+
+    Args:
+        seeds: one for each response, `len(prompts) * copies` in all.
+
+    Raises:
+        ValueError: the longest prompt and response pass the model's position limit.
+    """
+    model.eval()
+    device = model.lm_head.weight.device
+    longest = max(map(len, prompts))
+    if longest + sampling.max_new_tokens > model.config.max_position_embeddings:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones pass the position limit "
+            f"{model.config.max_position_embeddings}: lower max_new_tokens or raise max_position_embeddings"
+        )
+    token_BS = torch.full((len(prompts), longest), pad)
+    for row, prompt in enumerate(prompts):
+        token_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
+    start_B = torch.tensor([longest - len(p) for p in prompts])
+    position_BS = (torch.arange(longest) - start_B[:, None]).clamp_min(-1).to(device)
+    cache = LatentCache(model.config, len(prompts), longest + sampling.max_new_tokens, model.lm_head.weight)
+    logits_BV = model.decode(token_BS.to(device), position_BS, cache)
+    rows = torch.arange(len(prompts), device=device).repeat_interleave(copies)
+    cache.select(rows)
+    return _continue(
+        model, cache, logits_BV[rows], position_BS[rows, -1], torch.tensor(seeds, device=device), sampling, eos
+    )
+
+
+def _continue(
+    model: Transformer,
+    cache: LatentCache,
+    logits_BV: Tensor,
+    position_B: Tensor,
+    seed_B: Tensor,
+    sampling: Sampling,
+    eos: int,
+) -> list[Sample]:
+    count = len(seed_B)
+    tokens = torch.full((count, sampling.max_new_tokens), eos, device=seed_B.device)
+    log_probs = torch.zeros(count, sampling.max_new_tokens, device=seed_B.device)
+    lengths = torch.zeros(count, dtype=torch.long, device=seed_B.device)
+    alive = torch.arange(count, device=seed_B.device)  # which response each row of the batch is
+    speaking = torch.ones(count, dtype=torch.bool, device=seed_B.device)
+    for step in range(sampling.max_new_tokens):
+        token_B, log_p_B = choose(logits_BV, sampling, uniform(seed_B[alive], step))
+        spoke = alive[speaking]
+        tokens[spoke, step], log_probs[spoke, step] = token_B[speaking], log_p_B[speaking]
+        lengths[spoke] += 1
+        speaking = speaking & (token_B != eos)
+        left = int(speaking.sum())
+        if not left or step + 1 == sampling.max_new_tokens:
+            break
+        position_B = position_B + 1
+        if left < COMPACT_SHARE * len(alive):
+            kept = speaking.nonzero()[:, 0]
+            cache.select(kept)
+            alive, token_B, position_B = alive[kept], token_B[kept], position_B[kept]
+            speaking = torch.ones_like(alive, dtype=torch.bool)
+        logits_BV = model.decode(token_B[:, None], position_B[:, None], cache)
+    return [
+        Sample(t[:n], p[:n], ended=bool(n) and t[n - 1] == eos)
+        for t, p, n in zip(tokens.tolist(), log_probs.tolist(), lengths.tolist(), strict=True)
+    ]
+
+
+def thought_tokens(tokens: list[int], thought_end: int) -> int:
+    """Tokens before the thought is closed; all of them where it never is."""
+    return tokens.index(thought_end) if thought_end in tokens else len(tokens)
+
+
+def stream_chat(
+    folder: Path,
+    tokenizer: Path,
+    question: str,
+    *,
+    temperature: float = 0.6,
+    top_p: float = 0.95,
+    seed: int = 0,
+    max_new_tokens: int = 256,
+) -> Iterator[str]:
+    """The response to `question`, piece by piece, from the model in `folder` (config.json, model.safetensors)."""
+    from gristmill.model.chat import Chat
+    from gristmill.model.training.checkpoints import load_model
+
+    chat, model = Chat(tokenizer), load_model(folder, torch.device("cpu"), mtp=False).eval()
+    prompt = chat.prompt(question)
+    room = model.config.max_position_embeddings - len(prompt)
+    if room < 1:
+        raise ValueError(f"the question has {len(prompt)} tokens, past the position limit: ask a shorter one")
+    sampling = Sampling(min(max_new_tokens, room), temperature, top_p)
+    cache = LatentCache(model.config, 1, len(prompt) + sampling.max_new_tokens, model.lm_head.weight)
+    logits_BV = model.decode(torch.tensor([prompt]), torch.arange(len(prompt))[None], cache)
+    tokens: list[int] = []
+    shown = ""
+    for step in range(sampling.max_new_tokens):
+        token = int(choose(logits_BV, sampling, uniform(torch.tensor([seed]), step))[0])
+        if token == chat.eos:
+            return
+        tokens.append(token)
+        text = chat.text(tokens)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(shown) :]
+            shown = text
+        if step + 1 < sampling.max_new_tokens:
+            logits_BV = model.decode(torch.tensor([[token]]), torch.tensor([[len(prompt) + step]]), cache)

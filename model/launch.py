@@ -1,0 +1,127 @@
+"""Starts a training, sampling or conversion job in a process of its own and follows it to its end.
+
+The job's process holds torch, its threads and its memory; what starts it stays small, and a stage that dies takes
+nothing with it. A job whose launcher is gone ends itself (`gristmill.model.worker`), so no orphan keeps the cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from gristmill.model.stage_types import Metrics, Progress
+
+POLL_SECONDS = 0.2
+
+
+class JobFailed(RuntimeError):
+    """A job's process ended badly; the message is the job's own sentence and where its log lies."""
+
+
+def launch(
+    entry: str,
+    job: dict[str, Any],
+    out: Path,
+    *,
+    threads: int,
+    device: str,
+    progress: Progress,
+    ranks: int | None = None,
+) -> Metrics:
+    """Run `entry` ("module:function" of gristmill.model) on `job` and return the metrics it wrote.
+
+    With `ranks` the job is started by torchrun with that many processes, otherwise as one plain process.
+
+    Raises:
+        JobFailed: the process ended with an error.
+    """
+    log, work = out / "log", out / "work"
+    log.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    told, failure, metrics = log / "progress.jsonl", log / "error.json", work / "metrics.json"
+    for stale in (told, failure, metrics):
+        stale.unlink(missing_ok=True)
+    described = {"entry": entry, "job": job, "out": str(out), "threads": threads, "device": device}
+    (log / "job.json").write_text(json.dumps(described, indent=1, sort_keys=True), encoding="utf-8")
+    with (log / "output.log").open("ab") as output:
+        process = subprocess.Popen(
+            _command(log / "job.json", ranks),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=_environment(threads, device),
+        )
+        try:
+            code = _follow(process, told, progress)
+        finally:
+            _end(process)
+    if code or not metrics.exists():
+        raise JobFailed(_sentence(failure, log / "output.log", code))
+    return json.loads(metrics.read_text(encoding="utf-8"))
+
+
+def _command(described: Path, ranks: int | None) -> list[str]:
+    python = [sys.executable, "-P", "-m"]
+    worker = ["gristmill.model.worker", str(described)]
+    if ranks is None:
+        return [*python, *worker]
+    return [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", *worker]
+
+
+def _environment(threads: int, device: str) -> dict[str, str]:
+    fixed = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONHASHSEED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "GRISTMILL_LAUNCHER": str(os.getpid()),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return {**os.environ, **fixed, **({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})}
+
+
+def _follow(process: subprocess.Popen[bytes], told: Path, progress: Progress) -> int:
+    """Pass on what the job tells of its progress until it ends; the exit code."""
+    position = 0
+    while True:
+        code = process.poll()
+        if told.exists():
+            with told.open("rb") as file:
+                file.seek(position)
+                lines = file.read()
+            whole = lines.rfind(b"\n") + 1
+            position += whole
+            for line in lines[:whole].splitlines()[-1:]:
+                row = json.loads(line)
+                progress(row["done"], row["total"], **row["values"])
+        if code is not None:
+            return code
+        time.sleep(POLL_SECONDS)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Leave no process behind, whatever ended the following of it."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _sentence(failure: Path, output: Path, code: int) -> str:
+    if failure.exists():
+        return f"{json.loads(failure.read_text(encoding='utf-8'))['error']} (log: {output})"
+    with output.open(encoding="utf-8", errors="replace") as file:
+        last = next((line.strip() for line in reversed(deque(file, 40)) if line.strip()), "it printed nothing")
+    return f"the job ended with exit code {code} and last printed {last!r}; its log is {output}"

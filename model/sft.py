@@ -1,0 +1,48 @@
+"""The `cold_start` stage: supervised fine-tuning on chains of thought (R1 section 2.3.1)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from gristmill.model.config import SFTConfig
+from gristmill.model.launch import launch
+from gristmill.model.stage_types import Metrics, Progress
+
+
+def fine_tune(
+    config: SFTConfig,
+    model: Path,
+    problems: Path,
+    tokenizer: Path,
+    out: Path,
+    seed: int,
+    *,
+    threads: int,
+    ranks: int,
+    device: str,
+    progress: Progress,
+) -> Metrics:
+    """Fine-tune `model` on `problems/cold_start.jsonl`, loss on the response only, and leave it in `out/model`.
+
+    Raises:
+        JobFailed: the training process ended badly (NaN loss, a chain longer than a sequence, a signal).
+    """
+    job = {
+        "config": config.model_dump(mode="json"),
+        "model": str(model),
+        "problems": str(problems),
+        "tokenizer": str(tokenizer),
+        "seed": seed,
+    }
+    metrics = launch(
+        "gristmill.model.training.fine_tuning:run",
+        job,
+        out,
+        threads=threads,
+        device=device,
+        progress=progress,
+        ranks=ranks,
+    )
+    shutil.rmtree(out / "work")
+    return metrics

@@ -1,0 +1,112 @@
+"""Checkpoints and finished models on disk: safetensors and JSON, written aside and renamed, never pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gristmill.model.config import ModelConfig
+from gristmill.model.training.optimizers import MuonAdamW
+from gristmill.model.transformer import Transformer
+
+KEPT = 2
+
+
+def save_model(folder: Path, model: Transformer) -> None:
+    """Write `config.json` and `model.safetensors` (parameters and expert biases) into `folder`, atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {**model.config.model_dump(mode="json"), "vocab_size": model.vocab_size}
+    _write_json(folder / "config.json", described)
+    _write_tensors(folder / "model.safetensors", model.state_dict())
+
+
+def load_model(folder: Path, device: torch.device, *, mtp: bool = True) -> Transformer:
+    """The model that `save_model` wrote; without its MTP module where `mtp` is false.
+
+    Raises:
+        ValueError: the folder holds no model, or tensors that do not fit its configuration.
+    """
+    described_at, tensors_at = folder / "config.json", folder / "model.safetensors"
+    if not (described_at.exists() and tensors_at.exists()):
+        raise ValueError(f"{folder} holds no model (config.json and model.safetensors): give a stage's `model` folder")
+    described = json.loads(described_at.read_text(encoding="utf-8"))
+    vocab_size = described.pop("vocab_size")
+    tensors = load_file(tensors_at, device=str(device))
+    if not mtp:
+        described["num_nextn_predict_layers"] = 0
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("mtp.")}
+    model = Transformer(ModelConfig.model_validate(described), vocab_size).to(device)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    if missing or unexpected:
+        raise ValueError(f"{tensors_at} does not fit its config.json: missing {missing}, unexpected {unexpected}")
+    return model
+
+
+def save_checkpoint(
+    work: Path,
+    step: int,
+    model: Transformer,
+    optimizer: MuonAdamW,
+    state: dict[str, Any],
+    further: dict[str, dict[str, Tensor]] | None = None,
+) -> None:
+    """Keep everything a run needs to go on after `step` steps; older checkpoints but one are removed.
+
+    `further` names more files of tensors, a reference policy's for instance.
+    """
+    part, final = work / f"checkpoint-{step:08d}.tmp", work / f"checkpoint-{step:08d}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    _write_tensors(part / "model.safetensors", model.state_dict())
+    _write_tensors(part / "optimizer.safetensors", optimizer.named_state())
+    for name, tensors in (further or {}).items():
+        _write_tensors(part / name, tensors)
+    _write_json(part / "state.json", {**state, "step": step, "optimizer_steps": optimizer.steps_done})
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(part, final)
+    for old in checkpoints(work)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def checkpoints(work: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(p for p in work.glob("checkpoint-*") if p.suffix != ".tmp")
+
+
+def load_checkpoint(work: Path, model: Transformer, optimizer: MuonAdamW) -> dict[str, Any] | None:
+    """Take up the last whole checkpoint; its state, or none where there is no checkpoint."""
+    found = checkpoints(work)
+    if not found:
+        return None
+    device = str(next(model.parameters()).device)
+    state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+    model.load_state_dict(load_file(found[-1] / "model.safetensors", device=device))
+    optimizer.load_named_state(
+        load_file(found[-1] / "optimizer.safetensors", device=device), state["optimizer_steps"]
+    )
+    return state
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    part = path.with_suffix(".part")
+    save_file({name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}, part)
+    _sync_and_rename(part, path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    _sync_and_rename(part, path)
+
+
+def _sync_and_rename(part: Path, path: Path) -> None:
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)

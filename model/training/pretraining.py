@@ -1,0 +1,106 @@
+"""Pretraining as a job: token shards in, a base model, its curves and samples of its text out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gristmill.data.shards import TokenShards
+from gristmill.model.config import PretrainConfig
+from gristmill.model.stage_types import Metrics, Progress
+from gristmill.model.training.batches import TokenBatches, torch_seed
+from gristmill.model.training.checkpoints import save_model
+from gristmill.model.training.loop import Row, Training, start_distributed, train, write_rows
+from gristmill.model.transformer import Routing, Transformer, flops_per_token, parameter_counts
+
+HELD_OUT_BATCH = 16
+
+
+def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress) -> Metrics:
+    """Train the base model of `job["config"]` on `job["tokens"]`."""
+    config, seed = PretrainConfig.model_validate(job["config"]), int(job["seed"])
+    shards = TokenShards(Path(job["tokens"]) / "tokens")
+    rank, _ = start_distributed(device)
+    model = Transformer(config.model, shards.vocab_size)
+    model.initialise(torch_seed(seed, "initialise"))
+    model.to(device)
+
+    def batches(split: str, sequences: int, steps: int) -> TokenBatches:
+        return TokenBatches(
+            shards,
+            split,
+            config.mixture,
+            sequences=sequences,
+            length=config.sequence_length,
+            steps=steps,
+            seed=seed,
+            across_documents=config.attend_across_documents,
+            device=device,
+        )
+
+    checks = batches("held_out", HELD_OUT_BATCH, -(-config.held_out_sequences // HELD_OUT_BATCH))
+
+    def held_out(step: int) -> Row:
+        if (step + 1) % config.evaluate_every and step + 1 != config.steps:
+            return {}
+        return {"held_out_bpb": bits_per_byte(model, checks, config.held_out_sequences)}
+
+    curves, loads = train(
+        model,
+        batches("train", config.batch_sequences, config.steps),
+        Training(
+            steps=config.steps,
+            batch_sequences=config.batch_sequences,
+            optimizer=config.optimizer,
+            schedule=config.schedule,
+            checkpoint_every=config.checkpoint_every,
+            mtp_loss_weight=config.model.mtp_loss_weight if config.model.num_nextn_predict_layers else 0.0,
+            load_every=max(1, config.steps // 40),
+        ),
+        out,
+        progress,
+        held_out,
+    )
+    if rank == 0:
+        save_model(out / "model", model)
+        write_rows(out / "curves.jsonl", curves)
+        write_rows(out / "expert_load.jsonl", loads)
+    dist.barrier()
+    return _metrics(config, model, curves, shards.vocab_size)
+
+
+@torch.no_grad()
+def bits_per_byte(model: Transformer, batches: TokenBatches, sequences: int) -> float:
+    """Held-out cross-entropy in bits per byte of the text the tokens stand for (mixture of the training weights)."""
+    model.eval()
+    bits = text_bytes = 0.0
+    rate = batches.bytes_per_token()
+    names = [name for name, _, _ in batches.streams]
+    for step in range(-(-sequences // HELD_OUT_BATCH)):
+        batch = batches.step(step, 0, 1)
+        loss, _ = model.losses(batch.inputs, batch.target_BS, None, batch.weight_BS, Routing())
+        bits += float(loss) / math.log(2) * batch.target_BS.numel()
+        sources = batches.plan[step * HELD_OUT_BATCH : (step + 1) * HELD_OUT_BATCH, 0]
+        text_bytes += sum(rate[names[s]] * batch.target_BS.shape[1] for s in sources)
+    model.train()
+    return bits / text_bytes
+
+
+def _metrics(config: PretrainConfig, model: Transformer, curves: list[Row], vocab_size: int) -> Metrics:
+    total, active = parameter_counts(config.model, vocab_size)
+    tokens = config.steps * config.batch_sequences * config.sequence_length
+    each = flops_per_token(config.model, vocab_size, config.sequence_length, mtp=model.mtp is not None)
+    return {
+        "parameters": total,
+        "active_parameters": active,
+        "tokens": tokens,
+        "flops": each * tokens,
+        "steps": config.steps,
+        "loss": round(curves[-1]["main_loss"], 5),
+        "held_out_bpb": round(curves[-1]["held_out_bpb"], 5),
+        "load_violation": round(curves[-1].get("load_violation", 0.0), 5),
+    }

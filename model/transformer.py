@@ -1,0 +1,472 @@
+"""DeepSeek-V3 on one device, read from top to bottom (arXiv 2412.19437, section 2).
+
+Parallelism, optimizers and checkpoints are applied from outside. Shapes are written as suffixes:
+
+    B  sequences      T  tokens (all sequences laid end to end, B·S)      S  positions of a sequence
+    D  width          H  heads                                             V  rows of the vocabulary
+    C  key/value latent   Q  query latent or width   N, R  head width without and with rotation   W  value width
+    E  routed experts K  experts a token chose       F  hidden width of an FFN                    M = T·K routed rows
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
+from gristmill.kernels.grouped_gemm import grouped_gemm
+from gristmill.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed sequences. `position_BS` restarts at each document unless documents may see those before them.
+
+    `mask_BSS` is true where a query (row) may see a key (column); none means plain causal attention.
+    """
+
+    token_BS: Tensor
+    position_BS: Tensor
+    mask_BSS: Tensor | None = None
+
+
+@dataclass
+class Routing:
+    """What the gates of one forward pass decided, for bias balancing and for the load's curves."""
+
+    load_LE: list[Tensor] = field(default_factory=list)  # rows each expert received, one tensor a MoE block
+    balance_loss: list[Tensor] = field(default_factory=list)
+
+
+class Linear(nn.Module):
+    """A matrix without bias, stored (out, in) as Hugging Face does."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def rotary_angles(config: ModelConfig, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, float32, shape (*position.shape, R/2)."""
+    width = config.qk_rope_head_dim
+    power = torch.arange(0, width, 2, device=position.device, dtype=torch.float32) / width
+    angle = position[..., None].float() * (1.0 / config.rope_theta**power)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate interleaved pairs (x₀,x₁), (x₂,x₃), … as DeepSeek's weights expect; the result is half-split.
+
+    Queries and keys are permuted alike, so their products are those of the interleaved layout.
+    """
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), -1)
+
+
+class LatentCache:
+    """What decoding keeps: `kv_lora_rank + qk_rope_head_dim` numbers a token and layer (V3 section 2.1.1)."""
+
+    def __init__(self, config: ModelConfig, sequences: int, length: int, like: Tensor) -> None:
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.latent_LBSC = like.new_zeros(config.num_hidden_layers, sequences, length, width)
+        self.position_BS = torch.full((sequences, length), -1, dtype=torch.long, device=like.device)
+        self.filled = 0
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these sequences, in this order (a row may be taken more than once)."""
+        self.latent_LBSC = self.latent_LBSC[:, rows].contiguous()
+        self.position_BS = self.position_BS[rows].contiguous()
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """MLA (V3 equations 1–11): keys and values come from one small latent, the only thing decoding caches."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c, heads = config, config.num_attention_heads
+        head_width = c.qk_nope_head_dim + c.qk_rope_head_dim
+        self.config, self.scale = config, head_width**-0.5
+        if c.q_lora_rank is None:
+            self.q_proj = Linear(c.hidden_size, heads * head_width)
+        else:
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
+            self.q_b_proj = Linear(c.q_lora_rank, heads * head_width)
+        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.rms_norm_eps)
+        self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
+        self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size)
+
+    def project(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries without and with rotation (B,S,H,·), the normalised latent (B,S,C), the rotary key (B,S,R)."""
+        c, (batch, length, _) = self.config, x_BSD.shape
+        if c.q_lora_rank is None:
+            q = self.q_proj(x_BSD)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
+        q_BSHn = q.view(batch, length, c.num_attention_heads, -1)
+        q_BSHN, q_BSHR = q_BSHn.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        latent_BSC, key_BSR = self.kv_a_proj_with_mqa(x_BSD).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        cos, sin = rotary
+        q_BSHR = rotate(q_BSHR, cos[:, :, None], sin[:, :, None]).to(x_BSD.dtype)
+        key_BSR = rotate(key_BSR, cos, sin).to(x_BSD.dtype)
+        return q_BSHN, q_BSHR, self.kv_a_layernorm(latent_BSC), key_BSR
+
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
+        """Training and prefill: keys and values are expanded from the latent."""
+        c, (batch, length, _) = self.config, x_BSD.shape
+        q_BSHN, q_BSHR, latent_BSC, key_BSR = self.project(x_BSD, rotary)
+        kv = self.kv_b_proj(latent_BSC).view(batch, length, c.num_attention_heads, -1)
+        k_BSHN, v_BSHW = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        q = torch.cat((q_BSHN, q_BSHR), -1).transpose(1, 2)
+        k = torch.cat((k_BSHN, key_BSR[:, :, None].expand(*k_BSHN.shape[:3], -1)), -1).transpose(1, 2)
+        mask = None if mask_BSS is None else mask_BSS[:, None]
+        out = F.scaled_dot_product_attention(
+            q, k, v_BSHW.transpose(1, 2), attn_mask=mask, is_causal=mask is None, scale=self.scale
+        )
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+
+    def decode(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], cache_BSC: Tensor, seen_BSS: Tensor, at: int) -> Tensor:
+        """The absorbed form: scores and values are taken in the latent itself, so keys are never expanded.
+
+        `cache_BSC` is this layer's cache up to and including the new positions, which start at `at`;
+        `seen_BSS` is true where a new position may see a cached one.
+        """
+        c, (batch, length, _) = self.config, x_BSD.shape
+        q_BSHN, q_BSHR, latent_BSC, key_BSR = self.project(x_BSD, rotary)
+        cache_BSC[:, at : at + length] = torch.cat((latent_BSC, key_BSR), -1)
+        up = self.kv_b_proj.weight.view(c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
+        up_HNC, up_HWC = up.split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        q_BSHC = torch.einsum("bshn,hnc->bshc", q_BSHN, up_HNC)
+        query = torch.cat((q_BSHC, q_BSHR), -1).reshape(batch, length * c.num_attention_heads, -1)
+        scores = torch.bmm(query, cache_BSC.transpose(1, 2)).view(batch, length, c.num_attention_heads, -1)
+        scores = (scores * self.scale).float().masked_fill(~seen_BSS[:, :, None], -torch.inf)
+        weights = scores.softmax(-1).to(x_BSD.dtype).view(batch, length * c.num_attention_heads, -1)
+        out_BSHC = torch.bmm(weights, cache_BSC[..., : c.kv_lora_rank])
+        out = torch.einsum("bshc,hwc->bshw", out_BSHC.view(batch, length, c.num_attention_heads, -1), up_HWC)
+        return self.o_proj(out.reshape(batch, length, -1))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)); gate and up lie in one matrix, gate first."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(width, 2 * hidden)
+        self.down_proj = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Gate(nn.Module):
+    """Sigmoid affinities, biased and group-limited choice, unbiased normalised gates (V3 equations 12–16)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        self.e_score_correction_bias: Tensor
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Chosen experts (T,K), their gate values (T,K) and all affinities (T,E), in float32."""
+        c = self.config
+        score_TE = F.linear(x_TD.float(), self.weight.float()).sigmoid()
+        with torch.no_grad():
+            choice_TE = score_TE + self.e_score_correction_bias
+            if c.n_group > 1:
+                choice_TE = choice_TE.masked_fill(~self._allowed(choice_TE), -torch.inf)
+            expert_TK = choice_TE.topk(c.num_experts_per_tok, -1, sorted=False).indices
+        gate_TK = score_TE.gather(1, expert_TK)
+        if c.norm_topk_prob:
+            gate_TK = gate_TK / (gate_TK.sum(-1, keepdim=True) + 1e-20)
+        return expert_TK, gate_TK * c.routed_scaling_factor, score_TE
+
+    def _allowed(self, choice_TE: Tensor) -> Tensor:
+        """Experts of the best groups; a group's score is the sum of its two highest biased affinities."""
+        c = self.config
+        groups = choice_TE.view(-1, c.n_group, c.n_routed_experts // c.n_group)
+        best = groups.topk(2, -1).values.sum(-1).topk(c.topk_group, -1, sorted=False).indices
+        allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
+        return allowed[..., None].expand_as(groups).reshape_as(choice_TE)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Rows of x laid out expert by expert; its gradient gathers, so that nothing is added by a race."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, order_M: Tensor, place_M: Tensor, chosen: int) -> Tensor:
+        ctx.save_for_backward(place_M)
+        ctx.chosen = chosen
+        return x_TD.index_select(0, order_M.div(chosen, rounding_mode="floor"))
+
+    @staticmethod
+    def backward(ctx, grad_MD: Tensor):
+        (place_M,) = ctx.saved_tensors
+        return grad_MD.index_select(0, place_M).view(-1, ctx.chosen, grad_MD.shape[-1]).sum(1), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Σₖ gateₖ · yₖ for each token, from rows laid out expert by expert."""
+
+    @staticmethod
+    def forward(ctx, y_MD: Tensor, gate_TK: Tensor, order_M: Tensor, place_M: Tensor) -> Tensor:
+        ctx.save_for_backward(y_MD, gate_TK, order_M, place_M)
+        y_TKD = y_MD.index_select(0, place_M).view(*gate_TK.shape, -1)
+        return torch.bmm(gate_TK[:, None].to(y_MD.dtype), y_TKD)[:, 0]
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        y_MD, gate_TK, order_M, place_M = ctx.saved_tensors
+        y_TKD = y_MD.index_select(0, place_M).view(*gate_TK.shape, -1)
+        grad_gate_TK = torch.bmm(y_TKD, grad_TD[..., None])[..., 0].to(gate_TK.dtype)
+        token_M = order_M.div(gate_TK.shape[1], rounding_mode="floor")
+        grad_y_MD = grad_TD.index_select(0, token_M)
+        grad_y_MD.mul_(gate_TK.reshape(-1).index_select(0, order_M)[:, None].to(grad_y_MD.dtype))
+        return grad_y_MD, grad_gate_TK, None, None
+
+
+class Experts(nn.Module):
+    """The routed experts as two stacks of matrices, (E, 2F, D) gate-and-up and (E, D, F) down."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, width, hidden = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, width))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
+
+    def forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, load_E: Tensor) -> Tensor:
+        order_M = expert_TK.reshape(-1).argsort(stable=True)
+        place_M = torch.empty_like(order_M)
+        place_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
+        ends_E = load_E.cumsum(0)
+        x_MD = _Dispatch.apply(x_TD, order_M, place_M, expert_TK.shape[1])
+        gate, up = grouped_gemm(x_MD, self.gate_up_proj, ends_E).chunk(2, -1)
+        y_MD = grouped_gemm(F.silu(gate) * up, self.down_proj, ends_E)
+        return _Combine.apply(y_MD, gate_TK, order_M, place_M)
+
+
+class MixtureOfExperts(nn.Module):
+    """DeepSeekMoE with shared experts and bias balancing; no token is dropped (V3 section 2.1.2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = Gate(config)
+        self.experts = Experts(config)
+        self.shared_experts = (
+            SwiGLU(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+            if config.n_shared_experts
+            else None
+        )
+
+    def forward(self, x_BSD: Tensor, routing: Routing | None) -> Tensor:
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        expert_TK, gate_TK, score_TE = self.gate(x_TD)
+        load_E = torch.bincount(expert_TK.reshape(-1), minlength=self.config.n_routed_experts)
+        out_TD = self.experts(x_TD, expert_TK, gate_TK, load_E)
+        if self.shared_experts is not None:
+            out_TD = out_TD + self.shared_experts(x_TD)
+        if routing is not None:
+            routing.load_LE.append(load_E)
+            if self.training and self.config.balance_loss_alpha:
+                routing.balance_loss.append(self.balance_loss(score_TE, expert_TK, x_BSD.shape[0]))
+        return out_TD.view_as(x_BSD)
+
+    def balance_loss(self, score_TE: Tensor, expert_TK: Tensor, sequences: int) -> Tensor:
+        """The sequence-wise balance loss α Σᵢ fᵢ Pᵢ, mean over sequences (V3 equations 17–20)."""
+        experts, chosen = self.config.n_routed_experts, self.config.num_experts_per_tok
+        expert_BT = expert_TK.view(sequences, -1)
+        row_B = torch.arange(sequences, device=expert_BT.device)[:, None] * experts
+        count_BE = torch.bincount((expert_BT + row_B).reshape(-1), minlength=sequences * experts)
+        length = expert_BT.shape[1] // chosen
+        f_BE = count_BE.view(sequences, experts).float() * (experts / (chosen * length))
+        share_TE = score_TE / (score_TE.sum(-1, keepdim=True) + 1e-20)
+        p_BE = share_TE.view(sequences, length, experts).mean(1)
+        return self.config.balance_loss_alpha * (f_BE * p_BE).sum(-1).mean()
+
+    @torch.no_grad()
+    def update_bias(self, load_E: Tensor) -> None:
+        """Overloaded experts −γ, underloaded +γ, after a step's load over all ranks (V3 section 2.1.2)."""
+        load = load_E.float()
+        self.gate.e_score_correction_bias += self.config.bias_update_speed * (load.mean() - load).sign()
+
+
+class Block(nn.Module):
+    """Attention, then a dense FFN or a mixture of experts, each behind its norm and beside the residual."""
+
+    def __init__(self, config: ModelConfig, dense: bool) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MultiHeadLatentAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
+
+    def feed_forward(self, x_BSD: Tensor, routing: Routing | None) -> Tensor:
+        normed = self.post_attention_layernorm(x_BSD)
+        return x_BSD + (
+            self.mlp(normed, routing) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(normed)
+        )
+
+    def forward(
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None, routing: Routing | None
+    ) -> Tensor:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask_BSS)
+        return self.feed_forward(x_BSD, routing)
+
+
+class MultiTokenPrediction(nn.Module):
+    """Depth 1: token t+2 from the hidden state at t and the embedding of token t+1 (V3 section 2.2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
+        self.block = Block(config, dense=config.first_k_dense_replace >= config.num_hidden_layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        next_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask_BSS: Tensor | None,
+        routing: Routing | None,
+    ) -> Tensor:
+        joined = torch.cat((self.enorm(next_BSD), self.hnorm(hidden_BSD)), -1)
+        return self.norm(self.block(self.eh_proj(joined), rotary, mask_BSS, routing))
+
+
+class Transformer(nn.Module):
+    """The whole model. Parameter names are those of Hugging Face's DeepseekV3 where the layouts agree."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, dense=i < config.first_k_dense_replace) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, vocab_size)
+        self.mtp = MultiTokenPrediction(config) if config.num_nextn_predict_layers else None
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Normal weights of `initializer_range`, in the order of the names; norms are one, biases zero."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in sorted(self.named_parameters()):
+            if parameter.ndim > 1:
+                draw = torch.empty(parameter.shape).normal_(0, self.config.initializer_range, generator=generator)
+                parameter.copy_(draw)
+            else:
+                parameter.fill_(1.0)
+            assert parameter.isfinite().all(), name
+
+    def mixtures(self) -> list[MixtureOfExperts]:
+        """The MoE blocks in the order in which `Routing` lists them; the MTP module's is last."""
+        blocks = [*self.layers, *([self.mtp.block] if self.mtp is not None else [])]
+        return [b.mlp for b in blocks if isinstance(b, Block) and isinstance(b.mlp, MixtureOfExperts)]
+
+    def hidden(self, batch: Batch, routing: Routing | None = None) -> Tensor:
+        """The last block's output before the final norm, (B, S, D)."""
+        x_BSD = self.embed_tokens(batch.token_BS)
+        rotary = rotary_angles(self.config, batch.position_BS)
+        for layer in self.layers:
+            x_BSD = layer(x_BSD, rotary, batch.mask_BSS, routing)
+        return x_BSD
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (B, S, V)."""
+        return self.lm_head(self.norm(self.hidden(batch)))
+
+    def losses(
+        self, batch: Batch, target_BS: Tensor, next_target_BS: Tensor | None, weight_BS: Tensor, routing: Routing
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mean cross-entropy of token t+1, and of t+2 by the MTP module where `next_target_BS` is given.
+
+        A target of -100 is left out; `weight_BS` weighs positions (0 leaves one out) and the mean is over the
+        weights. The MTP module embeds `target_BS` (token t+1), -100 standing for a token that nobody reads.
+        """
+        hidden_BSD = self.hidden(batch, routing)
+        main = self._loss(self.norm(hidden_BSD), target_BS, weight_BS)
+        if next_target_BS is None or self.mtp is None:
+            return main, None
+        next_BSD = self.embed_tokens(target_BS.clamp_min(0))
+        rotary = rotary_angles(self.config, batch.position_BS)
+        ahead_BSD = self.mtp(hidden_BSD, next_BSD, rotary, batch.mask_BSS, routing)
+        return main, self._loss(ahead_BSD, next_target_BS, weight_BS)
+
+    def _loss(self, x_BSD: Tensor, target_BS: Tensor, weight_BS: Tensor) -> Tensor:
+        target_T = target_BS.reshape(-1)
+        weight_T = weight_BS.reshape(-1) * (target_T >= 0)
+        weight_T = weight_T / weight_T.sum().clamp_min(1e-9)
+        return linear_cross_entropy_mean(x_BSD.flatten(0, 1), self.lm_head.weight, target_T, weight_T)
+
+    @torch.no_grad()
+    def decode(self, token_BS: Tensor, position_BS: Tensor, cache: LatentCache) -> Tensor:
+        """Logits (B, V) after the last of these new tokens; the cache grows by them.
+
+        A position of -1 marks padding before a sequence's start: nobody sees it.
+        """
+        at, length = cache.filled, token_BS.shape[1]
+        cache.position_BS[:, at : at + length] = position_BS
+        cache.filled = at + length
+        key_BS = cache.position_BS[:, : cache.filled]
+        seen_BSS = (key_BS[:, None] <= position_BS[..., None]) & (key_BS[:, None] >= 0)
+        seen_BSS |= (position_BS < 0)[..., None]  # a padded query sees anything, so that no row is all -inf
+        rotary = rotary_angles(self.config, position_BS.clamp_min(0))
+        x_BSD = self.embed_tokens(token_BS)
+        for layer, cache_BSC in zip(self.layers, cache.latent_LBSC, strict=True):
+            assert isinstance(layer, Block)
+            attended = layer.self_attn.decode(
+                layer.input_layernorm(x_BSD), rotary, cache_BSC[:, : cache.filled], seen_BSS, at
+            )
+            x_BSD = layer.feed_forward(x_BSD + attended, None)
+        return self.lm_head(self.norm(x_BSD[:, -1]))
+
+
+def parameter_counts(config: ModelConfig, vocab_size: int) -> tuple[int, int]:
+    """(all, active a token) parameters without the MTP module, counted on the meta device."""
+    with torch.device("meta"):
+        model = Transformer(config, vocab_size)
+    total = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("mtp."))
+    routed = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n and not n.startswith("mtp."))
+    return total, total - routed + math.ceil(routed * config.num_experts_per_tok / config.n_routed_experts)
+
+
+def flops_per_token(config: ModelConfig, vocab_size: int, length: int, mtp: bool) -> int:
+    """Floating-point operations of forward and backward of one token in a sequence of `length` (2 a product, ×3)."""
+    with torch.device("meta"):
+        model = Transformer(config, vocab_size)
+    share = config.num_experts_per_tok / config.n_routed_experts
+    products = 0.0
+    for name, p in model.named_parameters():
+        if p.ndim < 2 or name.startswith("embed_tokens") or (name.startswith("mtp.") and not mtp):
+            continue
+        products += p.numel() * (share if ".experts." in name else 1.0)
+    heads_width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    layers = config.num_hidden_layers + (1 if mtp and model.mtp is not None else 0)
+    products += layers * config.num_attention_heads * heads_width * length / 2
+    products += model.lm_head.weight.numel() if mtp and model.mtp is not None else 0
+    return int(6 * products)

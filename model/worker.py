@@ -1,0 +1,84 @@
+"""The process in which a job runs: `python -m gristmill.model.worker JOB.json`, alone or under torchrun."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WATCH_SECONDS = 0.5
+TELL_SECONDS = 0.2
+
+
+class Teller:
+    """Progress as lines in a file, at most a few a second, from the first rank alone."""
+
+    def __init__(self, path: Path, speaks: bool) -> None:
+        self.path, self.speaks, self.last = path, speaks, 0.0
+
+    def __call__(self, done: int, total: int, **values: float) -> None:
+        now = time.monotonic()
+        if self.speaks and (now - self.last > TELL_SECONDS or done == total):
+            self.last = now
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"done": done, "total": total, "values": values}) + "\n")
+
+
+def chosen_device(asked: str) -> torch.device:
+    """`auto` takes CUDA where there is one.
+
+    Raises:
+        ValueError: CUDA was asked for and there is none.
+    """
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("execution.device is 'cuda' and torch finds no CUDA device here: set it to 'auto' or 'cpu'")
+    return torch.device(asked)
+
+
+def watch(launcher: int) -> None:
+    """End this process at once when the one that started the job is gone: nobody would collect its work."""
+
+    def look() -> None:
+        while True:
+            try:
+                os.kill(launcher, 0)
+            except ProcessLookupError:
+                os._exit(75)
+            time.sleep(WATCH_SECONDS)
+
+    threading.Thread(target=look, daemon=True, name="launcher-watch").start()
+
+
+def main(described: Path) -> int:
+    """Run the job; its metrics go to work/metrics.json, its error (one sentence) to log/error.json."""
+    job: dict[str, Any] = json.loads(described.read_text(encoding="utf-8"))
+    out, rank = Path(job["out"]), int(os.environ.get("RANK", "0"))
+    if launcher := os.environ.get("GRISTMILL_LAUNCHER"):
+        watch(int(launcher))
+    torch.set_num_threads(int(job["threads"]))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    module, _, function = job["entry"].partition(":")
+    try:
+        run = getattr(importlib.import_module(module), function)
+        metrics = run(job["job"], out, chosen_device(job["device"]), Teller(out / "log" / "progress.jsonl", rank == 0))
+    except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
+        (out / "log" / "error.json").write_text(json.dumps({"error": str(error), "kind": type(error).__name__}))
+        raise
+    if rank == 0:
+        part = out / "work" / "metrics.tmp"
+        part.write_text(json.dumps(metrics, sort_keys=True), encoding="utf-8")
+        part.replace(out / "work" / "metrics.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
