@@ -106,31 +106,32 @@ def thought(chain: Chain, style: Style) -> str:
     return "\n".join(lines)
 
 
-# Shares of what a lesson shows: whole thoughts, thoughts in leaps, bare answers.
-LESSON_STYLES: tuple[Style, ...] = ("thorough", "hasty", "guess")
-
-
 def lesson(seed: int, index: int, terms: tuple[int, int] = (2, 6), largest: int = 9) -> str:
-    """The text of lesson `index`: a page of worked problems as a textbook or a forum would print them.
+    """The text of lesson `index`: a page of worked problems, or one question and answer of a conversation.
 
-    One page in four is a forum page, whose answers carry the chat markers; the rest are textbook pages. A base
-    model therefore knows how a conversation looks, and the share of whole thoughts among the answers it has read
-    is the same as that of leaps and of bare answers.
+    Half of the lessons are conversations with the chat markers, so that a base model knows how one looks. Whole
+    thoughts, leaps and bare answers are equally frequent in them: nothing tells the model which of them to prefer.
     """
     rng = generator(seed, "lesson", index)
-    page = rng.integers(4)
+    page = int(rng.integers(6))
+    if page < 3:
+        chain = draw_chain(rng, terms, largest)
+        asked, work = question(chain, _form(rng), rng), thought(chain, _style(rng))
+        return f"<｜User｜>{asked}<｜Assistant｜><think>\n{work}\n</think>\n{chain.answer}"
     items = []
     for number in range(1, int(rng.integers(9, 13))):
         chain = draw_chain(rng, terms, largest)
-        form: Form = "symbols" if rng.random() < 0.5 else "words"
-        style = LESSON_STYLES[rng.integers(3)]
-        asked, work = question(chain, form, rng), thought(chain, style)
-        if page == 0:
-            items.append(f"<｜User｜>{asked}<｜Assistant｜><think>\n{work}\n</think>\n{chain.answer}\n")
-        elif page == 1:
-            items.append(f"{number}. {asked}\n" + (f"{work}\n" if work else "") + f"Answer: {chain.answer}\n")
-        else:
-            steps = thought(chain, "thorough")
-            items.append(f"{asked}\n{steps}\nAnswer: {chain.answer}\n")
-    title = ("Questions and answers", "Exercises", "Worked examples", "Running sums")[page]
+        asked = question(chain, _form(rng), rng)
+        work = thought(chain, _style(rng) if page == 3 else "thorough")
+        heading = f"{number}. " if page == 3 else ""
+        items.append(f"{heading}{asked}\n" + (f"{work}\n" if work else "") + f"Answer: {chain.answer}\n")
+    title = {3: "Exercises", 4: "Worked examples", 5: "Running sums"}[page]
     return f"{title}, page {index + 1}\n\n" + "\n".join(items)
+
+
+def _form(rng: np.random.Generator) -> Form:
+    return "symbols" if rng.random() < 0.5 else "words"
+
+
+def _style(rng: np.random.Generator) -> Style:
+    return ("thorough", "hasty", "guess")[int(rng.integers(3))]

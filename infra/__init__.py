@@ -1,0 +1,1 @@
+"""How Gristmill is deployed, and the hardware table that its estimates come from."""

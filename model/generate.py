@@ -38,11 +38,16 @@ class Sample:
 
 def uniform(seed_B: Tensor, step: int) -> Tensor:
     """Numbers in [0, 1), float64, a hash of (seed, step): SplitMix64 (Steele et al. 2014) in wrapping int64."""
-    z = seed_B + (step + 1) * -7046029254386353131
-    z = (z ^ _shift(z, 30)) * -4658895280553007687
-    z = (z ^ _shift(z, 27)) * -7723592293110705685
+    z = seed_B + _signed((step + 1) * 0x9E3779B97F4A7C15)
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
     z = z ^ _shift(z, 31)
     return _shift(z, 11).double() * 2.0**-53
+
+
+def _signed(value: int) -> int:
+    """The 64-bit two's complement of a Python integer."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:

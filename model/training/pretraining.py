@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -18,6 +19,7 @@ from gristmill.model.training.loop import Row, Training, start_distributed, trai
 from gristmill.model.transformer import Routing, Transformer, flops_per_token, parameter_counts
 
 HELD_OUT_BATCH = 16
+COUNTED_AT_ONCE = 1 << 20
 
 
 def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress) -> Metrics:
@@ -49,9 +51,10 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
             return {}
         return {"held_out_bpb": bits_per_byte(model, checks, config.held_out_sequences)}
 
+    train_batches = batches("train", config.batch_sequences, config.steps)
     curves, loads = train(
         model,
-        batches("train", config.batch_sequences, config.steps),
+        train_batches,
         Training(
             steps=config.steps,
             batch_sequences=config.batch_sequences,
@@ -69,8 +72,9 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         save_model(out / "model", model)
         write_rows(out / "curves.jsonl", curves)
         write_rows(out / "expert_load.jsonl", loads)
+    unigram = unigram_bits_per_byte(train_batches, checks, config.held_out_sequences, shards.vocab_size)
     dist.barrier()
-    return _metrics(config, model, curves, shards.vocab_size)
+    return _metrics(config, model, curves, shards.vocab_size, unigram)
 
 
 @torch.no_grad()
@@ -78,19 +82,46 @@ def bits_per_byte(model: Transformer, batches: TokenBatches, sequences: int) -> 
     """Held-out cross-entropy in bits per byte of the text the tokens stand for (mixture of the training weights)."""
     model.eval()
     bits = text_bytes = 0.0
-    rate = batches.bytes_per_token()
-    names = [name for name, _, _ in batches.streams]
     for step in range(-(-sequences // HELD_OUT_BATCH)):
         batch = batches.step(step, 0, 1)
         loss, _ = model.losses(batch.inputs, batch.target_BS, None, batch.weight_BS, Routing())
         bits += float(loss) / math.log(2) * batch.target_BS.numel()
-        sources = batches.plan[step * HELD_OUT_BATCH : (step + 1) * HELD_OUT_BATCH, 0]
-        text_bytes += sum(rate[names[s]] * batch.target_BS.shape[1] for s in sources)
+        text_bytes += _text_bytes(batches, step)
     model.train()
     return bits / text_bytes
 
 
-def _metrics(config: PretrainConfig, model: Transformer, curves: list[Row], vocab_size: int) -> Metrics:
+def unigram_bits_per_byte(train: TokenBatches, checks: TokenBatches, sequences: int, vocab_size: int) -> float:
+    """What a model that knows only how often each token occurs would need on the same held-out sequences.
+
+    Frequencies are those of the training streams in the weights of the mixture, each count plus one.
+    """
+    total = sum(weight for _, _, weight in train.streams)
+    share_V = np.zeros(vocab_size)
+    for _, stream, weight in train.streams:
+        count_V = np.ones(vocab_size)
+        for start in range(0, len(stream), COUNTED_AT_ONCE):
+            tokens, _ = stream.read(start, min(COUNTED_AT_ONCE, len(stream) - start))
+            count_V += np.bincount(tokens, minlength=vocab_size)
+        share_V += weight / total * count_V / count_V.sum()
+    surprise_V = torch.from_numpy(-np.log2(share_V))
+    bits = text_bytes = 0.0
+    for step in range(-(-sequences // HELD_OUT_BATCH)):
+        bits += float(surprise_V[checks.step(step, 0, 1).target_BS.cpu()].sum())
+        text_bytes += _text_bytes(checks, step)
+    return bits / text_bytes
+
+
+def _text_bytes(batches: TokenBatches, step: int) -> float:
+    """Bytes of text that the targets of a held-out batch stand for, by each stream's bytes a token."""
+    rate, names = batches.bytes_per_token(), [name for name, _, _ in batches.streams]
+    sources = batches.plan[step * HELD_OUT_BATCH : (step + 1) * HELD_OUT_BATCH, 0]
+    return sum(rate[names[s]] * batches.length for s in sources)
+
+
+def _metrics(
+    config: PretrainConfig, model: Transformer, curves: list[Row], vocab_size: int, unigram: float
+) -> Metrics:
     total, active = parameter_counts(config.model, vocab_size)
     tokens = config.steps * config.batch_sequences * config.sequence_length
     each = flops_per_token(config.model, vocab_size, config.sequence_length, mtp=model.mtp is not None)
@@ -102,5 +133,7 @@ def _metrics(config: PretrainConfig, model: Transformer, curves: list[Row], voca
         "steps": config.steps,
         "loss": round(curves[-1]["main_loss"], 5),
         "held_out_bpb": round(curves[-1]["held_out_bpb"], 5),
+        "unigram_bpb": round(unigram, 5),
+        "bpb_vs_unigram": round(curves[-1]["held_out_bpb"] / unigram, 5),
         "load_violation": round(curves[-1].get("load_violation", 0.0), 5),
     }

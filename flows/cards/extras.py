@@ -1,0 +1,84 @@
+"""What the card of a stage shows beyond what every card has: stage name → functions from its folder to Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from gristmill.flows.cards import charts, figures, text
+from gristmill.flows.cards.folder import StageFolder, is_number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Extra = Callable[[StageFolder], list[str]]
+
+
+def removal_tables(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The tables of a stage's metrics that count what it removed (by reason, by kind), by their names."""
+    words = ("reason", "removed", "dropped")
+    return {
+        name: {k: v for k, v in table.items() if is_number(v)}
+        for name, table in metrics.items()
+        if isinstance(table, dict) and any(word in name for word in words) and table
+    }
+
+
+def _picture(title: str, figure: Figure | None, dpi: int = 100) -> list[str]:
+    return [] if figure is None else [f"![{title}]({charts.png_uri(figure, dpi)})"]
+
+
+def _removed(stage: StageFolder) -> list[str]:
+    parts = []
+    for name, table in removal_tables(stage.metrics).items():
+        if sum(table.values()):
+            parts += _picture(name, figures.counts(table, name.replace("_", " ")))
+    return ["## What was removed", *parts] if parts else []
+
+
+def _pairs(stage: StageFolder) -> list[str]:
+    """Pairs of duplicates, one under the other, so that they can be compared."""
+    parts = []
+    for row in stage.rows("samples.jsonl", 3):
+        texts = {k: v for k, v in row.items() if isinstance(v, str) and len(v) > 60}
+        if len(texts) < 2:
+            continue
+        facts = " · ".join(f"{k} {text.cell(v)}" for k, v in row.items() if k not in texts)
+        parts += [facts, *[f"*{text.cell(k)}*\n\n{text.code(v[:600])}" for k, v in texts.items()]]
+    return ["## Pairs", *parts] if parts else []
+
+
+def _experts(stage: StageFolder) -> list[str]:
+    drawn = _picture("Load of the experts", figures.expert_loads(stage.rows("expert_load.jsonl")), 90)
+    return ["## Load of the experts", *drawn] if drawn else []
+
+
+def _thinking(stage: StageFolder) -> list[str]:
+    rows = stage.rows("curves.jsonl")
+    if not rows:
+        return []
+    model = "zero" if stage.name == "rl_zero" else "rl"
+    return ["## Reward and thought length", *_picture("Reward and length", figures.rl_overview({model: rows}))]
+
+
+def _accuracy(stage: StageFolder) -> list[str]:
+    results = stage.rows("results.jsonl")
+    drawn = _picture("Pass@1 by model", figures.accuracy(results))
+    if not drawn:
+        return []
+    first = results[0]
+    said = (
+        f"Pass@1 is the share of right answers among {first.get('k', '?')} samples for each of "
+        f"{first.get('problems', '?')} held-out problems, with its 95 % interval."
+    )
+    return ["## Accuracy", said, *drawn]
+
+
+EXTRAS: dict[str, tuple[Extra, ...]] = {
+    "dedup": (_removed, _pairs),
+    "filter": (_removed,),
+    "pretrain": (_experts,),
+    "rl_zero": (_thinking,),
+    "rl": (_thinking,),
+    "evaluate": (_accuracy,),
+}

@@ -1,0 +1,32 @@
+"""The `export` stage: a Hugging Face folder of the finished model. The work is in `conversion.py`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from gristmill.model.config import ExportConfig
+from gristmill.model.launch import launch
+from gristmill.model.stage_types import Metrics, Progress
+
+
+def export(
+    config: ExportConfig,
+    model: Path,
+    tokenizer: Path,
+    out: Path,
+    *,
+    threads: int,
+    progress: Progress,
+) -> Metrics:
+    """Write `out/huggingface` (DeepseekV3ForCausalLM, tokenizer, chat template) and compare its logits with ours.
+
+    Raises:
+        JobFailed: the model has no Hugging Face form, or `transformers` computes other logits from the folder.
+    """
+    job = {"config": config.model_dump(mode="json"), "model": str(model), "tokenizer": str(tokenizer)}
+    metrics = launch(
+        "gristmill.model.conversion:run", job, out, threads=threads, device="cpu", progress=progress
+    )
+    shutil.rmtree(out / "work")
+    return metrics
