@@ -1,7 +1,7 @@
 """The card of a stage: the Markdown that Prefect shows as the artifact of a finished stage.
 
-Everything comes from the manifest and from the conventions on files (`curves.jsonl`, `samples.jsonl`), so a new stage
-has a card without a line of code; what a stage shows beyond that stands in `extras.py`.
+Everything comes from the manifest and from the conventions on files (`curves.jsonl`, `samples.jsonl`), so a
+new stage has a card without a line of code; what a stage shows beyond that stands in `extras.py`.
 """
 
 from __future__ import annotations
@@ -112,4 +112,7 @@ def _files(stage: StageFolder) -> list[str]:
 def _settings(title: str, settings: Row) -> list[str]:
     if not settings:
         return []
-    return [f"## {title}", text.code(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True), "json")]
+    return [
+        f"## {title}",
+        text.code(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True), "json"),
+    ]

@@ -1,13 +1,15 @@
 """The hand in which cards and report are drawn: colours, type, small charts, and how a figure leaves for a page.
 
-Colours are Okabe and Ito's, told apart by every common kind of colour vision; each model keeps its colour everywhere.
-Figures are made without pyplot, so nothing global is touched, and matplotlib is imported when the first is drawn.
+Colours are Okabe and Ito's, told apart by every common kind of colour vision; each model keeps its colour
+everywhere. Figures are made without pyplot, so nothing global is touched, and matplotlib is imported when the
+first is drawn.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -96,7 +98,9 @@ def panels(count: int, columns: int, width: float, height: float) -> tuple[Figur
     return figure, axes[:count]
 
 
-def line(ax: Axes, xs: Sequence[float], ys: Sequence[float], colour: str, smooth: int = 1, **more: Any) -> None:
+def line(
+    ax: Axes, xs: Sequence[float], ys: Sequence[float], colour: str, smooth: int = 1, **more: Any
+) -> None:
     """A curve: its points where they are few; where `smooth` > 1, a running mean over the raw curve in a light line."""
     if not xs:
         return
@@ -111,11 +115,12 @@ def line(ax: Axes, xs: Sequence[float], ys: Sequence[float], colour: str, smooth
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of the last `window` values at each place (of fewer at the beginning)."""
-    means, total = [], 0.0
-    for i, value in enumerate(values):
-        total += value - (values[i - window] if i >= window else 0.0)
-        means.append(total / min(i + 1, window))
+    """The mean of about `window` values around each place (of fewer, but evenly, towards both ends)."""
+    sums = [0.0, *itertools.accumulate(values)]
+    means = []
+    for i in range(len(values)):
+        half = min(window // 2, i, len(values) - 1 - i)
+        means.append((sums[i + half + 1] - sums[i - half]) / (2 * half + 1))
     return means
 
 
@@ -127,12 +132,17 @@ def smoothing(points: int) -> int:
 def end_labels(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write (x, y, text, colour) beside the curves' ends, moved apart where they would lie on each other."""
     low, high = ax.get_ylim()
-    gap, floor = (high - low) * 0.085, -math.inf
-    for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
-        floor = max(y, floor + gap)
+    gap, ordered = (high - low) * 0.09, sorted(ends, key=lambda end: end[1])
+    heights = [end[1] for end in ordered]
+    for i in range(1, len(heights)):
+        short = gap - (heights[i] - heights[i - 1])
+        if short > 0:  # both move, half each, so that neither is far from its curve
+            heights[i - 1] -= short / 2
+            heights[i] += short / 2
+    for height, (x, _, text, colour) in zip(heights, ordered, strict=True):
         ax.annotate(
             text,
-            (x, floor),
+            (x, height),
             xytext=(6, 0),
             textcoords="offset points",
             color=colour,
@@ -143,7 +153,9 @@ def end_labels(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
         )
 
 
-def bars(ax: Axes, table: dict[str, float], colour: str = PALETTE["cold_start"], form: str = "{:,.0f}") -> None:
+def bars(
+    ax: Axes, table: dict[str, float], colour: str = PALETTE["cold_start"], form: str = "{:,.0f}"
+) -> None:
     """Horizontal bars, the first on top, each with its number at its end."""
     names, values = list(table), list(table.values())
     places = list(range(len(names)))[::-1]
@@ -155,10 +167,14 @@ def bars(ax: Axes, table: dict[str, float], colour: str = PALETTE["cold_start"],
     ax.spines[["bottom", "left"]].set_visible(False)
     ax.grid(False)
     for place, value in zip(places, values, strict=True):
-        ax.annotate(form.format(value), (value, place), xytext=(4, 0), textcoords="offset points", va="center")
+        ax.annotate(
+            form.format(value), (value, place), xytext=(4, 0), textcoords="offset points", va="center"
+        )
 
 
-def heat_map(ax: Axes, shares: Sequence[Sequence[float]], steps: Sequence[int], colours: str = "PuOr_r") -> Any:
+def heat_map(
+    ax: Axes, shares: Sequence[Sequence[float]], steps: Sequence[int], colours: str = "PuOr_r"
+) -> Any:
     """Load of experts (rows) over time (columns), as multiples of a fair share: 1 is pale, 0 and 2 are the ends."""
     experts = len(shares[0])
     relative = [[column[e] * experts for column in shares] for e in range(experts)]
@@ -167,8 +183,8 @@ def heat_map(ax: Axes, shares: Sequence[Sequence[float]], steps: Sequence[int], 
     )
     shown = sorted({0, len(steps) // 2, len(steps) - 1})
     ax.set_xticks(shown, [str(steps[i]) for i in shown])
-    ticks = list(range(experts)) if experts <= 8 else [0, experts // 2, experts - 1]
-    ax.set_yticks(ticks, [str(t + 1) for t in ticks])
+    ends = sorted({0, experts - 1})
+    ax.set_yticks(ends, [str(e + 1) for e in ends])
     ax.grid(False)
     ax.spines[:].set_visible(False)
     return image
@@ -184,8 +200,9 @@ def svg(figure: Figure, name: str) -> str:
     for variable, value in PALETTE.items():
         text = text.replace(value, f"var(--{variable.replace('_', '-')})")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = text.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'xlink:href="#{name}-')
+    pointed_to = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in pointed_to else "", text)
+    text = text.replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
     width, height = (float(v) for v in re.findall(r'(?:width|height)="([\d.]+)pt"', text)[:2])
     head = f'<svg role="img" style="max-width:{width * 4 / 3:.0f}px" viewBox="0 0 {width:g} {height:g}"'
     return re.sub(r"<svg[^>]*?viewBox=\"[^\"]*\"", head, text, count=1).replace(

@@ -58,7 +58,10 @@ def _thinking(stage: StageFolder) -> list[str]:
     if not rows:
         return []
     model = "zero" if stage.name == "rl_zero" else "rl"
-    return ["## Reward and thought length", *_picture("Reward and length", figures.rl_overview({model: rows}))]
+    return [
+        "## Reward and thought length",
+        *_picture("Reward and length", figures.rl_overview({model: rows})),
+    ]
 
 
 def _accuracy(stage: StageFolder) -> list[str]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 4.5, 2.75  # inches of one chart: legible on a phone at its full width
+WIDE = 5.4
 MOST_LAYERS = 4  # heat maps shown of a deep model
 STYLES = ("thorough", "hasty", "guess", "other")
 
@@ -24,12 +25,14 @@ def accuracy(results: Sequence[Row]) -> Figure | None:
     if not shown:
         return None
     with charts.house_style():
-        figure, (ax,) = charts.panels(1, 1, 6.4, 0.62 + 0.5 * len(shown))
+        figure, (ax,) = charts.panels(1, 1, WIDE, 0.62 + 0.46 * len(shown))
         places = list(range(len(shown)))[::-1]
         for place, row in zip(places, shown, strict=True):
             low, high = row.get("pass1_low", row["pass1"]), row.get("pass1_high", row["pass1"])
             ax.barh(place, row["pass1"], height=0.6, color=PALETTE.get(row["model"], PALETTE["muted"]))
-            ax.plot([low, high], [place, place], color=PALETTE["ink"], linewidth=1.3, marker="|", markersize=7)
+            ax.plot(
+                [low, high], [place, place], color=PALETTE["ink"], linewidth=1.3, marker="|", markersize=7
+            )
             ends = [high]
             if is_number(row.get("cons")):
                 ax.plot(row["cons"], place, "D", color="none", mec=PALETTE["ink"], markersize=5)
@@ -38,8 +41,8 @@ def accuracy(results: Sequence[Row]) -> Figure | None:
             ax.annotate(text, (max(ends), place), xytext=(9, 0), textcoords="offset points", va="center")
         ax.set_yticks(places, [MODEL_NAMES.get(r["model"], r["model"]) for r in shown])
         ax.tick_params(axis="y", labelcolor=PALETTE["ink"], labelsize=9)
-        ax.set_xlim(0, 1.36)
-        ax.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
+        ax.set_xlim(0, 1.5)
+        ax.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25%", "50%", "75%", "100%"])
         ax.spines["bottom"].set_bounds(0, 1)
         ax.spines["left"].set_visible(False)
         ax.grid(False)
@@ -49,11 +52,13 @@ def accuracy(results: Sequence[Row]) -> Figure | None:
 
 def training_loss(rows: Sequence[Row], title: str, colour: str = PALETTE["base"]) -> Figure | None:
     """Loss of the next token, and of the one after it where MTP was trained, in nats."""
-    names = {"main_loss": "next token", "mtp_loss": "token after (MTP)"}
+    names = {"main_loss": "next token", "mtp_loss": "MTP"}
     if not curve(list(rows), "main_loss")[0]:
         names = {"loss": "loss"}
     colours = (PALETTE["ink"], colour)
-    lines = [(*curve(list(rows), name), text, c) for (name, text), c in zip(names.items(), colours, strict=False)]
+    lines = [
+        (*curve(list(rows), name), text, c) for (name, text), c in zip(names.items(), colours, strict=False)
+    ]
     return _curves(lines, title, "nats a token")
 
 
@@ -113,22 +118,23 @@ def expert_loads(rows: Sequence[Row]) -> Figure | None:
     if len(layers) > MOST_LAYERS:
         layers = [layers[i * (len(layers) - 1) // (MOST_LAYERS - 1)] for i in range(MOST_LAYERS)]
     with charts.house_style():
-        figure, axes = charts.panels(len(layers), 2 if len(layers) > 1 else 1, 3.6, 2.1)
+        figure, axes = charts.panels(len(layers), 1, WIDTH, 1.45)
         image = None
         for ax, layer in zip(axes, layers, strict=True):
             own = sorted((r for r in rows if r["layer"] == layer), key=lambda r: r["step"])
             image = charts.heat_map(ax, [r["load"] for r in own], [r["step"] + 1 for r in own])
             ax.set_title(f"MoE layer {layer + 1}")
             ax.set_ylabel("expert")
-            ax.set_xlabel("step")
-        bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=25, pad=0.02)
-        bar.set_ticks([0, 1, 2], labels=["0", "1 = fair", "≥ 2"])
+        axes[-1].set_xlabel("step")
+        bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=30, pad=0.03)
+        bar.set_ticks([0, 1, 2], labels=["none", "fair share", "twice or more"])
         bar.outline.set_visible(False)
-        bar.set_label("load over a fair share")
     return figure
 
 
-def rl_curve(runs: dict[str, Sequence[Row]], name: str, title: str, unit: str, small: bool = False) -> Figure | None:
+def rl_curve(
+    runs: dict[str, Sequence[Row]], name: str, title: str, unit: str, small: bool = False
+) -> Figure | None:
     """One number of one or two RL runs (by model name) against the step; a running mean over the raw curve."""
     with charts.house_style():
         figure, (ax,) = charts.panels(1, 1, *((3.2, 2.0) if small else (WIDTH, HEIGHT)))
@@ -150,7 +156,7 @@ def shares_by_model(shares: dict[str, dict[str, float]]) -> Figure | None:
     if not shares:
         return None
     with charts.house_style():
-        figure, (ax,) = charts.panels(1, 1, 6.4, 0.75 + 0.46 * len(shares))
+        figure, (ax,) = charts.panels(1, 1, WIDE, 0.75 + 0.4 * len(shares))
         places = list(range(len(shares)))[::-1]
         for place, parts in zip(places, shares.values(), strict=True):
             left = 0.0
@@ -159,7 +165,7 @@ def shares_by_model(shares: dict[str, dict[str, float]]) -> Figure | None:
                 ax.barh(place, share, left=left, height=0.62, color=PALETTE[style], edgecolor="none")
                 if share >= 0.07:
                     ink = PALETTE["paper"] if style == "thorough" else PALETTE["ink"]
-                    ax.text(left + share / 2, place, f"{share:.0%}", ha="center", va="center", color=ink, gid=style)
+                    ax.text(left + share / 2, place, f"{share:.0%}", ha="center", va="center", color=ink)
                 left += share
         for position, style in zip((0.0, 0.26, 0.47, 0.68), STYLES, strict=True):
             ax.plot(position + 0.01, places[0] + 0.72, "s", color=PALETTE[style], markersize=7, clip_on=False)
@@ -168,7 +174,7 @@ def shares_by_model(shares: dict[str, dict[str, float]]) -> Figure | None:
         ax.set_yticks(places, list(shares))
         ax.tick_params(axis="y", labelcolor=PALETTE["ink"], labelsize=9)
         ax.set_xlim(0, 1)
-        ax.set_xticks([0, 0.5, 1.0], ["0", "50 %", "100 % of thoughts"])
+        ax.set_xticks([0, 0.5, 1.0], ["0", "50%", "100% of thoughts"])
         ax.spines["left"].set_visible(False)
         ax.grid(False)
     return figure
@@ -188,7 +194,9 @@ def counts(table: dict[str, float], title: str) -> Figure | None:
 
 def small_multiples(rows: Sequence[Row], most: int = 9) -> Figure | None:
     """Every number of a stage's `curves.jsonl` in a small panel of its own."""
-    names = [n for n in dict.fromkeys(k for row in rows for k in row) if n != "step" and curve(list(rows), n)[0]]
+    names = [
+        n for n in dict.fromkeys(k for row in rows for k in row) if n != "step" and curve(list(rows), n)[0]
+    ]
     if not names:
         return None
     with charts.house_style():

@@ -52,6 +52,19 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def money(dollars: float) -> str:
+    """US dollars, below one in cents."""
+    return f"${dollars:,.2f}" if dollars >= 1 else f"{dollars * 100:.2g} ¢"
+
+
+def times(factor: float) -> str:
+    """A large factor in words: 133 billion."""
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if factor >= size:
+            return f"{factor / size:.3g} {word}"
+    return f"{factor:,.0f}"
+
+
 def cell(value: Any) -> str:
     """A value as one cell of a Markdown table: on one line, cut at `CELL`, its marks escaped."""
     text = number(value).replace("\r", "").strip()

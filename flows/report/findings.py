@@ -1,6 +1,7 @@
 """The numbers of a run, gathered from the folders of its stages: what `report.json` holds.
 
-Nothing here depends on a clock, a machine or a place: what took how long belongs to the page alone (`costs.py`).
+Nothing here depends on a clock, a machine or a place: what took how long belongs to the page alone
+(`costs.py`).
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from typing import Any
 from gristmill.flows.cards.extras import removal_tables
 from gristmill.flows.cards.folder import Row, StageFolder, curve, is_number
 from gristmill.flows.report import thinking
+from gristmill.flows.report.unigram import unigram_bits_per_byte
 
 MODELS = ("base", "zero", "cold_start", "rl")
 RESAMPLINGS, INTERVAL = 4000, 0.95
 BOOTSTRAP_SEED = 20250122
-UNIGRAM_NAMES = ("unigram_bpb", "unigram_bits_per_byte", "held_out_unigram_bpb")
+UNIGRAM = "unigram_bpb"
 
 Folders = Mapping[str, StageFolder]
 
@@ -76,8 +78,8 @@ def _gains(evaluate: StageFolder, results: Mapping[str, Row]) -> dict[str, Row]:
 def gain(evaluate: StageFolder, results: Mapping[str, Row], before: str, after: str) -> Row:
     """Pass@1 of one model minus that of another, with a 95 % interval by paired bootstrap over problems.
 
-    Both models answered the same problems, so the problems are drawn and not the models' answers apart. Without the
-    answers the interval is that of two independent means.
+    Both models answered the same problems, so the problems are drawn and not the models' answers apart.
+    Without the answers the interval is that of two independent means.
     """
     difference = results[after]["pass1"] - results[before]["pass1"]
     rights = [_right(evaluate, name) for name in (before, after)]
@@ -141,13 +143,14 @@ def _reasons(stage: StageFolder) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def unigram_bits_per_byte(folders: Folders) -> float | None:
-    """What a model of token frequencies alone needs on the held-out text, as pretraining or tokenizing measured it."""
-    for stage in ("pretrain", "tokenize"):
-        for name in UNIGRAM_NAMES:
-            if is_number(value := folders[stage].metrics.get(name)):
-                return float(value)
-    return None
+def _unigram(folders: Folders) -> float | None:
+    """Bits per byte of token frequencies: as pretraining measured it, else from the token shards, else tokenizing's."""
+    if is_number(value := folders["pretrain"].metrics.get(UNIGRAM)):
+        return float(value)
+    mixture = folders["pretrain"].config.get("mixture") or {}
+    value = unigram_bits_per_byte(folders["tokenize"].path, mixture)
+    told = folders["tokenize"].metrics.get(UNIGRAM)
+    return value if value is not None else (float(told) if is_number(told) else None)
 
 
 def _pretraining(folders: Folders) -> dict[str, Any]:
@@ -156,8 +159,11 @@ def _pretraining(folders: Folders) -> dict[str, Any]:
         return {}
     rows = folders["pretrain"].rows("curves.jsonl")
     _, bits = curve(rows, "held_out_bpb")
-    found: dict[str, Any] = {"metrics": metrics, "held_out_bpb": bits[-1] if bits else metrics.get("held_out_bpb")}
-    unigram = unigram_bits_per_byte(folders)
+    found: dict[str, Any] = {
+        "metrics": metrics,
+        "held_out_bpb": bits[-1] if bits else metrics.get("held_out_bpb"),
+    }
+    unigram = _unigram(folders)
     found["unigram_bpb"] = unigram
     if unigram and found["held_out_bpb"]:
         found["bpb_vs_unigram"] = round(found["held_out_bpb"] / unigram, 5)
@@ -205,8 +211,8 @@ def _absent(found: Mapping[str, Any], folders: Folders) -> list[str]:
         "evaluate/results.jsonl gives no result": found["results"],
         "no stage counts documents (documents_out)": found["corpus"]["funnel"],
         "pretrain/curves.jsonl is empty": folders["pretrain"].rows("curves.jsonl", 1),
-        f"no unigram line: neither pretrain nor tokenize has {UNIGRAM_NAMES[0]}": found["pretraining"].get(
-            "unigram_bpb"
+        f"no unigram line: tokenize has no token shards, and no stage a metric {UNIGRAM}": (
+            found["pretraining"].get("unigram_bpb")
         ),
         "pretrain/expert_load.jsonl is empty": folders["pretrain"].rows("expert_load.jsonl", 1),
         "rl_zero/curves.jsonl is empty": folders["rl_zero"].rows("curves.jsonl", 1),

@@ -1,7 +1,8 @@
 """How a model thinks, told from what it wrote: which of the cold start's ways each thought follows, and how often it is right.
 
-A way is told by the number of lines alone, against the number of steps of the problem: every step on a line is
-thorough, two steps a line is hasty, none is a guess, any other number is other. Whether the lines are right is not asked.
+A way is told by the number of lines alone, against the number of steps of the problem: every step on a line
+is thorough, two steps a line is hasty, none is a guess, any other number is other. Whether the lines are
+right is not asked.
 """
 
 from __future__ import annotations

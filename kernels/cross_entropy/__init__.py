@@ -1,0 +1,55 @@
+"""The output head and its cross-entropy as one operation, without ever holding the logits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gristmill.kernels.cross_entropy.cpu import LinearCrossEntropyMean, LinearLogProbs
+from gristmill.kernels.cross_entropy.reference import (
+    linear_cross_entropy_mean_reference,
+    linear_log_probs_reference,
+)
+from gristmill.kernels.dispatch import chosen, require
+
+__all__ = ["linear_cross_entropy_mean", "linear_log_probs"]
+
+
+def linear_cross_entropy_mean(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor) -> Tensor:
+    """Σ weight · cross-entropy of the logits x·wᵀ, a float32 scalar, differentiable in x and w.
+
+    Args:
+        x_TD: hidden states, (T, D).
+        w_VD: the head's matrix, (V, D).
+        target_T: token ids; a negative one leaves its row out.
+        weight_T: weight of each row; for a mean they sum to one.
+
+    Raises:
+        TypeError: x and w differ in dtype or device.
+        ValueError: the shapes do not fit.
+    """
+    _check("linear_cross_entropy_mean", x_TD, w_VD, target_T)
+    if chosen("linear_cross_entropy_mean", x_TD) == "reference":
+        return linear_cross_entropy_mean_reference(x_TD, w_VD, target_T, weight_T)
+    return LinearCrossEntropyMean.apply(x_TD, w_VD, target_T, weight_T)
+
+
+def linear_log_probs(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(x·wᵀ / temperature) at the targets, (T,) float32, differentiable in x and w.
+
+    Raises:
+        TypeError: x and w differ in dtype or device.
+        ValueError: the shapes do not fit, or the temperature is not positive.
+    """
+    _check("linear_log_probs", x_TD, w_VD, target_T)
+    require(temperature > 0, ValueError, "linear_log_probs: temperature", temperature, "more than 0")
+    if chosen("linear_log_probs", x_TD) == "reference":
+        return linear_log_probs_reference(x_TD, w_VD, target_T, temperature)
+    return LinearLogProbs.apply(x_TD, w_VD, target_T, temperature)
+
+
+def _check(operation: str, x: Tensor, w: Tensor, target: Tensor) -> None:
+    require(x.dtype == w.dtype, TypeError, f"{operation}: w_VD", w.dtype, f"the dtype of x_TD, {x.dtype}")
+    require(x.device == w.device, TypeError, f"{operation}: w_VD", w.device, f"the device of x_TD, {x.device}")
+    require(x.ndim == 2 and w.ndim == 2, ValueError, f"{operation}: ranks of x_TD and w_VD", (x.ndim, w.ndim), (2, 2))
+    require(w.shape[1] == x.shape[1], ValueError, f"{operation}: inner size of w_VD", w.shape[1], x.shape[1])
+    require(target.shape == x.shape[:1], ValueError, f"{operation}: shape of target_T", tuple(target.shape), (x.shape[0],))

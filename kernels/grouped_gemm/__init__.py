@@ -1,0 +1,46 @@
+"""Products of variable-length groups of rows, each with its expert's weight (V3 section 2.1.2)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.grouped_gemm.cpu import GroupedGemm
+from gristmill.kernels.grouped_gemm.reference import grouped_gemm_reference
+
+__all__ = ["grouped_gemm"]
+
+
+def grouped_gemm(x_NK: Tensor, w_EMK: Tensor, ends_E: Tensor) -> Tensor:
+    """y (N, M) with y[rows of e] = x[rows of e] · w[e]ᵀ, differentiable in x and w.
+
+    Args:
+        x_NK: rows laid out group by group, (N, K).
+        w_EMK: one matrix a group, (E, M, K), stored (out, in) as Hugging Face stores experts.
+        ends_E: where each group's rows end, ascending, the last being N; integers, (E,).
+
+    Raises:
+        TypeError: x and w differ in dtype or device.
+        ValueError: the shapes do not fit, or the ends do not ascend to N (checked on CPU).
+    """
+    _check(x_NK, w_EMK, ends_E)
+    implementation = chosen("grouped_gemm", x_NK)
+    if implementation == "gpu":
+        from gristmill.kernels.grouped_gemm.gpu import TritonGroupedGemm
+
+        return TritonGroupedGemm.apply(x_NK, w_EMK, ends_E)
+    if implementation == "cpu":
+        return GroupedGemm.apply(x_NK, w_EMK, ends_E)
+    return grouped_gemm_reference(x_NK, w_EMK, ends_E)
+
+
+def _check(x: Tensor, w: Tensor, ends: Tensor) -> None:
+    require(x.dtype == w.dtype, TypeError, "grouped_gemm: w_EMK", w.dtype, f"the dtype of x_NK, {x.dtype}")
+    require(x.device == w.device, TypeError, "grouped_gemm: w_EMK", w.device, f"the device of x_NK, {x.device}")
+    require(x.ndim == 2, ValueError, "grouped_gemm: rank of x_NK", x.ndim, "2")
+    require(w.ndim == 3, ValueError, "grouped_gemm: rank of w_EMK", w.ndim, "3")
+    require(w.shape[2] == x.shape[1], ValueError, "grouped_gemm: inner size of w_EMK", w.shape[2], x.shape[1])
+    require(ends.shape == (w.shape[0],), ValueError, "grouped_gemm: shape of ends_E", tuple(ends.shape), (w.shape[0],))
+    if ends.device.type == "cpu" and ends.numel():
+        require(bool((ends.diff() >= 0).all()) and int(ends[0]) >= 0, ValueError, "grouped_gemm: ends_E", ends.tolist(), "ascending ends")
+        require(int(ends[-1]) == x.shape[0], ValueError, "grouped_gemm: last of ends_E", int(ends[-1]), f"the {x.shape[0]} rows of x_NK")

@@ -76,8 +76,8 @@ def save_checkpoint(
 
 
 def checkpoints(work: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(p for p in work.glob("checkpoint-*") if p.suffix != ".tmp")
+    """Whole checkpoints, oldest first; `state.json` is the last file of one that is copied file by file."""
+    return sorted(p for p in work.glob("checkpoint-*") if p.suffix != ".tmp" and (p / "state.json").exists())
 
 
 def load_checkpoint(work: Path, model: Transformer, optimizer: MuonAdamW) -> dict[str, Any] | None:

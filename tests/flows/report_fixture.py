@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import zstandard
+
 from gristmill.data.arithmetic import draw_chain, generator, question, thought
 
 STAGES = ("ingest", "problems", "dedup", "filter", "tokenize", "pretrain", "cold_start", "rl_zero", "rl",
@@ -142,11 +143,22 @@ def _dedup(folder: Path, removed: bool) -> dict[str, Any]:
     ]  # fmt: skip
     write_rows(folder / "samples.jsonl", pairs if removed else [])
     gone = {"exact": 141, "near": 322} if removed else {"exact": 0, "near": 0}
-    return {"documents_in": 5230, "documents_out": 5230 - sum(gone.values()), "bytes_out": 12_600_000, "removed": gone}
+    return {
+        "documents_in": 5230,
+        "documents_out": 5230 - sum(gone.values()),
+        "bytes_out": 12_600_000,
+        "removed": gone,
+    }
 
 
 def _filter(folder: Path, removed: bool) -> dict[str, Any]:
-    reasons = {"too short": 118, "repeated lines": 61, "symbols to words": 44, "language": 33, "bullet lines": 0}
+    reasons = {
+        "too short": 118,
+        "repeated lines": 61,
+        "symbols to words": 44,
+        "language": 33,
+        "bullet lines": 0,
+    }
     rows = [{"id": f"stdlib/{i}", "reason": r, "text": "-- -- --\n" * 6, "metadata": {"source": "stdlib"}}
             for i, r in enumerate(reasons)]  # fmt: skip
     write_rows(folder / "samples.jsonl", rows if removed else [])
@@ -233,7 +245,9 @@ def _answered(rng: np.random.Generator, problem: dict, shares: tuple, samples: i
     responses, right, thoughts = [], [], []
     for _ in range(samples):
         way = ("thorough", "hasty", "guess", "other")[int(rng.choice(4, p=shares))]
-        kept = {"thorough": lines, "hasty": lines[: -(-len(lines) // 2)], "guess": [], "other": lines * 3}[way]
+        kept = {"thorough": lines, "hasty": lines[: -(-len(lines) // 2)], "guess": [], "other": lines * 3}[
+            way
+        ]
         correct = bool(rng.random() < RIGHT[way])
         responses.append("\n".join(kept) + f"\n</think>\n{final if correct else int(final) + 1}")
         right.append(float(correct))

@@ -1,0 +1,47 @@
+"""The recipe of DeepSeek-R1 as a pipeline: raw text to an evaluated, exported reasoning model."""
+
+from __future__ import annotations
+
+from gristmill.flows import stages
+from gristmill.flows.corpus import corpus
+from gristmill.flows.recipe import Recipe
+from gristmill.flows.stage import Artifact
+
+
+def r1(recipe: Recipe) -> Artifact:
+    """The whole way. Calling it under `Plan` says what would run; under `Plain` or `Orchestrated` it runs."""
+    seed = recipe.seed
+    text = corpus(recipe)
+    problems = stages.problems(recipe.problems, seed=seed)
+
+    base = stages.pretrain(recipe.pretrain, tokens=text.tokens, seed=seed)
+    zero = stages.rl_zero(recipe.rl_zero, model=base, problems=problems, tokenizer=text.tokens, seed=seed)
+    cold = stages.cold_start(recipe.cold_start, model=base, problems=problems, tokenizer=text.tokens, seed=seed)
+    reasoner = stages.rl(recipe.rl, model=cold, problems=problems, tokenizer=text.tokens, seed=seed)
+
+    results = stages.evaluate(
+        recipe.evaluate,
+        problems=problems,
+        tokenizer=text.tokens,
+        documents=text.filtered,
+        base=base,
+        cold_start=cold,
+        zero=zero,
+        rl=reasoner,
+        seed=seed,
+    )
+    exported = stages.export(recipe.export, model=reasoner, tokenizer=text.tokens)
+    return stages.report(
+        recipe.report,
+        ingest=text.ingested,
+        problems=problems,
+        dedup=text.unique,
+        filter=text.filtered,
+        tokenize=text.tokens,
+        pretrain=base,
+        cold_start=cold,
+        rl_zero=zero,
+        rl=reasoner,
+        evaluate=results,
+        export=exported,
+    )

@@ -1,0 +1,219 @@
+"""A recipe: everything that is asked of a run, in one frozen, bounded, documented model. YAML in, JSON schema out."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gristmill.data.dedup import DedupConfig
+from gristmill.data.filters import FilterConfig
+from gristmill.data.ingest import IngestConfig
+from gristmill.data.problems import ProblemsConfig
+from gristmill.data.tokenize import TokenizeConfig
+from gristmill.flows.errors import UsageError
+from gristmill.flows.execution import Execution
+from gristmill.flows.report import ReportConfig
+from gristmill.model.config import EvaluateConfig, ExportConfig, GRPOConfig, PretrainConfig, SFTConfig
+
+
+class Recipe(BaseModel):
+    """What a run of the pipeline is asked for, section by section; `execution` says how and is in no key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field("custom", pattern=r"^[a-z0-9][a-z0-9_-]*$", title="Name", description="Short, lower case.")
+    description: str = Field("", title="Description", description="What the recipe is for.")
+    seed: int = Field(0, ge=0, lt=2**31, title="Seed", description="Everything random follows from it.")
+    ingest: IngestConfig = Field(title="Ingest", description="Sources of documents.")
+    problems: ProblemsConfig = Field(default_factory=ProblemsConfig, title="Problems", description="What is asked.")
+    dedup: DedupConfig = Field(default_factory=DedupConfig, title="Dedup", description="Duplicate removal.")
+    filter: FilterConfig = Field(default_factory=FilterConfig, title="Filter", description="Quality rules.")
+    tokenize: TokenizeConfig = Field(default_factory=TokenizeConfig, title="Tokenize", description="Tokenizer, shards.")
+    pretrain: PretrainConfig = Field(default_factory=PretrainConfig, title="Pretrain", description="Base model.")
+    cold_start: SFTConfig = Field(default_factory=SFTConfig, title="Cold start", description="Fine-tuning.")
+    rl_zero: GRPOConfig = Field(default_factory=GRPOConfig, title="R1-Zero", description="RL from the base model.")
+    rl: GRPOConfig = Field(default_factory=GRPOConfig, title="RL", description="RL from the cold start.")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, title="Evaluate", description="Protocol.")
+    export: ExportConfig = Field(default_factory=ExportConfig, title="Export", description="Hugging Face folder.")
+    report: ReportConfig = Field(default_factory=ReportConfig, title="Report", description="The page.")
+    execution: Execution = Field(default_factory=Execution, title="Execution", description="How; never in a key.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        limit = self.pretrain.model.max_position_embeddings
+        for name in ("cold_start",):
+            length = getattr(self, name).sequence_length
+            if length > limit:
+                raise ValueError(
+                    f"{name}.sequence_length {length} is longer than the position limit "
+                    f"pretrain.model.max_position_embeddings {limit}: lower one or raise the other"
+                )
+        for name in ("rl_zero", "rl", "evaluate"):
+            length = getattr(self, name).max_new_tokens
+            if length >= limit:
+                raise ValueError(
+                    f"{name}.max_new_tokens {length} leaves no room for a prompt under the position limit "
+                    f"pretrain.model.max_position_embeddings {limit}: lower one or raise the other"
+                )
+        if self.evaluate.problems > self.problems.test:
+            raise ValueError(
+                f"evaluate.problems {self.evaluate.problems} is more than the {self.problems.test} of problems.test: "
+                f"lower one or raise the other"
+            )
+        ranks = self.execution.ranks
+        for name in ("pretrain", "cold_start"):
+            sequences = getattr(self, name).batch_sequences
+            if sequences % ranks:
+                raise ValueError(
+                    f"{name}.batch_sequences {sequences} does not divide among execution.ranks {ranks}: "
+                    f"choose a multiple of {ranks}"
+                )
+        return self
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with Gristmill."""
+    folder = resources.files("gristmill.flows.recipes")
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_recipe(which: str, settings: list[str] | None = None) -> Recipe:
+    """A shipped recipe by name or a YAML file by path, with `section.field=value` settings laid over it.
+
+    Raises:
+        UsageError: no such recipe, bad YAML, an unknown field, a value of the wrong type or out of bounds.
+    """
+    values = _values(which, ())
+    for setting in settings or []:
+        _apply(values, setting)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(_sentence(which, error)) from error
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe."""
+    return Recipe.model_json_schema()
+
+
+def _values(which: str, above: tuple[str, ...]) -> dict[str, Any]:
+    if which in above:
+        raise UsageError(f"recipe {which!r} extends itself through {' → '.join(above)}: break the circle")
+    text, name = _text(which)
+    try:
+        values = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        raise UsageError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"recipe {name} holds no sections: write `section:` and its fields, see the shipped ones")
+    parent = values.pop("extends", None)
+    return values if parent is None else _merged(_values(str(parent), (*above, which)), values)
+
+
+def _text(which: str) -> tuple[str, str]:
+    if which in shipped():
+        resource = resources.files("gristmill.flows.recipes") / f"{which}.yaml"
+        return resource.read_text(encoding="utf-8"), which
+    path = Path(which)
+    if path.suffix in (".yaml", ".yml") or "/" in which:
+        if not path.is_file():
+            raise UsageError(f"there is no recipe file {which!r}: name a YAML file or one of {', '.join(shipped())}")
+        try:
+            return path.read_text(encoding="utf-8"), which
+        except UnicodeDecodeError as error:
+            raise UsageError(f"recipe {which} is not UTF-8 text ({error}): save it as UTF-8") from error
+    raise UsageError(f"there is no recipe {which!r}: {_near(which, shipped())}shipped are {', '.join(shipped())}")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML without the silent loss of a key that is written twice."""
+
+
+def _mapping(loader: _UniqueKeys, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+    return {k: loader.construct_object(v, deep=True) for k, (_, v) in zip(keys, node.value, strict=True)}
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = dict(base)
+    for name, value in over.items():
+        old = both.get(name)
+        both[name] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
+
+
+def _apply(values: dict[str, Any], setting: str) -> None:
+    path, equals, text = setting.partition("=")
+    if not equals or not path:
+        raise UsageError(f"--set {setting!r} has no `=`: write it as section.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {setting!r}: {text!r} is not a value YAML can read ({error})") from error
+    place: Any = values
+    *parents, last = path.split(".")
+    for part in parents:
+        place = _step(place, part, setting)
+    if isinstance(place, list):
+        place[_index(place, last, setting)] = value
+    else:
+        place[last] = value
+
+
+def _step(place: Any, part: str, setting: str) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, part, setting)]
+    inner = place.setdefault(part, {})
+    if not isinstance(inner, dict | list):
+        raise UsageError(f"--set {setting!r}: {part} is a value, not a section: name a field that the recipe has")
+    return inner
+
+
+def _index(place: list[Any], part: str, setting: str) -> int:
+    if not part.isdigit() or int(part) >= len(place):
+        raise UsageError(f"--set {setting!r}: {part!r} is no place in a list of {len(place)}: count from 0")
+    return int(part)
+
+
+def _sentence(which: str, error: ValidationError) -> str:
+    """The first problem of a recipe as one sentence: what, which value, where, what to do."""
+    problems = error.errors()
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    where = ".".join(str(part) for part in first["loc"]) or "the recipe"
+    if first["type"] == "extra_forbidden":
+        fields = _fields_at(first["loc"][:-1])
+        return f"recipe {which}: {where} is no field: {_near(str(first['loc'][-1]), fields)}known are {', '.join(fields)}"
+    if first["type"] == "missing":
+        return f"recipe {which}: {where} is missing: add it"
+    if first["type"] == "value_error":
+        return f"recipe {which}: {re.sub('^Value error, ', '', first['msg'])}"
+    return f"recipe {which}: {where} is {first['input']!r}, which will not do: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the model at a place of the recipe, as far as its types tell."""
+    model: Any = Recipe
+    for part in location:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
+            return []
+        annotation = model.model_fields[str(part)].annotation
+        model = annotation
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _near(name: str, names: list[str]) -> str:
+    near = get_close_matches(name, names, 1, 0.5)
+    return f"did you mean {near[0]!r}? " if near else ""

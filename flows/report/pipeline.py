@@ -1,0 +1,89 @@
+"""The pipeline as a picture: a box a stage, an arrow an input, with times and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+
+from gristmill.flows.cards import text
+from gristmill.flows.cards.folder import StageFolder
+
+# Column and row of each stage; the main line runs through row 1.
+PLACES = {
+    "ingest": (0, 1),
+    "dedup": (1, 1),
+    "filter": (2, 1),
+    "tokenize": (3, 1),
+    "problems": (4, 2),
+    "pretrain": (4, 1),
+    "cold_start": (5, 0),
+    "rl_zero": (5, 2),
+    "rl": (6, 0),
+    "evaluate": (7, 1),
+    "export": (7, 0),
+}
+LABELS = {"rl_zero": "R1-Zero", "rl": "RL (R1)", "cold_start": "cold start"}
+TINTS = {"pretrain": "base", "cold_start": "cold-start", "rl_zero": "zero", "rl": "rl"}
+# Everything that reads text needs the tokenizer, and the check for seen problems the documents: those arrows
+# would hide the rest.
+UNDRAWN = {"tokenizer"}
+WIDE, HIGH, ACROSS, DOWN = 104, 64, 128, 88
+
+
+def diagram(folders: Mapping[str, StageFolder], earlier: set[str]) -> str:
+    """Inline SVG of the stages that have a place; stages of an earlier run are drawn pale."""
+    shown = {name: folder for name, folder in folders.items() if name in PLACES and folder.manifest}
+    width = 7 * ACROSS + WIDE + 4
+    parts = [
+        f'<svg role="img" aria-label="The pipeline" class="pipeline" viewBox="0 0 {width} {2 * DOWN + HIGH + 4}">',
+        '<defs><marker id="arrow" viewBox="0 0 6 6" refX="5.4" refY="3" markerWidth="6" markerHeight="6" '
+        'orient="auto"><path d="M0,0.6 L5.4,3 L0,5.4 z"/></marker></defs>',
+    ]
+    for name, folder in shown.items():
+        for given, source in (folder.manifest.get("inputs") or {}).items():
+            if (
+                source.get("stage") in shown
+                and given not in UNDRAWN
+                and (name, given) != ("evaluate", "documents")
+            ):
+                parts.append(_arrow(source["stage"], name))
+    parts += [_box(name, folder, name in earlier) for name, folder in shown.items()]
+    return "".join([*parts, "</svg>"])
+
+
+def _corner(name: str) -> tuple[int, int]:
+    column, row = PLACES[name]
+    return 2 + column * ACROSS, 2 + row * DOWN
+
+
+def _arrow(source: str, target: str) -> str:
+    (x0, y0), (x1, y1) = _corner(source), _corner(target)
+    faint = ' class="faint"' if source == "problems" else ""
+    if x0 == x1 or (PLACES[source][0] == PLACES[target][0]):
+        start, end = (
+            (x0 + WIDE / 2, y0 + (HIGH if y1 > y0 else 0)),
+            (x1 + WIDE / 2, y1 + (0 if y1 > y0 else HIGH)),
+        )
+        return (
+            f'<path{faint} d="M{start[0]:g},{start[1]:g} L{end[0]:g},{end[1]:g}" marker-end="url(#arrow)"/>'
+        )
+    start, end = (x0 + WIDE, y0 + HIGH / 2), (x1, y1 + HIGH / 2)
+    bend = min(60, (end[0] - start[0]) * 0.75)
+    curve = f"C{start[0] + bend:g},{start[1]:g} {end[0] - bend:g},{end[1]:g} {end[0]:g},{end[1]:g}"
+    return f'<path{faint} d="M{start[0]:g},{start[1]:g} {curve}" marker-end="url(#arrow)"/>'
+
+
+def _box(name: str, folder: StageFolder, earlier: bool) -> str:
+    x, y = _corner(name)
+    tint = f' style="stroke: var(--{TINTS[name]}); stroke-width: 2"' if name in TINTS else ""
+    time, size = text.duration(folder.seconds), text.size(folder.content_bytes)
+    kind = "box earlier" if earlier else "box"
+    label = escape(LABELS.get(name, name))
+    said = "made earlier, found in the store" if earlier else "made in this run"
+    return (
+        f'<g class="{kind}"><title>{label}: {time}, {size}, {said}</title>'
+        f'<rect x="{x}" y="{y}" width="{WIDE}" height="{HIGH}" rx="7"{tint}/>'
+        f'<text class="name" x="{x + WIDE / 2:g}" y="{y + 22}">{label}</text>'
+        f'<text class="facts" x="{x + WIDE / 2:g}" y="{y + 39}">{time}</text>'
+        f'<text class="facts" x="{x + WIDE / 2:g}" y="{y + 54}">{size}</text></g>'
+    )

@@ -1,0 +1,48 @@
+"""The stages of Gristmill, each declared once. The work is in the rooms below; what is here is its place in the house."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from gristmill.data.dedup import deduplicate
+from gristmill.data.filters import filter_documents
+from gristmill.data.ingest import check_sources, fingerprint_sources
+from gristmill.data.ingest import ingest as ingest_documents
+from gristmill.data.problems import ProblemsConfig, make_problems, problem_files
+from gristmill.data.tokenize import tokenize as tokenize_documents
+from gristmill.flows.report import make_report
+from gristmill.flows.stage import stage
+from gristmill.model.evaluate import evaluate as evaluate_models
+from gristmill.model.hub import export as export_model
+from gristmill.model.pretrain import pretrain as pretrain_model
+from gristmill.model.rl.grpo import reinforce
+from gristmill.model.sft import fine_tune
+
+
+def _problem_sources(config: ProblemsConfig) -> dict[str, str]:
+    return {f: hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in problem_files(config)}
+
+
+def _check_problems(config: ProblemsConfig) -> None:
+    for file in problem_files(config):
+        if not Path(file).is_file():
+            raise ValueError(f"problems file {file!r} does not exist: correct problems.train_file or problems.test_file")
+
+
+ingest = stage("ingest", version=1, title="Documents from sources", sources=fingerprint_sources, check=check_sources)(
+    ingest_documents
+)
+problems = stage(
+    "problems", version=1, title="Problems and chains of thought", sources=_problem_sources, check=_check_problems
+)(make_problems)
+dedup = stage("dedup", version=1, title="Exact and near-duplicate removal")(deduplicate)
+filter_ = stage("filter", version=1, title="Quality filters")(filter_documents)
+tokenize = stage("tokenize", version=1, title="Tokenizer and token shards")(tokenize_documents)
+pretrain = stage("pretrain", version=1, title="Pretraining of the base model")(pretrain_model)
+cold_start = stage("cold_start", version=1, title="Cold start: fine-tuning on chains of thought")(fine_tune)
+rl_zero = stage("rl_zero", version=1, title="R1-Zero: reinforcement learning from the base")(reinforce)
+rl = stage("rl", version=1, title="Reinforcement learning from the cold start")(reinforce)
+evaluate = stage("evaluate", version=1, title="Evaluation on held-out problems")(evaluate_models)
+export = stage("export", version=1, title="Export to Hugging Face")(export_model)
+report = stage("report", version=1, title="Report")(make_report)

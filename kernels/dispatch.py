@@ -1,0 +1,59 @@
+"""Which implementation of an operation runs: chosen by device, counted, and said aloud where it is a fallback."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+
+log = logging.getLogger("gristmill.kernels")
+_counts: Counter[tuple[str, str]] = Counter()
+_reference: ContextVar[bool] = ContextVar("gristmill_kernels_reference", default=False)
+_said: set[tuple[str, str]] = set()
+
+
+def chosen(operation: str, x: Tensor) -> str:
+    """`gpu`, `cpu` or `reference` for an operation on x; the choice is counted."""
+    if _reference.get():
+        picked = "reference"
+    elif x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("GRISTMILL_KERNELS") == "gpu":
+        picked = "gpu"
+    elif x.device.type == "cpu":
+        picked = "cpu"
+    else:
+        picked = "reference"
+        if (operation, x.device.type) not in _said:
+            _said.add((operation, x.device.type))
+            log.warning("%s has no implementation for device %s: the reference runs", operation, x.device.type)
+    _counts[operation, picked] += 1
+    return picked
+
+
+@contextmanager
+def use_reference() -> Iterator[None]:
+    """Within it every operation runs as its reference."""
+    token = _reference.set(True)
+    try:
+        yield
+    finally:
+        _reference.reset(token)
+
+
+def report() -> dict[str, dict[str, int]]:
+    """How often each implementation of each operation ran in this process."""
+    said: dict[str, dict[str, int]] = {}
+    for (operation, picked), count in sorted(_counts.items()):
+        said.setdefault(operation, {})[picked] = count
+    return said
+
+
+def require(holds: bool, error: type[Exception], what: str, got: Any, wanted: Any) -> None:
+    """Raise `error` naming the argument, what was given and what is wanted, unless the condition holds."""
+    if not holds:
+        raise error(f"{what} is {got}; wanted {wanted}")
