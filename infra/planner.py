@@ -92,14 +92,14 @@ class MemoryEstimate:
 
 
 @cache
-def load_hardware(path: Path = TABLE) -> tuple[Device, ...]:
-    """The devices of a hardware table.
+def load_hardware(path: Path = TABLE) -> dict[str, Device]:
+    """The devices of a hardware table by name, in its order.
 
     Raises:
         HardwareError: a row lacks a field, has one too many, or a number is not positive.
     """
     table: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return tuple(_device(row, path) for row in table["devices"])
+    return {device.name: device for device in (_device(row, path) for row in table["devices"])}
 
 
 def _device(row: dict[str, Any], path: Path) -> Device:
@@ -125,7 +125,7 @@ def find_device(name: str, path: Path = TABLE) -> Device:
     Raises:
         HardwareError: there is none; the nearest name is suggested.
     """
-    devices = load_hardware(path)
+    devices = load_hardware(path).values()
     known = {label.lower(): device for device in devices for label in (device.name, *device.aliases)}
     asked = name.lower().strip()
     if asked in known:

@@ -28,7 +28,7 @@ def card_markdown(manifest: dict[str, Any], folder: Path) -> str:
     """
     stage = StageFolder(str(manifest.get("stage", folder.name)), folder, manifest)
     parts = [
-        f"# {_title(stage.name)}",
+        f"# {_escaped_title(stage)}",
         _summary(stage),
         *_metrics(stage.metrics),
         *[part for extra in EXTRAS.get(stage.name, ()) for part in extra(stage)],
@@ -40,6 +40,11 @@ def card_markdown(manifest: dict[str, Any], folder: Path) -> str:
         *_settings("Environment", stage.environment),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _escaped_title(stage: StageFolder) -> str:
+    title = stage.manifest.get("title")
+    return text.cell(title) if title else _title(stage.name)
 
 
 def _title(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The hand in which cards and report are drawn: colours, type, small charts, and how a figure leaves for a page.
+"""The hand in which cards and report are drawn: colours, type, small charts, and a figure's way to a page.
 
 Colours are Okabe and Ito's, told apart by every common kind of colour vision; each model keeps its colour
 everywhere. Figures are made without pyplot, so nothing global is touched, and matplotlib is imported when the
@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,11 +81,11 @@ def house_style() -> Any:
     """The context in which every figure is drawn and saved."""
     import matplotlib
 
-    return matplotlib.rc_context(_STYLE)
+    return matplotlib.rc_context(cast(Any, _STYLE))
 
 
 def panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` axes in rows of `columns`, each about `width` × `height` inches; call in `house_style`."""
+    """A figure of `count` axes in rows of `columns`, each `width` × `height` inches; in `house_style`."""
     from matplotlib.figure import Figure
 
     columns = min(columns, count)
@@ -101,13 +101,13 @@ def panels(count: int, columns: int, width: float, height: float) -> tuple[Figur
 def line(
     ax: Axes, xs: Sequence[float], ys: Sequence[float], colour: str, smooth: int = 1, **more: Any
 ) -> None:
-    """A curve: its points where they are few; where `smooth` > 1, a running mean over the raw curve in a light line."""
+    """A curve: its points where they are few; a running mean over the raw, light one where `smooth` > 1."""
     if not xs:
         return
     if len(xs) <= FEW:
         ax.plot(xs, ys, color=colour, marker="o", markersize=4, **more)
         return
-    if smooth <= 1:
+    if smooth <= 1 or min(ys) == max(ys):
         ax.plot(xs, ys, color=colour, **more)
         return
     ax.plot(xs, ys, color=colour, linewidth=0.7, alpha=0.35)
@@ -115,13 +115,10 @@ def line(
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of about `window` values around each place (of fewer, but evenly, towards both ends)."""
-    sums = [0.0, *itertools.accumulate(values)]
-    means = []
-    for i in range(len(values)):
-        half = min(window // 2, i, len(values) - 1 - i)
-        means.append((sums[i + half + 1] - sums[i - half]) / (2 * half + 1))
-    return means
+    """The mean of about `window` values around each place; of those there are, towards both ends."""
+    sums, half = [0.0, *itertools.accumulate(values)], window // 2
+    spans = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
 
 
 def smoothing(points: int) -> int:
@@ -175,7 +172,7 @@ def bars(
 def heat_map(
     ax: Axes, shares: Sequence[Sequence[float]], steps: Sequence[int], colours: str = "PuOr_r"
 ) -> Any:
-    """Load of experts (rows) over time (columns), as multiples of a fair share: 1 is pale, 0 and 2 are the ends."""
+    """Load of experts (rows) over time (columns) in fair shares: 1 is pale, 0 and 2 are the ends."""
     experts = len(shares[0])
     relative = [[column[e] * experts for column in shares] for e in range(experts)]
     image = ax.imshow(
@@ -191,7 +188,7 @@ def heat_map(
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The figure as inline SVG: its text is text, its colours are the page's variables, its ids carry `name`."""
+    """The figure as inline SVG: text is text, colours are the page's variables, ids carry `name`."""
     buffer = io.StringIO()
     with house_style():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)

@@ -1,4 +1,4 @@
-"""What the card of a stage shows beyond what every card has: stage name → functions from its folder to Markdown."""
+"""What the card of a stage shows beyond every card: stage name → functions from its folder to Markdown."""
 
 from __future__ import annotations
 

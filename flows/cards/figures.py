@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from gristmill.flows.cards import charts
 from gristmill.flows.cards.charts import MODEL_NAMES, PALETTE
@@ -39,7 +39,7 @@ def accuracy(results: Sequence[Row]) -> Figure | None:
                 ends.append(row["cons"])
             text = f"{row['pass1']:.3f}  [{low:.3f}, {high:.3f}]"
             ax.annotate(text, (max(ends), place), xytext=(9, 0), textcoords="offset points", va="center")
-        ax.set_yticks(places, [MODEL_NAMES.get(r["model"], r["model"]) for r in shown])
+        ax.set_yticks(places, [MODEL_NAMES.get(str(r["model"]), str(r["model"])) for r in shown])
         ax.tick_params(axis="y", labelcolor=PALETTE["ink"], labelsize=9)
         ax.set_xlim(0, 1.5)
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25%", "50%", "75%", "100%"])
@@ -63,7 +63,7 @@ def training_loss(rows: Sequence[Row], title: str, colour: str = PALETTE["base"]
 
 
 def bits_per_byte(rows: Sequence[Row], unigram: float | None) -> Figure | None:
-    """Held-out bits per byte over the steps, against what a model that knows token frequencies alone would need."""
+    """Held-out bits per byte over the steps, against those of a model that knows token frequencies alone."""
     steps, values = curve(list(rows), "held_out_bpb")
     if not steps:
         return None
@@ -119,7 +119,7 @@ def expert_loads(rows: Sequence[Row]) -> Figure | None:
         layers = [layers[i * (len(layers) - 1) // (MOST_LAYERS - 1)] for i in range(MOST_LAYERS)]
     with charts.house_style():
         figure, axes = charts.panels(len(layers), 1, WIDTH, 1.45)
-        image = None
+        image: Any = None
         for ax, layer in zip(axes, layers, strict=True):
             own = sorted((r for r in rows if r["layer"] == layer), key=lambda r: r["step"])
             image = charts.heat_map(ax, [r["load"] for r in own], [r["step"] + 1 for r in own])
@@ -133,16 +133,16 @@ def expert_loads(rows: Sequence[Row]) -> Figure | None:
 
 
 def rl_curve(
-    runs: dict[str, Sequence[Row]], name: str, title: str, unit: str, small: bool = False
+    runs: Mapping[str, Sequence[Row]], name: str, title: str, unit: str, small: bool = False
 ) -> Figure | None:
-    """One number of one or two RL runs (by model name) against the step; a running mean over the raw curve."""
+    """One number of RL runs (by model name) against the step; a running mean over the raw curve."""
     with charts.house_style():
         figure, (ax,) = charts.panels(1, 1, *((3.2, 2.0) if small else (WIDTH, HEIGHT)))
         _draw_rl(ax, runs, name, title, unit)
     return figure if ax.lines else None
 
 
-def rl_overview(runs: dict[str, Sequence[Row]]) -> Figure:
+def rl_overview(runs: Mapping[str, Sequence[Row]]) -> Figure:
     """Reward and thought length of RL runs side by side."""
     with charts.house_style():
         figure, (left, right) = charts.panels(2, 2, 3.9, 2.6)
@@ -152,7 +152,7 @@ def rl_overview(runs: dict[str, Sequence[Row]]) -> Figure:
 
 
 def shares_by_model(shares: dict[str, dict[str, float]]) -> Figure | None:
-    """Stacked bars: how large a share of the thoughts of each kind of text is thorough, hasty, guessed, or other."""
+    """Stacked bars: the shares of thorough, hasty, guessed and other thoughts, a bar a model."""
     if not shares:
         return None
     with charts.house_style():
@@ -209,7 +209,7 @@ def small_multiples(rows: Sequence[Row], most: int = 9) -> Figure | None:
     return figure
 
 
-def _draw_rl(ax: Axes, runs: dict[str, Sequence[Row]], name: str, title: str, unit: str) -> None:
+def _draw_rl(ax: Axes, runs: Mapping[str, Sequence[Row]], name: str, title: str, unit: str) -> None:
     ends, every = [], []
     for model, rows in runs.items():
         steps, values = curve(list(rows), name)
@@ -249,4 +249,4 @@ def _label(ax: Axes, title: str, unit: str, steps: Sequence[float]) -> None:
         ax.set_xlim(min(steps) - 1, max(steps) + 1)
         ax.set_xticks([min(steps)])
     else:
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.locator_params(axis="x", integer=True)

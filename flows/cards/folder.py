@@ -7,14 +7,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class StageFolder:
-    """The folder of one finished stage and what its manifest says; a folder without a manifest says nothing."""
+    """The folder of one finished stage and what its manifest says; without a manifest it says nothing."""
 
     name: str
     path: Path
@@ -49,7 +49,7 @@ class StageFolder:
         return sum(f["bytes"] for f in self.manifest.get("files", []) if f.get("content", True))
 
     def rows(self, name: str, limit: int | None = None) -> list[Row]:
-        """The first `limit` rows of a JSON-lines file (compressed where its name ends in .zst); none without it."""
+        """The first `limit` rows of a JSON-lines file (compressed where it ends in .zst); none without it."""
         file = self.path / name
         return list(_first(_rows(file), limit)) if file.exists() else []
 
@@ -89,6 +89,6 @@ def curve(rows: list[Row], name: str) -> tuple[list[float], list[float]]:
     return [float(p[0]) for p in points], [float(p[1]) for p in points]
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value of a row or of the metrics is a number (a truth value is none)."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -52,7 +52,7 @@ def make_report(
     *,
     progress: Progress,
 ) -> Metrics:
-    """Write `out/report.json` (numbers that depend on nothing but the inputs' content) and `out/view/report.html`.
+    """Write `out/report.json` (numbers that depend on the inputs' content alone) and `out/view/report.html`.
 
     Each input is the folder of a finished stage with its manifest.json; what one of them lacks is named on
     the page and in `report.json` under `absent`. The page shows times, so it lies in view/ and is no content.

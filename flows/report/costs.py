@@ -1,4 +1,4 @@
-"""What the run took and what it would cost: measured times, and estimates from the hardware table, marked as such."""
+"""What the run took and what it would cost: measured times, and estimates from the hardware table."""
 
 from __future__ import annotations
 
@@ -73,13 +73,14 @@ def elsewhere(flops: float) -> list[tuple[Device, Estimate]]:
 
 def _stage(folder: StageFolder) -> StageCost:
     environment, seconds = folder.environment, float(folder.seconds or 0.0)
-    described = str(environment.get("device") or "cpu")
+    ledger = folder.manifest.get("ledger") or {}
+    described = str(ledger.get("device") or environment.get("hardware") or environment.get("device") or "cpu")
     tokens, flops = folder.metrics.get("tokens"), folder.metrics.get("flops")
     try:
         device = find_device(described)
     except HardwareError:
         device = None
-    count = _count(environment, device)
+    count = int(ledger.get("devices") or _count(environment, device))
     return StageCost(
         folder.name,
         seconds,
@@ -93,11 +94,10 @@ def _stage(folder: StageFolder) -> StageCost:
 
 
 def _count(environment: Mapping[str, Any], device: Device | None) -> int:
-    """Accelerators, or cores: ranks times threads (or workers, for stages on Dask)."""
+    """Accelerators, or cores: ranks times threads."""
     ranks = int(environment.get("ranks") or 1)
-    if device is not None and device.kind == "core":
-        return ranks * max(int(environment.get("threads") or 1), int(environment.get("workers") or 1))
-    return ranks
+    cores = device is not None and device.kind == "core"
+    return ranks * int(environment.get("threads") or 1) if cores else ranks
 
 
 def made_earlier(folders: Mapping[str, StageFolder], gap_seconds: float = 120.0) -> set[str]:
@@ -126,7 +126,7 @@ def _timestamp(value: object) -> float | None:
     from datetime import datetime
 
     if is_number(value):
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
     if isinstance(value, str):
         try:
             return datetime.fromisoformat(value.replace("Z", "+00:00")).timestamp()

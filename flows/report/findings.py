@@ -122,7 +122,7 @@ def _corpus(folders: Folders) -> dict[str, Any]:
         documents = metrics.get("documents_out", metrics.get("documents"))
         if is_number(documents):
             steps.append({"stage": name, "documents": documents, "bytes": _bytes(metrics)})
-    removed = {n: t for n in ("dedup", "filter") if (t := removal_tables(folders[n].metrics))}
+    removed: dict[str, Any] = {n: t for n in ("dedup", "filter") if (t := removal_tables(folders[n].metrics))}
     if "filter" not in removed and (reasons := _reasons(folders["filter"])):
         removed["filter"] = {"reason": reasons}
     return {"funnel": steps, "removed": removed, "tokenize": folders["tokenize"].metrics}
@@ -144,7 +144,7 @@ def _reasons(stage: StageFolder) -> dict[str, int]:
 
 
 def _unigram(folders: Folders) -> float | None:
-    """Bits per byte of token frequencies: as pretraining measured it, else from the token shards, else tokenizing's."""
+    """Bits per byte of token frequencies: pretraining's, else from the token shards, else tokenizing's."""
     if is_number(value := folders["pretrain"].metrics.get(UNIGRAM)):
         return float(value)
     mixture = folders["pretrain"].config.get("mixture") or {}

@@ -135,7 +135,7 @@ def _environment(folders: Mapping[str, StageFolder]) -> dict[str, list[tuple[str
     """For each fact of the environment its values, each with the stages it holds for."""
     facts: dict[str, dict[str, list[str]]] = {}
     for name, folder in folders.items():
-        said = {**folder.environment, "gristmill": folder.manifest.get("code_version")}
+        said = {**_flat(folder.environment), "gristmill": folder.manifest.get("code_version")}
         for fact, value in said.items():
             if value is not None:
                 facts.setdefault(fact, {}).setdefault(text.number(value), []).append(name)

@@ -33,9 +33,9 @@ WIDE, HIGH, ACROSS, DOWN = 104, 64, 128, 88
 def diagram(folders: Mapping[str, StageFolder], earlier: set[str]) -> str:
     """Inline SVG of the stages that have a place; stages of an earlier run are drawn pale."""
     shown = {name: folder for name, folder in folders.items() if name in PLACES and folder.manifest}
-    width = 7 * ACROSS + WIDE + 4
+    width, height = 7 * ACROSS + WIDE + 4, 2 * DOWN + HIGH + 4
     parts = [
-        f'<svg role="img" aria-label="The pipeline" class="pipeline" viewBox="0 0 {width} {2 * DOWN + HIGH + 4}">',
+        f'<svg role="img" aria-label="The pipeline" class="pipeline" viewBox="0 0 {width} {height}">',
         '<defs><marker id="arrow" viewBox="0 0 6 6" refX="5.4" refY="3" markerWidth="6" markerHeight="6" '
         'orient="auto"><path d="M0,0.6 L5.4,3 L0,5.4 z"/></marker></defs>',
     ]

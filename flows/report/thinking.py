@@ -1,4 +1,4 @@
-"""How a model thinks, told from what it wrote: which of the cold start's ways each thought follows, and how often it is right.
+"""How a model thinks, told from what it wrote: the ways its thoughts follow, and how often each was right.
 
 A way is told by the number of lines alone, against the number of steps of the problem: every step on a line
 is thorough, two steps a line is hasty, none is a guess, any other number is other. Whether the lines are
@@ -54,7 +54,7 @@ def cold_start_data(problems: StageFolder) -> dict[str, Any] | None:
 
 
 def models(evaluate: StageFolder, problems: StageFolder, names: Iterable[str]) -> dict[str, Any]:
-    """For each model its responses' ways of thinking (shares) and how often each way was right; empty without answers."""
+    """For each model its responses' ways of thinking, and how often each was right; empty without answers."""
     terms = {row["id"]: int(row.get("terms") or 0) for row in problems.each("test.jsonl")}
     found = {}
     for name in names:

@@ -15,7 +15,7 @@ CHUNK = 1 << 20
 
 
 class Stream(Protocol):
-    """What is asked of a token stream: its length in tokens, its tokens, and the bytes of text they stand for."""
+    """What is asked of a token stream: its length, its tokens, and the bytes of text they stand for."""
 
     bytes: int
 
@@ -25,7 +25,7 @@ class Stream(Protocol):
 
 
 def unigram_bits_per_byte(tokenized: Path, mixture: Mapping[str, float]) -> float | None:
-    """Held-out bits per byte of token frequencies, for the shards in `tokenized/tokens`; none where there are none.
+    """Held-out bits per byte of token frequencies, for the shards in `tokenized/tokens`; none without shards.
 
     `mixture` is that of pretraining: a weight a source, or empty for sources by their size.
     """

@@ -33,9 +33,11 @@ def headline(found: Mapping[str, Any]) -> str:
     length = thought_growth(results)
     grew = ""
     if length and abs(length - 1) >= 0.05:
-        grew = f", and its thoughts became {length:.2g} times as long" if length > 1 else (
-            f", and its thoughts shrank to {length:.0%} of their length"
-        )  # fmt: skip
+        grew = (
+            f", and its thoughts became {length:.2g} times as long"
+            if length > 1
+            else (f", and its thoughts shrank to {length:.0%} of their length")
+        )
     return f"{said}: {before:.1%} after the cold start, {after:.1%} after RL{grew}."
 
 
@@ -55,8 +57,8 @@ def protocol(found: Mapping[str, Any], config: Mapping[str, Any], metrics: Mappi
             f"{'was' if seen == 1 else 'were'} found there {'was' if seen == 1 else 'were'} left out."
         )
     return (
-        f"{problems:,} held-out problems, k = {k} sample{'s' if k > 1 else ''} each{heat}. Pass@1 is the mean over "
-        f"samples and problems; the lines across the bars are 95% intervals over problems.{left_out}"
+        f"{problems:,} held-out problems, k = {k} sample{'s' if k > 1 else ''} each{heat}. Pass@1 is the "
+        f"mean over samples and problems; lines across bars are 95% intervals over problems.{left_out}"
     )
 
 
@@ -166,11 +168,12 @@ def _told(config: Mapping[str, Any]) -> str:
 
 def lessons(found: Mapping[str, Any]) -> str:
     """What the base model had already read of such problems, where the corpus is counted by kind."""
-    for table in found["stages"].get("ingest", {}).get("metrics", {}).values():
-        if isinstance(table, dict) and table.get("lessons"):
+    for name, table in found["stages"].get("ingest", {}).get("metrics", {}).items():
+        of_text = any(unit in name for unit in ("bytes", "characters", "tokens"))
+        if isinstance(table, dict) and table.get("lessons") and not of_text:
             total = sum(v for v in table.values() if isinstance(v, int))
             return (
-                f"The base model did not start from nothing: {table['lessons']:,} of the {total:,} ingested documents "
-                f"are generated lessons with worked problems, which show all of these ways of thinking."
+                f"The base model did not start from nothing: {table['lessons']:,} of the {total:,} ingested "
+                f"documents are generated lessons with worked problems, which show all these ways."
             )
     return ""

@@ -13,8 +13,19 @@ import zstandard
 
 from gristmill.data.arithmetic import draw_chain, generator, question, thought
 
-STAGES = ("ingest", "problems", "dedup", "filter", "tokenize", "pretrain", "cold_start", "rl_zero", "rl",
-          "evaluate", "export")  # fmt: skip
+STAGES = (
+    "ingest",
+    "problems",
+    "dedup",
+    "filter",
+    "tokenize",
+    "pretrain",
+    "cold_start",
+    "rl_zero",
+    "rl",
+    "evaluate",
+    "export",
+)
 INPUTS = {
     "ingest": {},
     "problems": {},
@@ -25,10 +36,17 @@ INPUTS = {
     "cold_start": {"model": "pretrain", "problems": "problems", "tokenizer": "tokenize"},
     "rl_zero": {"model": "pretrain", "problems": "problems", "tokenizer": "tokenize"},
     "rl": {"model": "cold_start", "problems": "problems", "tokenizer": "tokenize"},
-    "evaluate": {"problems": "problems", "tokenizer": "tokenize", "documents": "filter", "base": "pretrain",
-                 "cold_start": "cold_start", "zero": "rl_zero", "rl": "rl"},
+    "evaluate": {
+        "problems": "problems",
+        "tokenizer": "tokenize",
+        "documents": "filter",
+        "base": "pretrain",
+        "cold_start": "cold_start",
+        "zero": "rl_zero",
+        "rl": "rl",
+    },
     "export": {"model": "rl", "tokenizer": "tokenize"},
-}  # fmt: skip
+}
 SECONDS = dict(zip(STAGES, (9.4, 0.6, 14.2, 21.7, 8.8, 176.0, 84.0, 71.0, 168.0, 46.0, 5.1), strict=True))
 # Of each model: shares of thorough, hasty, guess, other thoughts.
 WAYS = {
@@ -43,25 +61,34 @@ RIGHT = {"thorough": 0.93, "hasty": 0.62, "guess": 0.14, "other": 0.03}
 def make_run(
     root: Path, *, steps: int = 40, problems: int = 40, samples: int = 4, removed: bool = True
 ) -> dict[str, Path]:
-    """Folders of every stage under `root`, by name; `steps` of every curve, and nothing removed where so asked."""
+    """Folders of every stage under `root`, by name, with `steps` of every curve."""
     folders = {name: root / name for name in STAGES}
     for folder in folders.values():
         folder.mkdir(parents=True)
     metrics = {
-        "ingest": {"documents_out": 5230, "bytes_out": 13_400_000,
-                   "kinds": {"code": 2210, "prose": 1420, "lessons": 1600}},
+        "ingest": {
+            "documents_out": 5230,
+            "bytes_out": 13_400_000,
+            "kinds": {"code": 2210, "prose": 1420, "lessons": 1600},
+        },
         "problems": _problems(folders["problems"], problems),
         "dedup": _dedup(folders["dedup"], removed),
         "filter": _filter(folders["filter"], removed),
-        "tokenize": {"documents_out": 4511, "tokens": 4_080_000, "held_out_tokens": 81_000, "vocab_size": 2048,
-                     "bytes_per_token": 2.91, "unigram_bpb": 2.94},
+        "tokenize": {
+            "documents_out": 4511,
+            "tokens": 4_080_000,
+            "held_out_tokens": 81_000,
+            "vocab_size": 2048,
+            "bytes_per_token": 2.91,
+            "unigram_bpb": 2.94,
+        },
         "pretrain": _pretrain(folders["pretrain"], steps),
         "cold_start": _cold_start(folders["cold_start"], steps),
         "rl_zero": _reinforce(folders["rl_zero"], steps, (0.1, 0.62), (22, 27)),
         "rl": _reinforce(folders["rl"], steps, (0.62, 0.98), (13, 25)),
         "evaluate": _evaluate(folders["evaluate"], folders["problems"], samples),
         "export": {"parameters": 1_412_000, "largest_difference": 2.1e-6},
-    }  # fmt: skip
+    }
     started = 1_790_000_000.0
     for name in STAGES:
         write_manifest(folders[name], name, metrics[name], started)
@@ -75,26 +102,41 @@ def write_manifest(folder: Path, name: str, metrics: dict[str, Any], started: fl
     manifest = {
         "format": 1,
         "stage": name,
+        "title": name.replace("_", " ").capitalize(),
         "key": f"{name:0<32}".replace("_", "a"),
         "version": 1,
-        "config": {"steps": 3, "nested": {"a": 1}} if name != "rl" else {
-            "steps": 3, "rewards": {"accuracy": 1.0, "format": 0.1, "language": 0.05}},
+        "config": {"steps": 3, "nested": {"a": 1}}
+        if name != "rl"
+        else {"steps": 3, "rewards": {"accuracy": 1.0, "format": 0.1, "language": 0.05}},
         "seed": 7,
         "inputs": {k: {"stage": v, "key": f"{v:0<32}".replace("_", "a")} for k, v in INPUTS[name].items()},
         "sources": {},
-        "files": [{"path": p.relative_to(folder).as_posix(), "bytes": p.stat().st_size, "sha256": "0" * 64,
-                   "content": not p.relative_to(folder).as_posix().startswith(("log/", "view/"))} for p in files],
+        "files": [
+            {
+                "path": p.relative_to(folder).as_posix(),
+                "bytes": p.stat().st_size,
+                "sha256": "0" * 64,
+                "content": not p.relative_to(folder).as_posix().startswith(("log/", "view/")),
+            }
+            for p in files
+        ],
         "metrics": metrics,
         "content_hash": "c" * 64,
         "fingerprint": "f" * 64,
-        "environment": {"python": "3.11.9", "torch": "2.13.0", "device": "cpu", "threads": 2, "ranks": 1,
-                        "platform": "Linux x86_64"},
+        "environment": {
+            "python": "3.11.9",
+            "torch": "2.13.0",
+            "device": "cpu",
+            "threads": 2,
+            "ranks": 1,
+            "platform": "Linux x86_64",
+        },
         "started": started,
         "seconds": SECONDS[name],
         "device_hours": SECONDS[name] / 3600,
         "code_version": "0.1.0",
         "attempts": 1,
-    }  # fmt: skip
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
@@ -125,22 +167,31 @@ def _problems(folder: Path, count: int) -> dict[str, Any]:
     write_rows(folder / "cold_start.jsonl", [row("cold_start", i) for i in range(60)])
     write_rows(folder / "train.jsonl", [row("train", i) for i in range(8)])
     write_rows(folder / "test.jsonl", [row("test", i) for i in range(count)])
-    return {"cold_start_problems": 60, "train_problems": 8, "test_problems": count,
-            "styles": {"thorough": 20, "hasty": 20, "guess": 20}}  # fmt: skip
+    return {
+        "cold_start_problems": 60,
+        "train_problems": 8,
+        "test_problems": count,
+        "styles": {"thorough": 20, "hasty": 20, "guess": 20},
+    }
 
 
 PAIR = (
-    "def closing(thing):\n    '''Context manager that closes a thing at the end of the block, even when the block "
-    "raises an exception in between.'''\n    return _Closing(thing)"
+    "def closing(thing):\n    '''Context manager that closes a thing at the end of the block, even when the "
+    "block raises an exception in between.'''\n    return _Closing(thing)"
 )
 
 
 def _dedup(folder: Path, removed: bool) -> dict[str, Any]:
     pairs = [
-        {"kept": "stdlib/contextlib.py/3", "removed": f"stdlib/test{i}.py/1", "jaccard": 0.94 - i / 50,
-         "kept_text": PAIR, "removed_text": PAIR.replace("thing", "file")}
+        {
+            "kept": "stdlib/contextlib.py/3",
+            "removed": f"stdlib/test{i}.py/1",
+            "jaccard": 0.94 - i / 50,
+            "kept_text": PAIR,
+            "removed_text": PAIR.replace("thing", "file"),
+        }
         for i in range(3)
-    ]  # fmt: skip
+    ]
     write_rows(folder / "samples.jsonl", pairs if removed else [])
     gone = {"exact": 141, "near": 322} if removed else {"exact": 0, "near": 0}
     return {
@@ -159,14 +210,20 @@ def _filter(folder: Path, removed: bool) -> dict[str, Any]:
         "language": 33,
         "bullet lines": 0,
     }
-    rows = [{"id": f"stdlib/{i}", "reason": r, "text": "-- -- --\n" * 6, "metadata": {"source": "stdlib"}}
-            for i, r in enumerate(reasons)]  # fmt: skip
+    rows = [
+        {"id": f"stdlib/{i}", "reason": r, "text": "-- -- --\n" * 6, "metadata": {"source": "stdlib"}}
+        for i, r in enumerate(reasons)
+    ]
     write_rows(folder / "samples.jsonl", rows if removed else [])
     write_rows(folder / "removed" / "00000.jsonl.zst", rows if removed else [])
     if not removed:
         reasons = dict.fromkeys(reasons, 0)
-    return {"documents_in": 4767, "documents_out": 4767 - sum(reasons.values()), "bytes_out": 12_100_000,
-            "reasons": reasons}  # fmt: skip
+    return {
+        "documents_in": 4767,
+        "documents_out": 4767 - sum(reasons.values()),
+        "bytes_out": 12_100_000,
+        "reasons": reasons,
+    }
 
 
 def _pretrain(folder: Path, steps: int) -> dict[str, Any]:
@@ -174,9 +231,16 @@ def _pretrain(folder: Path, steps: int) -> dict[str, Any]:
     for step in range(steps):
         through = step / max(1, steps - 1)
         loss = 3.1 + 4.5 * math.exp(-6 * through) + rng.normal(0, 0.05)
-        row = {"step": step, "loss": loss * 1.3, "main_loss": loss, "mtp_loss": loss + 0.6, "balance_loss": 4e-4,
-               "grad_norm": 0.6 + rng.random() / 5, "learning_rate": 3e-3 * (1 - through),
-               "load_violation": 0.9 * math.exp(-3 * through) + rng.random() / 10}  # fmt: skip
+        row = {
+            "step": step,
+            "loss": loss * 1.3,
+            "main_loss": loss,
+            "mtp_loss": loss + 0.6,
+            "balance_loss": 4e-4,
+            "grad_norm": 0.6 + rng.random() / 5,
+            "learning_rate": 3e-3 * (1 - through),
+            "load_violation": 0.9 * math.exp(-3 * through) + rng.random() / 10,
+        }
         if step % max(1, steps // 5) == 0 or step == steps - 1:
             row["held_out_bpb"] = 1.6 + 2.4 * math.exp(-5 * through)
         curves.append(row)
@@ -186,13 +250,28 @@ def _pretrain(folder: Path, steps: int) -> dict[str, Any]:
                 loads.append({"step": step, "layer": layer, "load": [round(float(v), 5) for v in skew]})
     write_rows(folder / "curves.jsonl", curves)
     write_rows(folder / "expert_load.jsonl", loads)
-    return {"parameters": 1_412_000, "active_parameters": 803_000, "tokens": 1_638_400, "flops": 9_380_000_000_000,
-            "steps": steps, "loss": 3.1, "held_out_bpb": 1.6}  # fmt: skip
+    return {
+        "parameters": 1_412_000,
+        "active_parameters": 803_000,
+        "tokens": 1_638_400,
+        "flops": 9_380_000_000_000,
+        "steps": steps,
+        "loss": 3.1,
+        "held_out_bpb": 1.6,
+    }
 
 
 def _cold_start(folder: Path, steps: int) -> dict[str, Any]:
-    rows = [{"step": s, "loss": 0.3 + 2 * math.exp(-5 * s / steps), "main_loss": 0.3 + 2 * math.exp(-5 * s / steps),
-             "grad_norm": 0.4, "learning_rate": 1e-3} for s in range(steps)]  # fmt: skip
+    rows = [
+        {
+            "step": s,
+            "loss": 0.3 + 2 * math.exp(-5 * s / steps),
+            "main_loss": 0.3 + 2 * math.exp(-5 * s / steps),
+            "grad_norm": 0.4,
+            "learning_rate": 1e-3,
+        }
+        for s in range(steps)
+    ]
     write_rows(folder / "curves.jsonl", rows)
     write_rows(folder / "samples.jsonl", [{"question": "3+4=?", "thought": "3+4=7", "final": "7"}])
     return {"conversations": 60, "tokens": 820_000, "flops": 4_100_000_000_000, "steps": steps, "loss": 0.3}
@@ -204,10 +283,22 @@ def _reinforce(folder: Path, steps: int, reward: tuple, length: tuple) -> dict[s
         rise = 1 - math.exp(-4 * step / max(1, steps - 1))
         now = reward[0] + (reward[1] - reward[0]) * rise + rng.normal(0, 0.03)
         long = length[0] + (length[1] - length[0]) * rise + rng.normal(0, 0.6)
-        rows.append({"step": step, "reward": now + 0.1, "accuracy": min(1.0, max(0.0, now)), "format": 0.9 + rise / 10,
-                     "response_length": long + 4, "thought_length": long, "entropy": 0.5 - 0.3 * rise, "kl": 0.0,
-                     "clip_fraction": 0.01, "grad_norm": 0.3, "learning_rate": 2e-4,
-                     "groups_kept": int(20 - 8 * rise)})  # fmt: skip
+        rows.append(
+            {
+                "step": step,
+                "reward": now + 0.1,
+                "accuracy": min(1.0, max(0.0, now)),
+                "format": 0.9 + rise / 10,
+                "response_length": long + 4,
+                "thought_length": long,
+                "entropy": 0.5 - 0.3 * rise,
+                "kl": 0.0,
+                "clip_fraction": 0.01,
+                "grad_norm": 0.3,
+                "learning_rate": 2e-4,
+                "groups_kept": int(20 - 8 * rise),
+            }
+        )
     write_rows(folder / "curves.jsonl", rows)
     return {"steps": steps, "tokens": 900_000, "flops": 5_600_000_000_000, "reward": rows[-1]["reward"]}
 
@@ -222,21 +313,39 @@ def _evaluate(folder: Path, problems: Path, samples: int) -> dict[str, Any]:
         shown[model] = rows
         each = np.array([sum(r["right"]) / samples for r in rows])
         half = 1.96 * each.std() / math.sqrt(len(each))
-        results.append({
-            "model": model, "pass1": round(float(each.mean()), 5), "pass1_low": round(float(each.mean() - half), 5),
-            "pass1_high": round(float(each.mean() + half), 5), "cons": round(float((each >= 0.5).mean()), 5),
-            "k": samples, "problems": len(asked), "format": 0.97,
-            "thought_length": round(float(np.mean([r["thought_lengths"] for r in rows])), 4),
-            "response_length": round(float(np.mean([r["response_lengths"] for r in rows])), 4),
-        })  # fmt: skip
+        results.append(
+            {
+                "model": model,
+                "pass1": round(float(each.mean()), 5),
+                "pass1_low": round(float(each.mean() - half), 5),
+                "pass1_high": round(float(each.mean() + half), 5),
+                "cons": round(float((each >= 0.5).mean()), 5),
+                "k": samples,
+                "problems": len(asked),
+                "format": 0.97,
+                "thought_length": round(float(np.mean([r["thought_lengths"] for r in rows])), 4),
+                "response_length": round(float(np.mean([r["response_lengths"] for r in rows])), 4),
+            }
+        )
     write_rows(folder / "results.jsonl", results)
-    write_rows(folder / "samples.jsonl", [
-        {"question": p["question"], "reference": p["answer"].rsplit(" ", 1)[-1],
-         "before": shown["cold_start"][i]["responses"][0], "after": shown["rl"][i]["responses"][0]}
-        for i, p in enumerate(asked[:5])
-    ])  # fmt: skip
-    return {"problems": len(asked), "samples": samples, "seen_in_training": 3,
-            "pass1": {r["model"]: r["pass1"] for r in results}}  # fmt: skip
+    write_rows(
+        folder / "samples.jsonl",
+        [
+            {
+                "question": p["question"],
+                "reference": p["answer"].rsplit(" ", 1)[-1],
+                "before": shown["cold_start"][i]["responses"][0],
+                "after": shown["rl"][i]["responses"][0],
+            }
+            for i, p in enumerate(asked[:5])
+        ],
+    )
+    return {
+        "problems": len(asked),
+        "samples": samples,
+        "seen_in_training": 3,
+        "pass1": {r["model"]: r["pass1"] for r in results},
+    }
 
 
 def _answered(rng: np.random.Generator, problem: dict, shares: tuple, samples: int) -> dict[str, Any]:
@@ -252,6 +361,13 @@ def _answered(rng: np.random.Generator, problem: dict, shares: tuple, samples: i
         responses.append("\n".join(kept) + f"\n</think>\n{final if correct else int(final) + 1}")
         right.append(float(correct))
         thoughts.append(sum(map(len, kept)))
-    return {"id": problem["id"], "reference": final, "responses": responses, "finals": [final] * samples,
-            "right": right, "formed": [1.0] * samples, "thought_lengths": thoughts,
-            "response_lengths": [t + 4 for t in thoughts]}  # fmt: skip
+    return {
+        "id": problem["id"],
+        "reference": final,
+        "responses": responses,
+        "finals": [final] * samples,
+        "right": right,
+        "formed": [1.0] * samples,
+        "thought_lengths": thoughts,
+        "response_lengths": [t + 4 for t in thoughts],
+    }

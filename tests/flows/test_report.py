@@ -1,4 +1,4 @@
-"""The report tells the run as it is: numbers that can be checked, words that follow from them, nothing from outside."""
+"""The report tells the run as it is: numbers that can be checked, words that follow, nothing from outside."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def _fixture() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
         "report_fixture", Path(__file__).with_name("report_fixture.py")
     )
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -101,8 +102,19 @@ def test_page_is_whole_and_needs_nothing_from_outside(run) -> None:
 
 def test_page_has_every_section_and_figure(run) -> None:
     *_, page = run
-    for section in ("result", "pipeline", "corpus", "pretraining", "experts", "reinforcement", "thoughts",
-                    "discovery", "cost", "again", "lineage"):  # fmt: skip
+    for section in (
+        "result",
+        "pipeline",
+        "corpus",
+        "pretraining",
+        "experts",
+        "reinforcement",
+        "thoughts",
+        "discovery",
+        "cost",
+        "again",
+        "lineage",
+    ):
         assert f'id="{section}"' in page
     assert "unigram tokens 2.94" in page
     assert page.count("<svg") >= 14
@@ -156,9 +168,15 @@ def test_a_tiny_run_with_nothing_removed_has_a_report(tmp_path: Path, steps: int
 
 def test_what_is_missing_is_named_and_not_fatal(tmp_path: Path) -> None:
     folders = fixture.make_run(tmp_path, steps=3, problems=4)
-    for gone in ("evaluate/results.jsonl", "evaluate/samples.jsonl", "pretrain/curves.jsonl",
-                 "pretrain/expert_load.jsonl", "rl_zero/curves.jsonl", "rl/curves.jsonl",
-                 "export/manifest.json"):  # fmt: skip
+    for gone in (
+        "evaluate/results.jsonl",
+        "evaluate/samples.jsonl",
+        "pretrain/curves.jsonl",
+        "pretrain/expert_load.jsonl",
+        "rl_zero/curves.jsonl",
+        "rl/curves.jsonl",
+        "export/manifest.json",
+    ):
         (tmp_path / gone).unlink()
     shutil.rmtree(tmp_path / "evaluate" / "answers")
     metrics, numbers, page = report(folders, tmp_path / "report")
@@ -247,8 +265,12 @@ def test_headline_claims_no_more_than_the_interval(low: float, high: float, said
 def test_words_on_ways_of_thinking_follow_the_shares() -> None:
     def model(thorough: float, right: float, responses: int = 400) -> dict[str, Any]:
         count = round(thorough * responses)
-        return {"responses": responses, "shares": {"thorough": thorough}, "right": {"thorough": right, "guess": 0.1},
-                "counts": {"thorough": count, "hasty": 0, "guess": responses - count}}  # fmt: skip
+        return {
+            "responses": responses,
+            "shares": {"thorough": thorough},
+            "right": {"thorough": right, "guess": 0.1},
+            "counts": {"thorough": count, "hasty": 0, "guess": responses - count},
+        }
 
     def said(before: dict, after: dict) -> str:
         return " ".join(words.discovered({"thinking": {"models": {"cold_start": before, "rl": after}}}, {}))
@@ -301,6 +323,28 @@ def test_unigram_follows_the_mixture() -> None:
     # 50,000.
     assert even == pytest.approx(1.0, abs=1e-4)
     assert unigram.bits_per_byte(train, held_out, {}, 2) > 1.5
+
+
+def test_unigram_reads_the_shards_of_a_tokenize_folder(tmp_path: Path) -> None:
+    from gristmill.data.shards import write_index, write_shard
+
+    folder = tmp_path / "tokens"
+    documents = [np.array([0, 1, 2, 3]), np.array([3, 2, 1, 0])]
+    entries = {s: write_shard(folder, s, "a", 0, documents, "uint16") for s in ("train", "held_out")}
+    write_index(folder, 4, "0" * 64, {(s, "a"): ([entry], 24) for s, entry in entries.items()})
+    assert unigram.unigram_bits_per_byte(tmp_path, {"a": 2.0}) == pytest.approx(2 / 3, abs=1e-5)  # rounded
+    assert unigram.unigram_bits_per_byte(tmp_path, {"b": 2.0}) is None
+    assert unigram.unigram_bits_per_byte(tmp_path / "elsewhere", {}) is None
+
+
+def test_cost_takes_the_ledger_of_the_manifest_where_there_is_one(run) -> None:
+    folder = StageFolder.open("rl", run[0]["rl"])
+    billed = StageFolder("rl", folder.path, {**folder.manifest, "ledger": {"device": "H100", "devices": 4}})
+    cost = run_cost({"rl": billed})
+    assert cost.device_hours == pytest.approx(4 * fixture.SECONDS["rl"] / 3600)
+    assert [d.name for d in cost.devices] == ["H100"]
+    unknown = StageFolder("rl", folder.path, {**folder.manifest, "ledger": {"device": "abacus"}})
+    assert run_cost({"rl": unknown}).stages[0].estimate is None
 
 
 def test_cost_sums_cores_and_names_what_came_from_the_store(run) -> None:

@@ -1,0 +1,38 @@
+"""Generated arithmetic lessons, a pure function of (seed, index)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from gristmill.data.arithmetic import lesson
+from gristmill.data.sources.base import BadRecord, Kind, Row, SourceBase, hash_of
+
+LESSONS_A_PART = 2500
+
+
+class LessonsSource(SourceBase):
+    """Pages of worked problems and single conversations; no chain of the test is among them."""
+
+    type: Literal["lessons"] = "lessons"
+    name: str = Field("lessons", title="Name", description="Names the token stream.")
+    kind: Kind = Field("lessons", title="Kind", description="Which filter profile its documents pass.")
+    count: int = Field(10_000, ge=1, title="Count", description="Lessons to generate.")
+    most_terms: int = Field(6, ge=2, le=20, title="Most terms", description="Numbers in the longest chain.")
+    largest: int = Field(9, ge=2, le=49, title="Largest number", description="Largest number added or taken away.")
+
+    def check(self) -> None:
+        """Nothing to look for: lessons are made here."""
+
+    def fingerprint(self) -> str:
+        return hash_of("generated")
+
+    def parts(self, seed: int) -> list[tuple[int, int]]:
+        count = min(self.count, self.max_documents or self.count)
+        return [(first, min(first + LESSONS_A_PART, count)) for first in range(0, count, LESSONS_A_PART)]
+
+    def read(self, part: tuple[int, int], seed: int) -> Iterator[Row | BadRecord]:
+        for index in range(*part):
+            yield self.row(lesson(seed, index, (2, self.most_terms), self.largest), str(index))
