@@ -15,12 +15,13 @@ Extra = Callable[[StageFolder], list[str]]
 
 
 def removal_tables(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The tables of a stage's metrics that count what it removed (by reason, by kind), by their names."""
-    words = ("reason", "removed", "dropped")
-    return {
+    """The tables `removed_by_…` of a stage's metrics; of dedup also how many were exact and near duplicates."""
+    kinds = {name: metrics[name] for name in ("exact", "near") if is_number(metrics.get(name))}
+    tables = {"removed_by_kind": kinds} if kinds else {}
+    return tables | {
         name: {k: v for k, v in table.items() if is_number(v)}
         for name, table in metrics.items()
-        if isinstance(table, dict) and any(word in name for word in words) and table
+        if name.startswith("removed_by_") and isinstance(table, dict) and table
     }
 
 
@@ -37,15 +38,12 @@ def _removed(stage: StageFolder) -> list[str]:
 
 
 def _pairs(stage: StageFolder) -> list[str]:
-    """Pairs of duplicates, one under the other, so that they can be compared."""
+    """A few removed duplicates: what they are a copy of, where they differ, and their text."""
     parts = []
     for row in stage.rows("samples.jsonl", 3):
-        texts = {k: v for k, v in row.items() if isinstance(v, str) and len(v) > 60}
-        if len(texts) < 2:
-            continue
-        facts = " · ".join(f"{k} {text.cell(v)}" for k, v in row.items() if k not in texts)
-        parts += [facts, *[f"*{text.cell(k)}*\n\n{text.code(v[:600])}" for k, v in texts.items()]]
-    return ["## Pairs", *parts] if parts else []
+        facts = " · ".join(f"{k} {text.cell(v)}" for k, v in row.items() if k != "text")
+        parts += [facts, text.code(str(row.get("text", ""))[:600])]
+    return ["## Duplicates", *parts] if parts else []
 
 
 def _experts(stage: StageFolder) -> list[str]:

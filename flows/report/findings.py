@@ -12,12 +12,10 @@ from typing import Any
 from gristmill.flows.cards.extras import removal_tables
 from gristmill.flows.cards.folder import Row, StageFolder, curve, is_number
 from gristmill.flows.report import thinking
-from gristmill.flows.report.unigram import unigram_bits_per_byte
 
 MODELS = ("base", "zero", "cold_start", "rl")
 RESAMPLINGS, INTERVAL = 4000, 0.95
 BOOTSTRAP_SEED = 20250122
-UNIGRAM = "unigram_bpb"
 
 Folders = Mapping[str, StageFolder]
 
@@ -124,7 +122,7 @@ def _corpus(folders: Folders) -> dict[str, Any]:
             steps.append({"stage": name, "documents": documents, "bytes": _bytes(metrics)})
     removed: dict[str, Any] = {n: t for n in ("dedup", "filter") if (t := removal_tables(folders[n].metrics))}
     if "filter" not in removed and (reasons := _reasons(folders["filter"])):
-        removed["filter"] = {"reason": reasons}
+        removed["filter"] = {"removed_by_reason": reasons}
     return {"funnel": steps, "removed": removed, "tokenize": folders["tokenize"].metrics}
 
 
@@ -143,16 +141,6 @@ def _reasons(stage: StageFolder) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _unigram(folders: Folders) -> float | None:
-    """Bits per byte of token frequencies: pretraining's, else from the token shards, else tokenizing's."""
-    if is_number(value := folders["pretrain"].metrics.get(UNIGRAM)):
-        return float(value)
-    mixture = folders["pretrain"].config.get("mixture") or {}
-    value = unigram_bits_per_byte(folders["tokenize"].path, mixture)
-    told = folders["tokenize"].metrics.get(UNIGRAM)
-    return value if value is not None else (float(told) if is_number(told) else None)
-
-
 def _pretraining(folders: Folders) -> dict[str, Any]:
     metrics = folders["pretrain"].metrics
     if not metrics:
@@ -163,8 +151,7 @@ def _pretraining(folders: Folders) -> dict[str, Any]:
         "metrics": metrics,
         "held_out_bpb": bits[-1] if bits else metrics.get("held_out_bpb"),
     }
-    unigram = _unigram(folders)
-    found["unigram_bpb"] = unigram
+    unigram = found["unigram_bpb"] = metrics.get("unigram_bpb")
     if unigram and found["held_out_bpb"]:
         found["bpb_vs_unigram"] = round(found["held_out_bpb"] / unigram, 5)
     return found
@@ -211,9 +198,7 @@ def _absent(found: Mapping[str, Any], folders: Folders) -> list[str]:
         "evaluate/results.jsonl gives no result": found["results"],
         "no stage counts documents (documents_out)": found["corpus"]["funnel"],
         "pretrain/curves.jsonl is empty": folders["pretrain"].rows("curves.jsonl", 1),
-        f"no unigram line: tokenize has no token shards, and no stage a metric {UNIGRAM}": (
-            found["pretraining"].get("unigram_bpb")
-        ),
+        "no unigram line: pretrain has no metric unigram_bpb": found["pretraining"].get("unigram_bpb"),
         "pretrain/expert_load.jsonl is empty": folders["pretrain"].rows("expert_load.jsonl", 1),
         "rl_zero/curves.jsonl is empty": folders["rl_zero"].rows("curves.jsonl", 1),
         "rl/curves.jsonl is empty": folders["rl"].rows("curves.jsonl", 1),

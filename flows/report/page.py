@@ -90,7 +90,7 @@ def _figures(found: Mapping[str, Any], folders: Mapping[str, StageFolder]) -> di
     for stage, tables in found["corpus"]["removed"].items():
         for name, table in tables.items():
             if sum(table.values()):
-                title = f"Removed by {stage}: {name.replace('_', ' ')}"
+                title = f"{stage}: {name.replace('_', ' ')}"
                 chosen[f"removed-{stage}-{name}"] = figures.counts(table, title)
     return {
         name: charts.svg(figure, name.replace("_", "-").replace(" ", "-"))

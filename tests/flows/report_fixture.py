@@ -69,18 +69,18 @@ def make_run(
         "ingest": {
             "documents_out": 5230,
             "bytes_out": 13_400_000,
-            "kinds": {"code": 2210, "prose": 1420, "lessons": 1600},
+            "documents_by_source": {"code": 2210, "prose": 1420, "lessons": 1600},
         },
         "problems": _problems(folders["problems"], problems),
         "dedup": _dedup(folders["dedup"], removed),
         "filter": _filter(folders["filter"], removed),
         "tokenize": {
-            "documents_out": 4511,
+            "documents": 4511 if removed else 5230,
+            "bytes": 12_100_000,
             "tokens": 4_080_000,
             "held_out_tokens": 81_000,
             "vocab_size": 2048,
             "bytes_per_token": 2.91,
-            "unigram_bpb": 2.94,
         },
         "pretrain": _pretrain(folders["pretrain"], steps),
         "cold_start": _cold_start(folders["cold_start"], steps),
@@ -175,7 +175,7 @@ def _problems(folder: Path, count: int) -> dict[str, Any]:
     }
 
 
-PAIR = (
+TEXT = (
     "def closing(thing):\n    '''Context manager that closes a thing at the end of the block, even when the "
     "block raises an exception in between.'''\n    return _Closing(thing)"
 )
@@ -184,45 +184,41 @@ PAIR = (
 def _dedup(folder: Path, removed: bool) -> dict[str, Any]:
     pairs = [
         {
-            "kept": "stdlib/contextlib.py/3",
             "removed": f"stdlib/test{i}.py/1",
-            "jaccard": 0.94 - i / 50,
-            "kept_text": PAIR,
-            "removed_text": PAIR.replace("thing", "file"),
+            "kept": "stdlib/contextlib.py/3",
+            "reason": "near",
+            "similarity": round(0.76 + i / 50, 2),
+            "differs": "−thing +file … −_Closing(thing) +_Closing(file)",
+            "text": TEXT.replace("thing", "file"),
         }
         for i in range(3)
     ]
     write_rows(folder / "samples.jsonl", pairs if removed else [])
-    gone = {"exact": 141, "near": 322} if removed else {"exact": 0, "near": 0}
+    exact, near = (141, 322) if removed else (0, 0)
     return {
         "documents_in": 5230,
-        "documents_out": 5230 - sum(gone.values()),
+        "documents_out": 5230 - exact - near,
         "bytes_out": 12_600_000,
-        "removed": gone,
+        "exact": exact,
+        "near": near,
+        "clusters": (exact + near) // 2,
+        "removed_by_source": {"stdlib": exact + near} if removed else {},
     }
 
 
 def _filter(folder: Path, removed: bool) -> dict[str, Any]:
-    reasons = {
-        "too short": 118,
-        "repeated lines": 61,
-        "symbols to words": 44,
-        "language": 33,
-        "bullet lines": 0,
-    }
-    rows = [
-        {"id": f"stdlib/{i}", "reason": r, "text": "-- -- --\n" * 6, "metadata": {"source": "stdlib"}}
-        for i, r in enumerate(reasons)
-    ]
+    reasons = {"too short": 118, "repeated lines": 61, "symbols to words": 44, "language": 33}
+    rows = [{"reason": r, "id": f"stdlib/{i}", "text": "-- -- --\n" * 6} for i, r in enumerate(reasons)]
     write_rows(folder / "samples.jsonl", rows if removed else [])
     write_rows(folder / "removed" / "00000.jsonl.zst", rows if removed else [])
-    if not removed:
-        reasons = dict.fromkeys(reasons, 0)
+    gone = sum(reasons.values()) if removed else 0
+    documents = 4767 if removed else 5230
     return {
-        "documents_in": 4767,
-        "documents_out": 4767 - sum(reasons.values()),
+        "documents_in": documents,
+        "documents_out": documents - gone,
         "bytes_out": 12_100_000,
-        "reasons": reasons,
+        "removed_by_reason": reasons if removed else {},
+        "removed_by_source": {"stdlib": gone} if removed else {},
     }
 
 
@@ -258,6 +254,7 @@ def _pretrain(folder: Path, steps: int) -> dict[str, Any]:
         "steps": steps,
         "loss": 3.1,
         "held_out_bpb": 1.6,
+        "unigram_bpb": 2.94,
     }
 
 

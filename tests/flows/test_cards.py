@@ -62,10 +62,11 @@ def test_pictures_are_where_there_is_something_to_draw(folders) -> None:
     assert pictures(card(folders["ingest"])) == []
 
 
-def test_dedup_card_shows_pairs_one_under_the_other(folders) -> None:
+def test_dedup_card_shows_what_was_a_copy_of_what(folders) -> None:
     shown = card(folders["dedup"])
-    assert "## Pairs" in shown
+    assert "## Duplicates" in shown
     assert "return _Closing(file)" in shown
+    assert "kept stdlib/contextlib.py/3" in shown
     assert shown.count("```") % 2 == 0
 
 

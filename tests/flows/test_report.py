@@ -11,11 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 
 from gristmill.flows.cards.folder import StageFolder
-from gristmill.flows.report import ReportConfig, make_report, thinking, unigram, words
+from gristmill.flows.report import ReportConfig, make_report, thinking, words
 from gristmill.flows.report.costs import made_earlier, run_cost
 from gristmill.flows.report.findings import gather
 
@@ -135,7 +134,7 @@ def test_numbers_are_those_of_the_folders(run) -> None:
     )  # the curve ends a little above 1.6
     assert numbers["headline"] == metrics
     assert numbers["absent"] == []
-    assert numbers["corpus"]["removed"]["filter"]["reasons"]["too short"] == 118
+    assert numbers["corpus"]["removed"]["filter"]["removed_by_reason"]["too short"] == 118
 
 
 def test_content_has_the_same_bytes_wherever_and_whenever_the_stages_ran(run, tmp_path: Path) -> None:
@@ -293,48 +292,6 @@ def test_paired_interval_is_narrower_than_that_of_independent_means(tmp_path: Pa
     assert paired["gain"] == apart["gain"]
     # The synthetic answers are independent, so the two agree but for the bootstrap's own noise.
     assert paired["high"] - paired["low"] == pytest.approx(apart["high"] - apart["low"], rel=0.2)
-
-
-class Tokens:
-    """A token stream in memory."""
-
-    def __init__(self, tokens: list[int], text_bytes: int) -> None:
-        self.tokens, self.bytes = np.array(tokens), text_bytes
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def read(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.tokens[start : start + count], np.zeros(count, dtype=np.int64)
-
-
-def test_unigram_of_even_tokens_is_their_entropy() -> None:
-    train = {"a": Tokens([0, 1, 2, 3] * 5000, 60_000)}
-    held_out = {"a": Tokens([3, 2, 1, 0] * 10, 120)}
-    # Two bits a token of three bytes; smoothing moves equal counts nowhere.
-    assert unigram.bits_per_byte(train, held_out, {}, 4) == pytest.approx(2 / 3, rel=1e-9)
-
-
-def test_unigram_follows_the_mixture() -> None:
-    train = {"a": Tokens([0] * 1000, 1000), "b": Tokens([1] * 100_000, 100_000)}
-    held_out = {"a": Tokens([0] * 10, 10), "b": Tokens([1] * 10, 10)}
-    even = unigram.bits_per_byte(train, held_out, {"a": 1.0, "b": 1.0}, 2)
-    # Each source has half of the mixture whatever its size: one bit a token, up to the smoothing of 1 in
-    # 50,000.
-    assert even == pytest.approx(1.0, abs=1e-4)
-    assert unigram.bits_per_byte(train, held_out, {}, 2) > 1.5
-
-
-def test_unigram_reads_the_shards_of_a_tokenize_folder(tmp_path: Path) -> None:
-    from gristmill.data.shards import write_index, write_shard
-
-    folder = tmp_path / "tokens"
-    documents = [np.array([0, 1, 2, 3]), np.array([3, 2, 1, 0])]
-    entries = {s: write_shard(folder, s, "a", 0, documents, "uint16") for s in ("train", "held_out")}
-    write_index(folder, 4, "0" * 64, {(s, "a"): ([entry], 24) for s, entry in entries.items()})
-    assert unigram.unigram_bits_per_byte(tmp_path, {"a": 2.0}) == pytest.approx(2 / 3, abs=1e-5)  # rounded
-    assert unigram.unigram_bits_per_byte(tmp_path, {"b": 2.0}) is None
-    assert unigram.unigram_bits_per_byte(tmp_path / "elsewhere", {}) is None
 
 
 def test_cost_takes_the_ledger_of_the_manifest_where_there_is_one(run) -> None:
