@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import platform
 import subprocess
-import sys
 import time
 import traceback
 import uuid
@@ -22,7 +21,7 @@ from gristmill.flows.identity import first_difference, likeness
 from gristmill.flows.ledger import ledger_line
 from gristmill.flows.lock import StoreLock
 from gristmill.flows.stage import RUNNER, Artifact, Call
-from gristmill.flows.store import MANIFEST, Store, content_hash, described_files
+from gristmill.flows.store import Store, content_hash, described_files
 
 Pipeline = Callable[[Any], Any]
 
@@ -202,6 +201,8 @@ class Plain:
         self.wait, self.strict = wait, strict
         self.plan = PlanResult()
         self.record: dict[str, Any] = {}
+        self.note: dict[str, Any] = {}  # what else the run's record should say
+        self.attempts = self.execution.retries + 1
 
     def run(
         self,
@@ -224,7 +225,7 @@ class Plain:
                 raise UsageError(self.plan.warnings[0])
             for warning in self.plan.warnings:
                 self.watcher.say(f"warning: {warning}")
-            self.record = new_record(recipe, until, from_)
+            self.record = {**new_record(recipe, until, from_), **self.note}
             for planned in self.plan.stages:
                 if planned.state == "forced":
                     self.store.discard(planned.call.stage.name, planned.call.key)
@@ -267,13 +268,13 @@ class Plain:
         if planned.state == "damaged":
             self.watcher.say(f"stage {call.stage.name}: {planned.reason}; it is made again")
             self.store.discard(call.stage.name, call.key)
-        for attempt in range(self.execution.retries + 1):
+        for attempt in range(self.attempts):
             try:
-                manifest = compute(call, self.store, self.execution, self.watcher, attempt + 1)
+                manifest = compute(call, self.store, self.execution, self.watcher)
                 self.watcher.stage(call.stage.name, "done", manifest=manifest)
                 return manifest
             except Exception as error:
-                if attempt < self.execution.retries:
+                if attempt + 1 < self.attempts:
                     self.watcher.say(f"stage {call.stage.name} failed ({error}); trying again")
                     continue
                 self.watcher.stage(call.stage.name, "failed", error=error)
@@ -285,7 +286,7 @@ class Plain:
         raise AssertionError("unreachable: the loop returns or raises")
 
 
-def compute(call: Call, store: Store, execution: Execution, watcher: Watcher, attempt: int) -> dict[str, Any]:
+def compute(call: Call, store: Store, execution: Execution, watcher: Watcher) -> dict[str, Any]:
     """Run a stage's function in its folder and write its manifest."""
     stage, key = call.stage, call.key
     out = store.prepare(stage.name, key)

@@ -15,7 +15,7 @@ Extra = Callable[[StageFolder], list[str]]
 
 
 def removal_tables(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The tables `removed_by_…` of a stage's metrics; of dedup also how many were exact and near duplicates."""
+    """The tables `removed_by_…` of a stage's metrics; of dedup also the exact and the near duplicates."""
     kinds = {name: metrics[name] for name in ("exact", "near") if is_number(metrics.get(name))}
     tables = {"removed_by_kind": kinds} if kinds else {}
     return tables | {

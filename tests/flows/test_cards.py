@@ -58,7 +58,7 @@ def test_pictures_are_where_there_is_something_to_draw(folders) -> None:
     assert len(pictures(card(folders["pretrain"]))) == 2  # load of the experts, curves
     assert len(pictures(card(folders["rl"]))) == 2  # reward and length, curves
     assert len(pictures(card(folders["evaluate"]))) == 1
-    assert len(pictures(card(folders["filter"]))) == 1
+    assert len(pictures(card(folders["filter"]))) == 2  # by reason, by source
     assert pictures(card(folders["ingest"])) == []
 
 

@@ -1,0 +1,295 @@
+"""The command `gristmill`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gristmill.flows.errors import StageFailed, UsageError
+from gristmill.flows.terminal import duration, key_metric, print_table, size, watcher
+
+DEFAULT_STORE = ".gristmill/store"
+
+app = typer.Typer(
+    help="Raw text to a reasoning model: the DeepSeek-V3 / R1 recipe as a resumable, observable pipeline.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (tiny, smoke) or a YAML file.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Lay section.field=value over the recipe; may be repeated.")
+]
+StoreOption = Annotated[str, typer.Option("--store", help="Where results lie: a folder or s3://bucket/prefix.")]
+Until = Annotated[str | None, typer.Option("--until", help="Run no further than this stage needs.")]
+From = Annotated[str | None, typer.Option("--from", help="Run this stage and what follows from it again.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    settings: Settings = None,
+    store: StoreOption = DEFAULT_STORE,
+    until: Until = None,
+    from_: From = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Without Prefect.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for a store that is in use.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse results whose code changed since.")] = False,
+) -> None:
+    """Run a recipe; what is there already is not computed again."""
+    from gristmill.flows.r1 import r1
+    from gristmill.flows.recipe import load_recipe
+    from gristmill.flows.runners import Plain, Plan
+    from gristmill.flows.store import Store
+
+    asked, place, shown = load_recipe(recipe, settings), Store(store), watcher()
+    place.check_usable()
+    plan = Plan(place, verify=False).run(r1, asked, until, from_)
+    if plain or plan.cached:
+        runner: Any = Plain(place, asked.execution, shown, wait=wait, strict=strict)
+    else:
+        from gristmill.flows.orchestrated import Orchestrated
+
+        runner = Orchestrated(place, asked.execution, shown, wait=wait, strict=strict)
+    try:
+        record = runner.run(r1, asked, until, from_)
+    finally:
+        _close_cluster()
+    _conclude(place, record)
+
+
+def _close_cluster() -> None:
+    executor = sys.modules.get("gristmill.data.executor")
+    if executor is not None:
+        executor.close_cluster()
+
+
+def _conclude(store: Any, record: dict[str, Any]) -> None:
+    """The table at the end, what it cost, and where the report is."""
+    rows, cost, hours = [], 0.0, 0.0
+    report = None
+    for entry in record["stages"]:
+        manifest = store.manifest(entry["stage"], entry["key"])
+        if manifest is None:
+            continue
+        held = sum(f["bytes"] for f in manifest["files"])
+        state = "cached" if entry["state"] == "cached" else "done"
+        rows.append([entry["stage"], state, duration(manifest["seconds"]), size(held), key_metric(manifest)])
+        if state == "done":
+            cost += manifest["ledger"]["estimated_cost_usd"]
+            hours += manifest["device_hours"]
+        if entry["stage"] == "report":
+            report = store.folder("report", entry["key"]) / "view" / "report.html"
+    print_table(f"run {record['run']} of {record['recipe']}", ["stage", "state", "took", "size", "result"], rows)
+    print(f"{duration(record['seconds'])}; {hours:.3f} device-hours computed, about ${cost:.4f} (estimated)")
+    if report is not None and report.exists():
+        print(f"report: {report}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    settings: Settings = None,
+    store: StoreOption = DEFAULT_STORE,
+    until: Until = None,
+    from_: From = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse results whose code changed since.")] = False,
+) -> None:
+    """Say what would run and why; nothing is executed or written."""
+    from gristmill.flows.estimates import estimated_memory, estimated_seconds
+    from gristmill.flows.r1 import r1
+    from gristmill.flows.recipe import load_recipe
+    from gristmill.flows.runners import Plan
+    from gristmill.flows.store import Store
+
+    asked = load_recipe(recipe, settings)
+    found = Plan(Store(store)).run(r1, asked, until, from_)
+    rows = []
+    for stage in found.stages:
+        seconds = estimated_seconds(stage, asked) if stage.runs else 0.0
+        memory = estimated_memory(stage, asked) if stage.runs else None
+        rows.append(
+            [
+                stage.call.stage.name,
+                stage.call.key,
+                stage.state,
+                "" if not stage.runs else "?" if seconds is None else f"about {duration(seconds)}",
+                "" if memory is None else f"about {size(memory)}",
+                stage.reason,
+            ]
+        )
+    print_table(f"plan of {asked.name} in {store}", ["stage", "key", "state", "time", "memory", "why"], rows)
+    for warning in found.warnings:
+        print(f"warning: {warning}")
+    if strict and found.warnings:
+        raise UsageError(found.warnings[0])
+
+
+@app.command()
+def runs(store: StoreOption = DEFAULT_STORE) -> None:
+    """List the runs of a store, newest last."""
+    from datetime import datetime
+
+    from gristmill.flows.store import Store
+
+    rows = [
+        [
+            r["run"],
+            r["recipe"],
+            r["state"],
+            datetime.fromtimestamp(r["started"]).isoformat(sep=" ", timespec="seconds"),
+            duration(r.get("seconds", 0.0)),
+            f"{sum(s['state'] == 'cached' for s in r['stages'])} of {len(r['stages'])} cached",
+        ]
+        for r in Store(store).runs()
+    ]
+    print_table(f"runs in {store}", ["run", "recipe", "state", "started", "took", "stages"], rows)
+
+
+@app.command()
+def show(
+    what: Annotated[str, typer.Argument(help="A stage (its result in the latest run) or a run.")],
+    store: StoreOption = DEFAULT_STORE,
+    as_json: Annotated[bool, typer.Option("--json", help="The manifest or run record as JSON.")] = False,
+) -> None:
+    """Show a stage's manifest, metrics and first samples, or a run's record."""
+    from gristmill.flows.inspection import describe_run, describe_stage, find
+    from gristmill.flows.store import Store
+
+    place = Store(store)
+    kind, found = find(place, what)
+    if as_json:
+        print(json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False))
+    else:
+        print(describe_run(found) if kind == "run" else describe_stage(place, found))
+
+
+@app.command()
+def verify(
+    store: StoreOption = DEFAULT_STORE,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+) -> None:
+    """Hash everything in a store again; exit code 1 if anything is damaged."""
+    from gristmill.flows.inspection import verify_store
+    from gristmill.flows.store import Store
+
+    found = verify_store(Store(store))
+    if as_json:
+        print(json.dumps(found, indent=1, sort_keys=True))
+    else:
+        for name, content in found["stages"].items():
+            print(f"{name:<11} {content}")
+        for wrong in found["bad"]:
+            print(f"bad: {wrong}")
+        print(f"{len(found['stages'])} stages of the latest run, {len(found['bad'])} bad")
+    if found["bad"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def chat(
+    checkpoint: Annotated[str, typer.Argument(help="A stage of the latest run (rl, cold_start, …) or a model folder.")],
+    question: Annotated[str | None, typer.Option("--question", "-q", help="Ask this and leave.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.6,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.95,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Talk with a model: its thought first, then its answer."""
+    from gristmill.flows.inspection import chat_folders
+    from gristmill.flows.store import Store
+
+    model, tokenizer = chat_folders(Store(store), checkpoint)
+    from gristmill.model.generate import stream_chat
+
+    def answer(asked: str, turn: int) -> None:
+        dim, plain_again = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+        print(dim, end="")
+        for piece in stream_chat(model, tokenizer, asked, temperature=temperature, top_p=top_p, seed=seed + turn):
+            print(piece.replace("</think>", f"</think>{plain_again}"), end="", flush=True)
+        print(plain_again)
+
+    if question is not None:
+        answer(question, 0)
+        return
+    print("Ask (an empty line ends):")
+    turn = 0
+    while asked := input("> ").strip():
+        answer(asked, turn)
+        turn += 1
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 4200,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Start the Prefect server and serve the deployments, until Ctrl-C."""
+    from gristmill.flows.deployments import serve_ui
+
+    serve_ui(port, store)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe."""
+    from gristmill.flows.recipe import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=1))
+
+
+def _terminated(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def guarded(command: Callable[[], Any]) -> int:
+    """Run the command line; its exit code. 0 well, 1 failed, 2 bad input, 130 interrupted."""
+    try:
+        command()
+    except UsageError as error:
+        print(f"gristmill: {error}", file=sys.stderr)
+        return 2
+    except StageFailed as error:
+        print(f"gristmill: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, EOFError):
+        print("gristmill: interrupted; what was finished is kept, the same command resumes", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def main() -> None:
+    """Entry point."""
+    signal.signal(signal.SIGTERM, _terminated)
+    code = 0
+
+    def command() -> None:
+        nonlocal code
+        result = app(standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+
+    try:
+        failed = guarded(command)
+    except typer.Exit as stopped:
+        sys.exit(stopped.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            print(f"gristmill: {error.format_message()}; see gristmill --help", file=sys.stderr)  # type: ignore[attr-defined]
+            sys.exit(2)
+        raise
+    sys.exit(failed or code)
+
+

@@ -1,0 +1,134 @@
+"""What the Prefect UI can start: the flows as deployments, and the server they are served beside."""
+
+from __future__ import annotations
+
+import json
+import os
+from enum import StrEnum
+from pathlib import Path
+
+from gristmill.flows import server
+
+os.environ.update(server.environment())  # before Prefect reads its settings
+
+from prefect import flow, serve  # noqa: E402
+from prefect.client.schemas.schedules import CronSchedule  # noqa: E402
+from prefect.deployments.runner import EntrypointType, RunnerDeployment  # noqa: E402
+
+from gristmill.flows.corpus import corpus  # noqa: E402
+from gristmill.flows.orchestrated import Orchestrated  # noqa: E402
+from gristmill.flows.r1 import r1  # noqa: E402
+from gristmill.flows.recipe import Recipe, load_recipe  # noqa: E402
+from gristmill.flows.store import Store  # noqa: E402
+from gristmill.flows.terminal import Lines  # noqa: E402
+
+NIGHTLY = "30 2 * * *"
+
+
+class Stage(StrEnum):
+    """The stages, as the choices of a form."""
+
+    ingest = "ingest"
+    dedup = "dedup"
+    filter = "filter"
+    tokenize = "tokenize"
+    problems = "problems"
+    pretrain = "pretrain"
+    rl_zero = "rl_zero"
+    cold_start = "cold_start"
+    rl = "rl"
+    evaluate = "evaluate"
+    export = "export"
+    report = "report"
+
+
+@flow(name="r1", flow_run_name="r1-{recipe.name}", persist_result=False)
+def r1_flow(
+    recipe: Recipe,
+    from_stage: Stage | None = None,
+    until_stage: Stage | None = None,
+    store: str = ".gristmill/store",
+) -> None:
+    """Raw text to an evaluated, exported reasoning model. What is in the store already is not computed again.
+
+    Args:
+        recipe: What is asked of each stage.
+        from_stage: Run this stage, and all that follows from it, again.
+        until_stage: Run no further than this stage needs.
+        store: Where results lie: a folder or s3://bucket/prefix.
+    """
+    _run(r1, recipe, from_stage, until_stage, store)
+
+
+@flow(name="corpus", flow_run_name="corpus-{recipe.name}", persist_result=False)
+def corpus_flow(recipe: Recipe, from_stage: Stage | None = None, store: str = ".gristmill/store") -> None:
+    """Sources to token shards: the nightly refresh of the corpus.
+
+    Args:
+        recipe: What is asked of the corpus stages; the others are not looked at.
+        from_stage: Run this stage, and all that follows from it, again.
+        store: Where results lie: a folder or s3://bucket/prefix.
+    """
+    _run(corpus, recipe, from_stage, None, store)
+
+
+def _run(pipeline, recipe: Recipe, from_stage: Stage | None, until: Stage | None, store: str) -> None:
+    import sys
+
+    from gristmill.data.executor import close_cluster
+
+    runner = Orchestrated(Store(store), recipe.execution, Lines(sys.stdout), wait=True)
+    try:
+        runner.run(pipeline, recipe, until and until.value, from_stage and from_stage.value)
+    finally:
+        close_cluster()
+
+
+def deployments(store: str) -> list[RunnerDeployment]:
+    """r1 with the recipes that ship, and the nightly corpus, paused."""
+    place = store if "://" in store else str(Path(store).absolute())
+
+    def parameters(recipe: str) -> dict[str, object]:
+        return {"recipe": load_recipe(recipe).model_dump(mode="json"), "store": place}
+
+    named = [
+        r1_flow.to_deployment(
+            name=recipe,
+            description=load_recipe(recipe).description,
+            parameters=parameters(recipe),
+            tags=["gristmill"],
+            entrypoint_type=EntrypointType.MODULE_PATH,
+        )
+        for recipe in ("tiny", "smoke")
+    ]
+    nightly = corpus_flow.to_deployment(
+        name="nightly",
+        description="Refreshes the corpus of `tiny` every night; paused until you turn its schedule on.",
+        parameters=parameters("tiny"),
+        schedule=CronSchedule(cron=NIGHTLY, timezone="UTC"),
+        paused=True,
+        tags=["gristmill"],
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    return [*named, nightly]  # type: ignore[list-item]
+
+
+def serve_ui(port: int, store: str) -> None:
+    """Start the server, serve the deployments, say where, and stop both on Ctrl-C.
+
+    Raises:
+        UsageError: the port is in use.
+    """
+    server.check_port(port)
+    note = server.HOME / "server.json"
+    with server.started(port) as url:
+        note.write_text(json.dumps({"url": url, "pid": os.getpid()}), encoding="utf-8")
+        os.environ["PREFECT_API_URL"] = url
+        print(f"Prefect UI: {url.removesuffix('/api')}  (Ctrl-C stops it)", flush=True)
+        try:
+            from prefect.settings import PREFECT_API_URL, temporary_settings
+
+            with temporary_settings({PREFECT_API_URL: url}):
+                serve(*deployments(store), pause_on_shutdown=False, print_starting_message=False, limit=1)
+        finally:
+            note.unlink(missing_ok=True)

@@ -1,0 +1,139 @@
+"""Reading a store for people: results, runs, verification, and where a model and its tokenizer lie."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gristmill.flows.errors import UsageError
+from gristmill.flows.runners import known
+from gristmill.flows.store import Store
+from gristmill.flows.terminal import duration, size
+
+SAMPLES = 5
+
+
+def latest_run(store: Store) -> dict[str, Any]:
+    """The newest run's record.
+
+    Raises:
+        UsageError: the store has no run.
+    """
+    runs = store.runs()
+    if not runs:
+        raise UsageError(f"store {store.uri!r} has no run: start one with `gristmill run tiny` or name another --store")
+    return runs[-1]
+
+
+def find(store: Store, what: str) -> tuple[str, dict[str, Any]]:
+    """("run", record) or ("stage", manifest) of what a person named; a stage's is that of the latest run with it.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    runs = store.runs()
+    for record in reversed(runs):
+        if record["run"] == what:
+            return "run", record
+    for record in reversed(runs):
+        for entry in record["stages"]:
+            if what in (entry["stage"], entry["key"]):
+                manifest = store.manifest(entry["stage"], entry["key"])
+                if manifest is not None:
+                    return "stage", manifest
+    latest_run(store)
+    names = sorted({e["stage"] for r in runs for e in r["stages"]})
+    known(what, names, "show")
+    raise UsageError(f"stage {what!r} has no finished result in store {store.uri!r}: run it first")
+
+
+def describe_run(record: dict[str, Any]) -> str:
+    """A run in lines."""
+    lines = [
+        f"run     {record['run']}",
+        f"recipe  {record['recipe']}",
+        f"state   {record['state']}" + (f" ({record['error']})" if record.get("error") else ""),
+        f"took    {duration(record.get('seconds', 0.0))}",
+    ]
+    lines += [f"  {e['stage']:<11} {e['state']:<10} {e['key']}" for e in record["stages"]]
+    return "\n".join(lines)
+
+
+def describe_stage(store: Store, manifest: dict[str, Any]) -> str:
+    """A stage's manifest, metrics and first samples in lines."""
+    folder = store.folder(manifest["stage"], manifest["key"])
+    held = sum(f["bytes"] for f in manifest["files"])
+    lines = [
+        f"stage    {manifest['stage']} version {manifest['version']}, {manifest['title']}",
+        f"key      {manifest['key']}",
+        f"content  {manifest['content_hash']}",
+        f"folder   {folder}",
+        f"took     {duration(manifest['seconds'])}, {manifest['attempts']} start(s)",
+        f"holds    {len(manifest['files'])} files, {size(held)}",
+        "inputs   " + (", ".join(f"{n} = {i['stage']} {i['key']}" for n, i in manifest["inputs"].items()) or "none"),
+        "metrics",
+    ]
+    for name, value in manifest["metrics"].items():
+        if isinstance(value, dict):
+            lines += [f"  {name}", *(f"    {k:<28} {v:,}" for k, v in value.items())]
+        else:
+            lines.append(f"  {name:<30} {value:,}" if isinstance(value, int | float) else f"  {name:<30} {value}")
+    samples = folder / "samples.jsonl"
+    if samples.exists():
+        lines.append("samples")
+        for line in samples.read_text(encoding="utf-8").splitlines()[:SAMPLES]:
+            row = json.loads(line)
+            lines += ["  " + ", ".join(f"{k}: {_short(v)}" for k, v in row.items())]
+    return "\n".join(lines)
+
+
+def _short(value: Any, characters: int = 100) -> str:
+    text = " ⏎ ".join(str(value).split("\n"))
+    return text if len(text) <= characters else f"{text[:characters]}…"
+
+
+def verify_store(store: Store) -> dict[str, Any]:
+    """Content hash of each stage of the latest run, and every file of the whole store that is damaged."""
+    stages: dict[str, str] = {}
+    bad: list[str] = []
+    for name in store.stages():
+        for manifest in store.manifests(name):
+            bad += store.damage(manifest)
+    for entry in latest_run(store)["stages"]:
+        manifest = store.manifest(entry["stage"], entry["key"])
+        if manifest is not None:
+            stages[entry["stage"]] = manifest["content_hash"]
+        elif entry["state"] in ("cached", "completed"):
+            bad.append(f"{entry['stage']}/{entry['key']} has no manifest, and the latest run finished it")
+    return {"stages": stages, "bad": sorted(bad)}
+
+
+def chat_folders(store: Store, checkpoint: str) -> tuple[Path, Path]:
+    """(model, tokenizer) folders of a stage of the latest run, or of a path to a stage's folder or its model/.
+
+    Raises:
+        UsageError: there is no model there, or its tokenizer cannot be found.
+    """
+    path = Path(checkpoint)
+    if path.exists():
+        stage = path if (path / "model").is_dir() else path.parent
+        at = stage / "manifest.json"
+        if not at.exists():
+            raise UsageError(f"{checkpoint!r} is no finished stage's folder: name rl, cold_start, pretrain or a folder")
+        manifest = json.loads(at.read_text(encoding="utf-8"))
+        store = Store(stage.parent.parent)
+    else:
+        _, manifest = find(store, checkpoint)
+    if store.damage(manifest):
+        raise UsageError(f"{manifest['stage']} {manifest['key']} is damaged: {store.damage(manifest)[0]}; run it again")
+    model = store.folder(manifest["stage"], manifest["key"]) / "model"
+    if not model.is_dir():
+        raise UsageError(f"stage {manifest['stage']!r} holds no model: name pretrain, cold_start, rl_zero or rl")
+    inputs = manifest["inputs"]
+    entry = inputs.get("tokenizer") or inputs.get("tokens")
+    tokens = store.manifest(entry["stage"], entry["key"]) if entry else None
+    if tokens is None:
+        raise UsageError(f"the tokenizer of {manifest['stage']} {manifest['key']} is not in the store: run tokenize again")
+    store.damage(tokens)  # fetches the files of a remote store
+    return model, store.folder(tokens["stage"], tokens["key"]) / "tokenizer"
