@@ -66,7 +66,15 @@ class Memory:
 def cold_run(recipe: str, seed: int, folder: Path) -> dict[str, float]:
     """One run into a fresh store, and its numbers."""
     store = folder / f"seed-{seed}"
-    command = [Path(sys.executable).with_name("gristmill"), "run", recipe, "--store", store, "--set", f"seed={seed}"]
+    command = [
+        Path(sys.executable).with_name("gristmill"),
+        "run",
+        recipe,
+        "--store",
+        store,
+        "--set",
+        f"seed={seed}",
+    ]
     began = time.perf_counter()
     with (folder / f"seed-{seed}.log").open("w") as log:
         process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, cwd=folder)

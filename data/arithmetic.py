@@ -64,9 +64,7 @@ def is_held_out(chain: Chain) -> bool:
     return hashlib.sha256(chain.symbols.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
-def draw_chain(
-    rng: np.random.Generator, terms: tuple[int, int], largest: int, held_out: bool | None = False
-) -> Chain:
+def draw_chain(rng: np.random.Generator, terms: tuple[int, int], largest: int, held_out: bool | None = False) -> Chain:
     """A chain of `terms` (least, most) numbers up to `largest`; `held_out` asks for one side of the test split."""
     while True:
         count = int(rng.integers(terms[0], terms[1] + 1))

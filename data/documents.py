@@ -50,9 +50,7 @@ def shards(folder: Path) -> list[Path]:
 def write_json_lines(path: Path, rows: Iterable[Row]) -> None:
     """Plain JSON lines, for small tables that people look at; atomic."""
     part = path.with_name(f"{path.name}.tmp")
-    part.write_text(
-        "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rows), encoding="utf-8"
-    )
+    part.write_text("".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rows), encoding="utf-8")
     os.replace(part, path)
 
 

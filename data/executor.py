@@ -7,6 +7,7 @@ worker runs it, and in which order, changes no byte. A worker that dies is repla
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ def cluster_client(workers: int) -> Any:
     """The client of this process's cluster, started on first use; DASK_SCHEDULER_ADDRESS names one that exists."""
     from distributed import Client, LocalCluster
 
+    logging.getLogger("distributed").setLevel(logging.ERROR)  # what a task raises reaches the caller by itself
     if _Cluster.client is not None and _Cluster.workers != workers:
         close_cluster()
     if _Cluster.client is None:
@@ -101,7 +103,7 @@ def cluster_client(workers: int) -> Any:
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",
-                dashboard_address=None,
+                dashboard_address=None,  # type: ignore[arg-type]  # Dask documents None as "no dashboard"
                 memory_limit=MEMORY_LIMIT,
                 local_directory=str(scratch),
                 env=ONE_THREAD,

@@ -23,7 +23,9 @@ class IngestConfig(Config):
 
     sources: list[Source] = Field(min_length=1, title="Sources", description="Read in this order.")
     on_bad: Literal["refuse", "quarantine"] = Field(
-        "refuse", title="Bad records", description="Refuse the run at the first, or set them aside and count them."
+        default="refuse",
+        title="Bad records",
+        description="Refuse the run at the first, or set them aside and count them.",
     )
 
 
@@ -104,7 +106,9 @@ def _read_part(source: Any, part: Any, out: Path, number: int, on_bad: str, seed
         (out / "quarantine").mkdir(exist_ok=True)
         write_json_lines(out / "quarantine" / f"{number:05d}.jsonl", bad)
     (out / "work").mkdir(exist_ok=True)
-    write_json_lines(out / "work" / f"{number:05d}.json", [{"documents": count, "bytes": size, "quarantined": len(bad)}])
+    write_json_lines(
+        out / "work" / f"{number:05d}.json", [{"documents": count, "bytes": size, "quarantined": len(bad)}]
+    )
 
 
 def _samples(out: Path, names: list[str], each: int = 5) -> list[dict[str, Any]]:

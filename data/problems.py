@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gristmill.data.arithmetic import Style, draw_chain, generator, lesson, question, thought  # noqa: F401
+from gristmill.data.arithmetic import Style, draw_chain, generator, question, thought
 from gristmill.data.config import Config
 from gristmill.data.stage_types import Metrics, Progress
 
@@ -24,9 +24,9 @@ Row = dict[str, Any]
 class Styles(Config):
     """Shares of the ways of thinking in the cold-start data; they are scaled to sum to one."""
 
-    thorough: float = Field(1.0, ge=0, title="Thorough", description="Every running sum is written.")
-    hasty: float = Field(1.0, ge=0, title="Hasty", description="Two steps are taken at a time.")
-    guess: float = Field(1.0, ge=0, title="Guess", description="The answer follows an empty thought.")
+    thorough: float = Field(default=1.0, ge=0, title="Thorough", description="Every running sum is written.")
+    hasty: float = Field(default=1.0, ge=0, title="Hasty", description="Two steps are taken at a time.")
+    guess: float = Field(default=1.0, ge=0, title="Guess", description="The answer follows an empty thought.")
 
     @model_validator(mode="after")
     def _some(self) -> Self:
@@ -39,18 +39,24 @@ class ProblemsConfig(Config):
     """Which problems there are and how the cold-start chains of thought are written."""
 
     family: Literal["arithmetic", "gsm8k"] = Field(
-        "arithmetic", title="Family", description="Generated chains of sums, or files in GSM8K's format."
+        default="arithmetic", title="Family", description="Generated chains of sums, or files in GSM8K's format."
     )
-    cold_start: int = Field(3000, ge=1, title="Cold start", description="Chains of thought for supervised training.")
-    train: int = Field(6000, ge=1, title="Training", description="Problems for reinforcement learning.")
-    test: int = Field(500, ge=1, title="Test", description="Held-out problems for evaluation.")
-    least_terms: int = Field(4, ge=2, le=20, title="Least terms", description="Numbers in the shortest chain.")
-    most_terms: int = Field(6, ge=2, le=20, title="Most terms", description="Numbers in the longest chain.")
-    largest: int = Field(9, ge=2, le=49, title="Largest number", description="Largest number added or taken away.")
-    words: float = Field(0.5, ge=0, le=1, title="In words", description="Share of problems put in words.")
+    cold_start: int = Field(
+        default=3000, ge=1, title="Cold start", description="Chains of thought for supervised training."
+    )
+    train: int = Field(default=6000, ge=1, title="Training", description="Problems for reinforcement learning.")
+    test: int = Field(default=500, ge=1, title="Test", description="Held-out problems for evaluation.")
+    least_terms: int = Field(default=4, ge=2, le=20, title="Least terms", description="Numbers in the shortest chain.")
+    most_terms: int = Field(default=6, ge=2, le=20, title="Most terms", description="Numbers in the longest chain.")
+    largest: int = Field(
+        default=9, ge=2, le=49, title="Largest number", description="Largest number added or taken away."
+    )
+    words: float = Field(default=0.5, ge=0, le=1, title="In words", description="Share of problems put in words.")
     styles: Styles = Field(default_factory=Styles, title="Styles", description="Cold-start ways of thinking.")
-    train_file: str | None = Field(None, title="Training file", description="GSM8K-format JSONL(.gz), family gsm8k.")
-    test_file: str | None = Field(None, title="Test file", description="GSM8K-format JSONL(.gz), family gsm8k.")
+    train_file: str | None = Field(
+        default=None, title="Training file", description="GSM8K-format JSONL(.gz), family gsm8k."
+    )
+    test_file: str | None = Field(default=None, title="Test file", description="GSM8K-format JSONL(.gz), family gsm8k.")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -74,7 +80,9 @@ def make_problems(config: ProblemsConfig, out: Path, seed: int, *, progress: Pro
     """
     sets = _from_files(config, seed) if config.family == "gsm8k" else _arithmetic(config, seed)
     asked = {row["question"] for row in sets["test"]}
-    kept = {name: rows if name == "test" else [r for r in rows if r["question"] not in asked] for name, rows in sets.items()}
+    kept = {
+        name: rows if name == "test" else [r for r in rows if r["question"] not in asked] for name, rows in sets.items()
+    }
     for done, (name, rows) in enumerate(kept.items(), start=1):
         _write(out / f"{name}.jsonl", rows)
         progress(done, len(kept), rows=len(rows))
@@ -137,7 +145,8 @@ def style_shares(styles: Styles) -> list[float]:
 
 def _from_files(config: ProblemsConfig, seed: int) -> dict[str, list[Row]]:
     """GSM8K-format files: the written solution is the chain of thought; calculator marks `<<…>>` are left out."""
-    assert config.train_file and config.test_file
+    assert config.train_file
+    assert config.test_file
     rows = list(_read_gsm8k(Path(config.train_file), "train"))
     order = generator(seed, "gsm8k").permutation(len(rows))
     rows = [rows[i] for i in order]
@@ -151,8 +160,8 @@ def _from_files(config: ProblemsConfig, seed: int) -> dict[str, list[Row]]:
 
 
 def _read_gsm8k(path: Path, which: str) -> Iterator[Row]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)

@@ -106,10 +106,14 @@ class TokenShards:
         self.folder = folder
         at = folder / "index.json"
         if not at.exists():
-            raise ShardError(f"{folder} has no index.json: it is no folder of token shards, or its writing was cut short")
+            raise ShardError(
+                f"{folder} has no index.json: it is no folder of token shards, or its writing was cut short"
+            )
         self.index: dict[str, Any] = json.loads(at.read_text(encoding="utf-8"))
         if self.index.get("format") != FORMAT:
-            raise ShardError(f"{at} has format {self.index.get('format')!r} and this code reads {FORMAT}: tokenize again")
+            raise ShardError(
+                f"{at} has format {self.index.get('format')!r} and this code reads {FORMAT}: tokenize again"
+            )
         self.vocab_size: int = self.index["vocab_size"]
         self.dtype = DTYPES[self.index["dtype"]]
         for stream in self.index["streams"]:
@@ -117,13 +121,18 @@ class TokenShards:
 
     def _check_sizes(self, stream: dict[str, Any]) -> None:
         for number, shard in enumerate(stream["shards"]):
-            sizes = {"tokens": shard["tokens"] * self.dtype.itemsize, "starts": shard["documents"] * START.itemsize}
+            sizes = {
+                "tokens": shard["tokens"] * self.dtype.itemsize,
+                "starts": shard["documents"] * START.itemsize,
+            }
             for ending, size in sizes.items():
                 path = shard_path(self.folder, stream["split"], stream["source"], number, ending)
                 if not path.exists():
                     raise ShardError(f"{path} is missing, and index.json lists it: fetch it again or tokenize again")
                 if path.stat().st_size != size:
-                    raise ShardError(f"{path} has {path.stat().st_size} bytes, not the {size} of index.json: truncated?")
+                    raise ShardError(
+                        f"{path} has {path.stat().st_size} bytes, not the {size} of index.json: truncated?"
+                    )
 
     def streams(self, split: str) -> list[str]:
         """Sources that have tokens in a split, sorted."""
@@ -178,7 +187,9 @@ class TokenStream:
             ShardError: the range reaches past the stream's end.
         """
         if start < 0 or count < 0 or start + count > len(self):
-            raise ShardError(f"tokens {start} to {start + count} of stream {self.name} were asked for; it has {len(self)}")
+            raise ShardError(
+                f"tokens {start} to {start + count} of stream {self.name} were asked for; it has {len(self)}"
+            )
         tokens, documents = np.empty(count, np.int64), np.empty(count, np.int64)
         done = 0
         shard = int(np.searchsorted(self.ends, start, side="right"))

@@ -31,12 +31,21 @@ BATCH = 256
 class TokenizeConfig(Config):
     """Size of the vocabulary, the sample it is learned on, and how tokens are laid out."""
 
-    vocab_size: int = Field(1024, ge=263, le=129_280, title="Vocabulary", description="Rows, special tokens included.")
-    sample_bytes: int = Field(
-        4_000_000, ge=1, title="Sample", description="Bytes of text the tokenizer is trained on, all sources alike."
+    vocab_size: int = Field(
+        default=1024, ge=263, le=129_280, title="Vocabulary", description="Rows, special tokens included."
     )
-    held_out: float = Field(0.02, gt=0, lt=1, title="Held out", description="Share of documents kept from training.")
-    shard_tokens: int = Field(4_000_000, ge=1, title="Shard", description="Tokens after which a new shard begins.")
+    sample_bytes: int = Field(
+        default=4_000_000,
+        ge=1,
+        title="Sample",
+        description="Bytes of text the tokenizer is trained on, all sources alike.",
+    )
+    held_out: float = Field(
+        default=0.02, gt=0, lt=1, title="Held out", description="Share of documents kept from training."
+    )
+    shard_tokens: int = Field(
+        default=4_000_000, ge=1, title="Shard", description="Tokens after which a new shard begins."
+    )
 
 
 def tokenize(
@@ -84,9 +93,7 @@ def _sample(sources: list[Path], most_bytes: int) -> list[str]:
                 break
             chosen.add((shard, place))
             left -= size
-    return [
-        row["text"] for shard in sources for place, row in enumerate(read_rows(shard)) if (shard, place) in chosen
-    ]
+    return [row["text"] for shard in sources for place, row in enumerate(read_rows(shard)) if (shard, place) in chosen]
 
 
 def _hash(seed: int, what: str, identifier: str) -> int:
@@ -100,7 +107,9 @@ def _encode(shard: Path, out: Path, seed: int, held_out: float) -> None:
     pieces: list[np.ndarray] = []
     described: list[dict[str, Any]] = []
     for rows in _batches(read_rows(shard)):
-        for row, encoded in zip(rows, tokenizer.encode_batch([r["text"] for r in rows], add_special_tokens=False), strict=True):
+        for row, encoded in zip(
+            rows, tokenizer.encode_batch([r["text"] for r in rows], add_special_tokens=False), strict=True
+        ):
             pieces.append(np.array([BOS_ID, *encoded.ids, EOS_ID], dtype=narrow))
             kept_back = _hash(seed, "held_out", row["id"]) < held_out * 2**64
             described.append(
@@ -196,5 +205,3 @@ def _samples(sources: list[Path], tokenizer: Any, each: int = 2) -> list[dict[st
             ids = tokenizer.encode(row["text"][:160], add_special_tokens=False).ids
             samples.append({"source": source, "tokens": "·".join(tokenizer.decode([i]) for i in ids[:48])})
     return samples
-
-

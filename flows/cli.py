@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -291,5 +290,3 @@ def main() -> None:
             sys.exit(2)
         raise
     sys.exit(failed or code)
-
-

@@ -11,16 +11,16 @@ from gristmill.flows import server
 
 os.environ.update(server.environment())  # before Prefect reads its settings
 
-from prefect import flow, serve  # noqa: E402
-from prefect.client.schemas.schedules import CronSchedule  # noqa: E402
-from prefect.deployments.runner import EntrypointType, RunnerDeployment  # noqa: E402
+from prefect import flow, serve
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.deployments.runner import EntrypointType, RunnerDeployment
 
-from gristmill.flows.corpus import corpus  # noqa: E402
-from gristmill.flows.orchestrated import Orchestrated  # noqa: E402
-from gristmill.flows.r1 import r1  # noqa: E402
-from gristmill.flows.recipe import Recipe, load_recipe  # noqa: E402
-from gristmill.flows.store import Store  # noqa: E402
-from gristmill.flows.terminal import Lines  # noqa: E402
+from gristmill.flows.corpus import corpus
+from gristmill.flows.orchestrated import Orchestrated
+from gristmill.flows.r1 import r1
+from gristmill.flows.recipe import Recipe, load_recipe
+from gristmill.flows.store import Store
+from gristmill.flows.terminal import Lines
 
 NIGHTLY = "30 2 * * *"
 

@@ -25,7 +25,15 @@ class Execution(BaseModel):
         title="Threads",
         description="Threads of a training process. Another number rounds sums otherwise: the manifest records it.",
     )
-    ranks: int = Field(1, ge=1, title="Ranks", description="Data-parallel training processes; recorded likewise.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", title="Device", description="auto takes CUDA where it is.")
-    retries: int = Field(0, ge=0, le=20, title="Retries", description="How often a failed stage is tried again.")
-    hardware: str = Field("cpu-core", title="Hardware", description="Row of infra/hardware.yaml for the estimates.")
+    ranks: int = Field(
+        default=1, ge=1, title="Ranks", description="Data-parallel training processes; recorded likewise."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", title="Device", description="auto takes CUDA where it is."
+    )
+    retries: int = Field(
+        default=0, ge=0, le=20, title="Retries", description="How often a failed stage is tried again."
+    )
+    hardware: str = Field(
+        default="cpu-core", title="Hardware", description="Row of infra/hardware.yaml for the estimates."
+    )

@@ -32,7 +32,9 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
         parts = ((str(i), v) for i, v in enumerate(value))
     else:
         return {prefix: value}
-    return {k: v for name, part in parts for k, v in flattened(part, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {
+        k: v for name, part in parts for k, v in flattened(part, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
 
 
 def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
@@ -101,7 +103,9 @@ def _tree(path: str, _changed: int) -> tuple[str, tuple[str, ...]]:
             imports |= {a.name for a in node.names if a.name.startswith("gristmill.")}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_entry(node.value):
             imports.add(node.value.partition(":")[0])
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
             node.body = node.body[1:] or [ast.Pass()]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(sorted(_existing(imports)))
 

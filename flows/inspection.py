@@ -134,6 +134,8 @@ def chat_folders(store: Store, checkpoint: str) -> tuple[Path, Path]:
     entry = inputs.get("tokenizer") or inputs.get("tokens")
     tokens = store.manifest(entry["stage"], entry["key"]) if entry else None
     if tokens is None:
-        raise UsageError(f"the tokenizer of {manifest['stage']} {manifest['key']} is not in the store: run tokenize again")
+        raise UsageError(
+            f"the tokenizer of {manifest['stage']} {manifest['key']} is not in the store: run tokenize again"
+        )
     store.damage(tokens)  # fetches the files of a remote store
     return model, store.folder(tokens["stage"], tokens["key"]) / "tokenizer"

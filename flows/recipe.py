@@ -27,9 +27,11 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field("custom", pattern=r"^[a-z0-9][a-z0-9_-]*$", title="Name", description="Short, lower case.")
-    description: str = Field("", title="Description", description="What the recipe is for.")
-    seed: int = Field(0, ge=0, lt=2**31, title="Seed", description="Everything random follows from it.")
+    name: str = Field(
+        default="custom", pattern=r"^[a-z0-9][a-z0-9_-]*$", title="Name", description="Short, lower case."
+    )
+    description: str = Field(default="", title="Description", description="What the recipe is for.")
+    seed: int = Field(default=0, ge=0, lt=2**31, title="Seed", description="Everything random follows from it.")
     ingest: IngestConfig = Field(title="Ingest", description="Sources of documents.")
     problems: ProblemsConfig = Field(default_factory=ProblemsConfig, title="Problems", description="What is asked.")
     dedup: DedupConfig = Field(default_factory=DedupConfig, title="Dedup", description="Duplicate removal.")
@@ -108,7 +110,7 @@ def _values(which: str, above: tuple[str, ...]) -> dict[str, Any]:
         raise UsageError(f"recipe {which!r} extends itself through {' → '.join(above)}: break the circle")
     text, name = _text(which)
     try:
-        values = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a subclass of SafeLoader
+        values = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise UsageError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -196,12 +198,16 @@ def _sentence(which: str, error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"]) or "the recipe"
     if first["type"] == "extra_forbidden":
         fields = _fields_at(first["loc"][:-1])
-        return f"recipe {which}: {where} is no field: {_near(str(first['loc'][-1]), fields)}known are {', '.join(fields)}"
+        return (
+            f"recipe {which}: {where} is no field: {_near(str(first['loc'][-1]), fields)}known are {', '.join(fields)}"
+        )
     if first["type"] == "missing":
         return f"recipe {which}: {where} is missing: add it"
     if first["type"] == "value_error":
         return f"recipe {which}: {re.sub('^Value error, ', '', first['msg'])}"
-    return f"recipe {which}: {where} is {first['input']!r}, which will not do: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return (
+        f"recipe {which}: {where} is {first['input']!r}, which will not do: {first['msg'][0].lower()}{first['msg'][1:]}"
+    )
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:

@@ -100,9 +100,7 @@ class Plan:
         self.calls.append(call)
         return call.artifact
 
-    def run(
-        self, pipeline: Pipeline, recipe: Any, until: str | None = None, from_: str | None = None
-    ) -> PlanResult:
+    def run(self, pipeline: Pipeline, recipe: Any, until: str | None = None, from_: str | None = None) -> PlanResult:
         """The plan of `pipeline(recipe)`; `until` leaves out what that stage does not need, `from_` forces a stage
         and all that follows from it to run again.
 

@@ -1,6 +1,6 @@
 """The Prefect server of a project: its home in `.gristmill/prefect`, on the loopback address, telling nobody anything.
 
-    python -m gristmill.flows.server PORT      what `start` runs: the server, ending with the process that wanted it
+python -m gristmill.flows.server PORT      what `start` runs: the server, ending with the process that wanted it
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def check_port(port: int) -> None:
         try:
             probe.bind((ADDRESS, port))
         except OSError as error:
-            raise UsageError(f"port {port} on {ADDRESS} is in use ({error.strerror}): choose another with --port") from error
+            raise UsageError(
+                f"port {port} on {ADDRESS} is in use ({error.strerror}): choose another with --port"
+            ) from error
 
 
 @contextmanager
@@ -137,9 +139,7 @@ def main(port: int) -> None:
     os.environ["PREFECT_UI_API_URL"] = f"http://{ADDRESS}:{port}/api"
     import uvicorn
 
-    uvicorn.run(
-        "prefect.server.api.server:create_app", factory=True, host=ADDRESS, port=port, log_level="warning"
-    )
+    uvicorn.run("prefect.server.api.server:create_app", factory=True, host=ADDRESS, port=port, log_level="warning")
 
 
 if __name__ == "__main__":

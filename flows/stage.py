@@ -102,7 +102,9 @@ class Stage:
     def _refuse_bad_config(self) -> None:
         config = self.config_type
         if not (isinstance(config, type) and issubclass(config, BaseModel)):
-            raise TypeError(f"stage {self.name!r}: its first parameter must be `config`, annotated with a pydantic model")
+            raise TypeError(
+                f"stage {self.name!r}: its first parameter must be `config`, annotated with a pydantic model"
+            )
         if not config.model_config.get("frozen") or config.model_config.get("extra") != "forbid":
             raise TypeError(
                 f"stage {self.name!r}: {config.__name__} must be frozen and forbid extra fields, since it is hashed"

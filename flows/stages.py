@@ -1,4 +1,4 @@
-"""The stages of Gristmill, each declared once. The work is in the rooms below; what is here is its place in the house."""
+"""The stages of Gristmill, each declared once. The work is in the rooms below; here is its place in the house."""
 
 from __future__ import annotations
 
@@ -27,14 +27,20 @@ def _problem_sources(config: ProblemsConfig) -> dict[str, str]:
 def _check_problems(config: ProblemsConfig) -> None:
     for file in problem_files(config):
         if not Path(file).is_file():
-            raise ValueError(f"problems file {file!r} does not exist: correct problems.train_file or problems.test_file")
+            raise ValueError(
+                f"problems file {file!r} does not exist: correct problems.train_file or problems.test_file"
+            )
 
 
 ingest = stage("ingest", version=1, title="Documents from sources", sources=fingerprint_sources, check=check_sources)(
     ingest_documents
 )
 problems = stage(
-    "problems", version=1, title="Problems and chains of thought", sources=_problem_sources, check=_check_problems
+    "problems",
+    version=1,
+    title="Problems and chains of thought",
+    sources=_problem_sources,
+    check=_check_problems,
 )(make_problems)
 dedup = stage("dedup", version=1, title="Exact and near-duplicate removal")(deduplicate)
 filter_ = stage("filter", version=1, title="Quality filters")(filter_documents)

@@ -24,7 +24,10 @@ from gristmill.flows.errors import UsageError
 from gristmill.flows.identity import canonical
 
 MANIFEST = "manifest.json"
-OBSERVATIONS = ("log/", "view/")  # written about a run, not by its recipe: hashed against damage, not as content
+OBSERVATIONS = (
+    "log/",
+    "view/",
+)  # written about a run, not by its recipe: hashed against damage, not as content
 MIRROR_SECONDS = 5.0
 CHUNK = 1 << 20
 
@@ -100,7 +103,7 @@ class Store:
         return self.remote and bool(self._names(f"{stage}/{key}.partial"))
 
     def damage(self, manifest: dict[str, Any]) -> list[str]:
-        """What is wrong with a finished stage's files: missing, of another size, of another hash. Fetches remote ones."""
+        """What is wrong with a finished stage's files: missing, another size, another hash. Fetches remote ones."""
         folder, wrong = self.folder(manifest["stage"], manifest["key"]), []
         for file in manifest["files"]:
             path = folder / file["path"]
@@ -148,7 +151,7 @@ class Store:
         free = shutil.disk_usage(place).free
         if free < needed_bytes:
             raise UsageError(
-                f"store {self.uri!r} has {free / 1e6:.0f} MB free and the plan needs about {needed_bytes / 1e6:.0f} MB: "
+                f"store {self.uri!r} has {free / 1e6:.0f} MB free and the plan needs {needed_bytes / 1e6:.0f} MB: "
                 f"make room or name another place with --store"
             )
 
@@ -157,7 +160,9 @@ class Store:
             filesystem, path = fsspec.core.url_to_fs(self.uri)
             filesystem.ls(path.split("/")[0])
         except (ImportError, ValueError) as error:
-            raise UsageError(f"store {self.uri!r} cannot be opened ({error}): use a path or s3://bucket/prefix") from error
+            raise UsageError(
+                f"store {self.uri!r} cannot be opened ({error}): use a path or s3://bucket/prefix"
+            ) from error
         except FileNotFoundError as error:
             raise UsageError(f"store {self.uri!r}: there is no such bucket: create it or correct the name") from error
         except Exception as error:  # botocore raises many kinds for missing or wrong credentials
@@ -274,7 +279,7 @@ class Mirror:
             self.send()
 
     def send(self) -> None:
-        """Send whole files (those in the making end in .tmp or .part, or lie in such a folder) that are new or changed."""
+        """Send whole files that are new or changed; those in the making end in .tmp or .part, or lie in such."""
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             if not path.is_file() or any(p.endswith((".tmp", ".part")) for p in name.split("/")):

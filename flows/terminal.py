@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 BAR_AFTER_SECONDS = 3.0
 LOG_EVERY_SECONDS = 30.0
@@ -92,7 +92,7 @@ class Bars:
         self.console, self.bar, self.task = Console(highlight=False), None, None
         self.began, self.guard = 0.0, threading.Lock()
 
-    STYLES = {"cached": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
+    STYLES: ClassVar[dict[str, str]] = {"cached": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
 
     def stage(self, name: str, state: str, **values: Any) -> None:
         self._clear()

@@ -166,9 +166,7 @@ def estimate(
 def measured(seconds: float, device: Device, *, count: int = 1, bound: str = "measured") -> Estimate:
     """Energy and price of work that took `seconds` on `count` devices."""
     hours = seconds * count / 3600
-    return Estimate(
-        device.name, count, seconds, hours * device.watts / 1000, hours * device.price_per_hour, bound
-    )
+    return Estimate(device.name, count, seconds, hours * device.watts / 1000, hours * device.price_per_hour, bound)
 
 
 def training_memory(
@@ -194,9 +192,7 @@ def training_memory(
         HardwareError: the stage is not 0 to 3, or there is no rank.
     """
     if zero_stage not in (0, 1, 2, 3) or ranks < 1:
-        raise HardwareError(
-            f"ZeRO stage {zero_stage} on {ranks} ranks makes no sense: stages are 0 to 3, ranks from 1"
-        )
+        raise HardwareError(f"ZeRO stage {zero_stage} on {ranks} ranks makes no sense: stages are 0 to 3, ranks from 1")
 
     def share(from_stage: int) -> int:
         return ranks if zero_stage >= from_stage else 1

@@ -22,7 +22,7 @@ def chosen(operation: str, x: Tensor) -> str:
     """`gpu`, `cpu` or `reference` for an operation on x; the choice is counted."""
     if _reference.get():
         picked = "reference"
-    elif x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("GRISTMILL_KERNELS") == "gpu":
+    elif x.is_cuda or (os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("GRISTMILL_KERNELS") == "gpu"):
         picked = "gpu"
     elif x.device.type == "cpu":
         picked = "cpu"

@@ -22,7 +22,9 @@ class Chat:
     def __init__(self, folder: Path) -> None:
         files = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not all(f.exists() for f in files):
-            raise ValueError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer_config.json): name another folder")
+            raise ValueError(
+                f"{folder} holds no tokenizer (tokenizer.json, tokenizer_config.json): name another folder"
+            )
         self.tokenizer: Tokenizer = Tokenizer.from_file(str(files[0]))
         described: dict[str, Any] = json.loads(files[1].read_text(encoding="utf-8"))
         if "chat_template" not in described:

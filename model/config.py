@@ -16,53 +16,75 @@ class Config(BaseModel):
 class ModelConfig(Config):
     """The shape of a DeepSeek-V3 (arXiv 2412.19437, section 2); field names are those of its public configuration."""
 
-    hidden_size: int = Field(128, ge=8, title="Width", description="Width of the residual stream.")
-    num_hidden_layers: int = Field(4, ge=1, title="Layers", description="Transformer blocks, dense and MoE.")
-    num_attention_heads: int = Field(4, ge=1, title="Heads", description="Attention heads of each block.")
+    hidden_size: int = Field(default=128, ge=8, title="Width", description="Width of the residual stream.")
+    num_hidden_layers: int = Field(default=4, ge=1, title="Layers", description="Transformer blocks, dense and MoE.")
+    num_attention_heads: int = Field(default=4, ge=1, title="Heads", description="Attention heads of each block.")
     q_lora_rank: int | None = Field(
-        None, ge=1, title="Query latent", description="Width of the query latent; none projects directly."
+        default=None, ge=1, title="Query latent", description="Width of the query latent; none projects directly."
     )
     kv_lora_rank: int = Field(
-        64, ge=1, title="Key/value latent", description="Width of the cached key/value latent (numbers a token)."
+        default=64,
+        ge=1,
+        title="Key/value latent",
+        description="Width of the cached key/value latent (numbers a token).",
     )
-    qk_nope_head_dim: int = Field(16, ge=1, title="Query/key width without position", description="Per head.")
+    qk_nope_head_dim: int = Field(default=16, ge=1, title="Query/key width without position", description="Per head.")
     qk_rope_head_dim: int = Field(
-        16, ge=2, multiple_of=2, title="Rotary width", description="Rotary part of a head; one key for all heads."
+        default=16,
+        ge=2,
+        multiple_of=2,
+        title="Rotary width",
+        description="Rotary part of a head; one key for all heads.",
     )
-    v_head_dim: int = Field(32, ge=1, title="Value width", description="Width of a head's values.")
+    v_head_dim: int = Field(default=32, ge=1, title="Value width", description="Width of a head's values.")
     first_k_dense_replace: int = Field(
-        1, ge=0, title="Dense layers", description="How many of the first blocks have a dense FFN."
+        default=1, ge=0, title="Dense layers", description="How many of the first blocks have a dense FFN."
     )
-    intermediate_size: int = Field(256, ge=1, title="Dense FFN", description="Hidden width of a dense FFN.")
-    n_routed_experts: int = Field(8, ge=1, title="Routed experts", description="Experts of each MoE block.")
-    n_shared_experts: int = Field(1, ge=0, title="Shared experts", description="Experts that see every token.")
-    num_experts_per_tok: int = Field(2, ge=1, title="Active experts", description="Routed experts a token.")
-    moe_intermediate_size: int = Field(64, ge=1, title="Expert FFN", description="Hidden width of one expert.")
-    n_group: int = Field(1, ge=1, title="Expert groups", description="Groups for node-limited routing.")
-    topk_group: int = Field(1, ge=1, title="Groups a token", description="Groups a token may choose from.")
+    intermediate_size: int = Field(default=256, ge=1, title="Dense FFN", description="Hidden width of a dense FFN.")
+    n_routed_experts: int = Field(default=8, ge=1, title="Routed experts", description="Experts of each MoE block.")
+    n_shared_experts: int = Field(default=1, ge=0, title="Shared experts", description="Experts that see every token.")
+    num_experts_per_tok: int = Field(default=2, ge=1, title="Active experts", description="Routed experts a token.")
+    moe_intermediate_size: int = Field(default=64, ge=1, title="Expert FFN", description="Hidden width of one expert.")
+    n_group: int = Field(default=1, ge=1, title="Expert groups", description="Groups for node-limited routing.")
+    topk_group: int = Field(default=1, ge=1, title="Groups a token", description="Groups a token may choose from.")
     routed_scaling_factor: float = Field(
-        1.0, gt=0, title="Routed scale", description="Factor on the normalised gates (2.5 in V3)."
+        default=1.0, gt=0, title="Routed scale", description="Factor on the normalised gates (2.5 in V3)."
     )
-    norm_topk_prob: bool = Field(True, title="Normalise gates", description="Chosen gates sum to one.")
+    norm_topk_prob: bool = Field(default=True, title="Normalise gates", description="Chosen gates sum to one.")
     bias_update_speed: float = Field(
-        0.001, ge=0, title="Bias step", description="γ: how far an expert's bias moves after each step (V3: 0.001)."
+        default=0.001,
+        ge=0,
+        title="Bias step",
+        description="γ: how far an expert's bias moves after each step (V3: 0.001).",
     )
     balance_loss_alpha: float = Field(
-        0.0001, ge=0, title="Balance loss", description="α of the sequence-wise balance loss (V3: 0.0001)."
+        default=0.0001, ge=0, title="Balance loss", description="α of the sequence-wise balance loss (V3: 0.0001)."
     )
     num_nextn_predict_layers: int = Field(
-        1, ge=0, le=1, title="MTP depth", description="Multi-token-prediction modules trained beside the model."
+        default=1,
+        ge=0,
+        le=1,
+        title="MTP depth",
+        description="Multi-token-prediction modules trained beside the model.",
     )
     mtp_loss_weight: float = Field(
-        0.3, ge=0, title="MTP weight", description="λ of the MTP loss in pretraining (V3: 0.3)."
+        default=0.3, ge=0, title="MTP weight", description="λ of the MTP loss in pretraining (V3: 0.3)."
     )
-    rope_theta: float = Field(10_000.0, gt=1, title="Rotary base", description="Base of the rotary frequencies.")
+    rope_theta: float = Field(
+        default=10_000.0, gt=1, title="Rotary base", description="Base of the rotary frequencies."
+    )
     max_position_embeddings: int = Field(
-        512, ge=8, title="Position limit", description="Longest sequence, in tokens, the model is declared for."
+        default=512,
+        ge=8,
+        title="Position limit",
+        description="Longest sequence, in tokens, the model is declared for.",
     )
-    rms_norm_eps: float = Field(1e-6, gt=0, title="Norm ε", description="Added to the mean square.")
+    rms_norm_eps: float = Field(default=1e-6, gt=0, title="Norm ε", description="Added to the mean square.")
     initializer_range: float = Field(
-        0.02, gt=0, title="Initial spread", description="Standard deviation of the initial weights (V3: 0.006)."
+        default=0.02,
+        gt=0,
+        title="Initial spread",
+        description="Standard deviation of the initial weights (V3: 0.006).",
     )
 
     @model_validator(mode="after")
@@ -102,24 +124,34 @@ class OptimizerConfig(Config):
     """Muon on matrices (expert stacks matrix by matrix), AdamW on the rest; rates are the peaks of the schedule."""
 
     muon_learning_rate: float = Field(
-        0.02, ge=0, title="Muon rate", description="For hidden matrices; 0 trains them by AdamW as well."
+        default=0.02, ge=0, title="Muon rate", description="For hidden matrices; 0 trains them by AdamW as well."
     )
-    adam_learning_rate: float = Field(3e-3, gt=0, title="AdamW rate", description="For embeddings, head and norms.")
-    momentum: float = Field(0.95, ge=0, lt=1, title="Muon momentum", description="Nesterov momentum of Muon.")
-    beta1: float = Field(0.9, ge=0, lt=1, title="β₁", description="First-moment decay of AdamW (V3: 0.9).")
-    beta2: float = Field(0.95, ge=0, lt=1, title="β₂", description="Second-moment decay of AdamW (V3: 0.95).")
-    weight_decay: float = Field(0.1, ge=0, title="Weight decay", description="Decoupled; matrices only (V3: 0.1).")
-    gradient_clip: float = Field(1.0, gt=0, title="Gradient clip", description="Largest global norm (V3: 1.0).")
+    adam_learning_rate: float = Field(
+        default=3e-3, gt=0, title="AdamW rate", description="For embeddings, head and norms."
+    )
+    momentum: float = Field(default=0.95, ge=0, lt=1, title="Muon momentum", description="Nesterov momentum of Muon.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, title="β₁", description="First-moment decay of AdamW (V3: 0.9).")
+    beta2: float = Field(default=0.95, ge=0, lt=1, title="β₂", description="Second-moment decay of AdamW (V3: 0.95).")
+    weight_decay: float = Field(
+        default=0.1, ge=0, title="Weight decay", description="Decoupled; matrices only (V3: 0.1)."
+    )
+    gradient_clip: float = Field(default=1.0, gt=0, title="Gradient clip", description="Largest global norm (V3: 1.0).")
 
 
 class ScheduleConfig(Config):
     """Warm-up, constant, then cosine to a fraction of the peak (V3 section 4.2)."""
 
-    warmup_steps: int = Field(20, ge=0, title="Warm-up", description="Steps of linear warm-up.")
+    warmup_steps: int = Field(default=20, ge=0, title="Warm-up", description="Steps of linear warm-up.")
     decay_fraction: float = Field(
-        0.5, ge=0, le=1, title="Decay share", description="Share of the steps, at the end, spent in cosine decay."
+        default=0.5,
+        ge=0,
+        le=1,
+        title="Decay share",
+        description="Share of the steps, at the end, spent in cosine decay.",
     )
-    final_ratio: float = Field(0.1, ge=0, le=1, title="Final ratio", description="Rate at the end over the peak.")
+    final_ratio: float = Field(
+        default=0.1, ge=0, le=1, title="Final ratio", description="Rate at the end over the peak."
+    )
 
 
 class PretrainConfig(Config):
@@ -131,17 +163,19 @@ class PretrainConfig(Config):
         title="Mixture",
         description="Weight of each source in the token stream; empty takes sources by their size.",
     )
-    steps: int = Field(400, ge=1, title="Steps", description="Optimizer steps.")
-    sequence_length: int = Field(128, ge=8, title="Sequence", description="Tokens of a packed sequence.")
-    batch_sequences: int = Field(32, ge=1, title="Batch", description="Sequences a step, over all ranks.")
+    steps: int = Field(default=400, ge=1, title="Steps", description="Optimizer steps.")
+    sequence_length: int = Field(default=128, ge=8, title="Sequence", description="Tokens of a packed sequence.")
+    batch_sequences: int = Field(default=32, ge=1, title="Batch", description="Sequences a step, over all ranks.")
     attend_across_documents: bool = Field(
-        False, title="Attend across documents", description="Let a packed document see those before it (V3 does)."
+        default=False,
+        title="Attend across documents",
+        description="Let a packed document see those before it (V3 does).",
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, title="Optimizer", description="Rates.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, title="Schedule", description="Rate over steps.")
-    checkpoint_every: int = Field(100, ge=1, title="Checkpoint", description="Steps between checkpoints.")
-    evaluate_every: int = Field(100, ge=1, title="Held-out check", description="Steps between held-out losses.")
-    held_out_sequences: int = Field(64, ge=1, title="Held-out", description="Held-out sequences of each check.")
+    checkpoint_every: int = Field(default=100, ge=1, title="Checkpoint", description="Steps between checkpoints.")
+    evaluate_every: int = Field(default=100, ge=1, title="Held-out check", description="Steps between held-out losses.")
+    held_out_sequences: int = Field(default=64, ge=1, title="Held-out", description="Held-out sequences of each check.")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -156,41 +190,54 @@ class PretrainConfig(Config):
 class SFTConfig(Config):
     """Supervised fine-tuning on chains of thought, loss on the response only (R1 section 2.3.1)."""
 
-    steps: int = Field(200, ge=1, title="Steps", description="Optimizer steps.")
-    sequence_length: int = Field(128, ge=8, title="Sequence", description="Tokens of a packed sequence.")
-    batch_sequences: int = Field(32, ge=1, title="Batch", description="Sequences a step, over all ranks.")
+    steps: int = Field(default=200, ge=1, title="Steps", description="Optimizer steps.")
+    sequence_length: int = Field(default=128, ge=8, title="Sequence", description="Tokens of a packed sequence.")
+    batch_sequences: int = Field(default=32, ge=1, title="Batch", description="Sequences a step, over all ranks.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, title="Optimizer", description="Rates.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, title="Schedule", description="Rate over steps.")
-    checkpoint_every: int = Field(100, ge=1, title="Checkpoint", description="Steps between checkpoints.")
+    checkpoint_every: int = Field(default=100, ge=1, title="Checkpoint", description="Steps between checkpoints.")
 
 
 class RewardConfig(Config):
     """Rule rewards of R1 (sections 2.2.2 and 2.3.2), summed with these weights."""
 
-    accuracy: float = Field(1.0, ge=0, title="Accuracy", description="Weight of a right final answer.")
-    format: float = Field(0.1, ge=0, title="Format", description="Weight of a thought, then an answer, then the end.")
+    accuracy: float = Field(default=1.0, ge=0, title="Accuracy", description="Weight of a right final answer.")
+    format: float = Field(
+        default=0.1, ge=0, title="Format", description="Weight of a thought, then an answer, then the end."
+    )
     language: float = Field(
-        0.0, ge=0, title="Language", description="Weight of the share of words in the question's language."
+        default=0.0, ge=0, title="Language", description="Weight of the share of words in the question's language."
     )
 
 
 class GRPOConfig(Config):
     """Group relative policy optimisation (DeepSeekMath, arXiv 2402.03300, section 4.1)."""
 
-    steps: int = Field(60, ge=1, title="Steps", description="Rollouts; each is one or more optimizer steps.")
-    questions_per_step: int = Field(32, ge=1, title="Questions", description="Questions a rollout.")
-    samples_per_question: int = Field(8, ge=2, title="Samples", description="G: outputs a question.")
-    minibatches: int = Field(1, ge=1, title="Minibatches", description="Optimizer steps a rollout is split into.")
-    max_new_tokens: int = Field(64, ge=2, title="Length cap", description="Tokens of a response.")
-    temperature: float = Field(1.0, gt=0, title="Temperature", description="Of the rollouts (R1-Zero: 1).")
-    clip_low: float = Field(0.2, gt=0, lt=1, title="Clip below", description="ε under one of the clipped ratio.")
-    clip_high: float = Field(0.28, gt=0, title="Clip above", description="ε over one of the clipped ratio.")
-    kl_weight: float = Field(0.0, ge=0, title="KL weight", description="β of the KL term to the reference policy.")
+    steps: int = Field(default=60, ge=1, title="Steps", description="Rollouts; each is one or more optimizer steps.")
+    questions_per_step: int = Field(default=32, ge=1, title="Questions", description="Questions a rollout.")
+    samples_per_question: int = Field(default=8, ge=2, title="Samples", description="G: outputs a question.")
+    minibatches: int = Field(
+        default=1, ge=1, title="Minibatches", description="Optimizer steps a rollout is split into."
+    )
+    max_new_tokens: int = Field(default=64, ge=2, title="Length cap", description="Tokens of a response.")
+    temperature: float = Field(default=1.0, gt=0, title="Temperature", description="Of the rollouts (R1-Zero: 1).")
+    clip_low: float = Field(
+        default=0.2, gt=0, lt=1, title="Clip below", description="ε under one of the clipped ratio."
+    )
+    clip_high: float = Field(default=0.28, gt=0, title="Clip above", description="ε over one of the clipped ratio.")
+    kl_weight: float = Field(
+        default=0.0, ge=0, title="KL weight", description="β of the KL term to the reference policy."
+    )
     reference_every: int = Field(
-        400, ge=1, title="Reference renewal", description="Steps after which the policy becomes the reference."
+        default=400,
+        ge=1,
+        title="Reference renewal",
+        description="Steps after which the policy becomes the reference.",
     )
     drop_flat_groups: bool = Field(
-        True, title="Drop flat groups", description="Leave out groups whose rewards are all equal (advantage zero)."
+        default=True,
+        title="Drop flat groups",
+        description="Leave out groups whose rewards are all equal (advantage zero).",
     )
     rewards: RewardConfig = Field(default_factory=RewardConfig, title="Rewards", description="Weights of the rules.")
     optimizer: OptimizerConfig = Field(
@@ -203,7 +250,7 @@ class GRPOConfig(Config):
         title="Schedule",
         description="Rate over steps.",
     )
-    checkpoint_every: int = Field(20, ge=1, title="Checkpoint", description="Steps between checkpoints.")
+    checkpoint_every: int = Field(default=20, ge=1, title="Checkpoint", description="Steps between checkpoints.")
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -218,18 +265,25 @@ class GRPOConfig(Config):
 class EvaluateConfig(Config):
     """The protocol of R1 section 3: k samples a question at temperature 0.6, top-p 0.95."""
 
-    problems: int = Field(500, ge=1, title="Problems", description="Held-out problems; the first so many are taken.")
-    samples: int = Field(4, ge=1, title="Samples", description="k: samples a problem.")
-    temperature: float = Field(0.6, ge=0, title="Temperature", description="Of the samples (R1: 0.6).")
-    top_p: float = Field(0.95, gt=0, le=1, title="Top-p", description="Nucleus of the samples (R1: 0.95).")
-    max_new_tokens: int = Field(64, ge=2, title="Length cap", description="Tokens of a response.")
-    batch_size: int = Field(512, ge=1, title="Batch", description="Responses sampled at once.")
+    problems: int = Field(
+        default=500, ge=1, title="Problems", description="Held-out problems; the first so many are taken."
+    )
+    samples: int = Field(default=4, ge=1, title="Samples", description="k: samples a problem.")
+    temperature: float = Field(default=0.6, ge=0, title="Temperature", description="Of the samples (R1: 0.6).")
+    top_p: float = Field(default=0.95, gt=0, le=1, title="Top-p", description="Nucleus of the samples (R1: 0.95).")
+    max_new_tokens: int = Field(default=64, ge=2, title="Length cap", description="Tokens of a response.")
+    batch_size: int = Field(default=512, ge=1, title="Batch", description="Responses sampled at once.")
 
 
 class ExportConfig(Config):
     """The Hugging Face folder of the finished model."""
 
-    shard_megabytes: int = Field(2000, ge=1, title="Shard", description="Largest safetensors file, in megabytes.")
+    shard_megabytes: int = Field(
+        default=2000, ge=1, title="Shard", description="Largest safetensors file, in megabytes."
+    )
     parity_tolerance: float = Field(
-        2e-4, gt=0, title="Parity", description="Largest difference of logits that transformers may show (float32)."
+        default=2e-4,
+        gt=0,
+        title="Parity",
+        description="Largest difference of logits that transformers may show (float32).",
     )

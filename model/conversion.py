@@ -18,7 +18,12 @@ from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.checkpoints import load_model
 from gristmill.model.transformer import Batch, Transformer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress) -> Metrics:
@@ -59,12 +64,30 @@ def hugging_face_config(config: ModelConfig, vocab_size: int, chat: Chat) -> dic
     """
     if config.n_shared_experts == 0 and config.first_k_dense_replace < config.num_hidden_layers:
         raise ValueError("n_shared_experts is 0, and DeepseekV3ForCausalLM has at least 1: train with a shared expert")
-    same = (
-        "hidden_size num_hidden_layers num_attention_heads q_lora_rank kv_lora_rank qk_nope_head_dim "
-        "qk_rope_head_dim v_head_dim first_k_dense_replace intermediate_size n_routed_experts n_shared_experts "
-        "num_experts_per_tok moe_intermediate_size n_group topk_group routed_scaling_factor norm_topk_prob "
-        "rope_theta max_position_embeddings rms_norm_eps initializer_range"
-    ).split()
+    same = [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "first_k_dense_replace",
+        "intermediate_size",
+        "n_routed_experts",
+        "n_shared_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "n_group",
+        "topk_group",
+        "routed_scaling_factor",
+        "norm_topk_prob",
+        "rope_theta",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "initializer_range",
+    ]
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -116,7 +139,10 @@ def write_folder(model: Transformer, chat: Chat, tokenizer: Path, folder: Path, 
     described = hugging_face_config(model.config, model.vocab_size, chat)
     _write_json(folder / "config.json", described)
     generation = {k: described[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(folder / "generation_config.json", {**generation, "do_sample": True, "temperature": 0.6, "top_p": 0.95})
+    _write_json(
+        folder / "generation_config.json",
+        {**generation, "do_sample": True, "temperature": 0.6, "top_p": 0.95},
+    )
     for name in TOKENIZER_FILES:
         if (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, folder / name)

@@ -145,7 +145,7 @@ def _stands_in(needle: str, text: str) -> bool:
     at = text.find(needle)
     while at >= 0:
         before, after = text[at - 1 : at], text[at + len(needle) : at + len(needle) + 1]
-        if not (before.isalnum() or before in "+-" and before) and not (after.isalnum() and needle[-1:].isalnum()):
+        if not (before.isalnum() or (before in "+-" and before)) and not (after.isalnum() and needle[-1:].isalnum()):
             return True
         at = text.find(needle, at + 1)
     return False

@@ -117,7 +117,13 @@ def sample(
     rows = torch.arange(len(prompts), device=device).repeat_interleave(copies)
     cache.select(rows)
     return _continue(
-        model, cache, logits_BV[rows], position_BS[rows, -1], torch.tensor(seeds, device=device), sampling, eos
+        model,
+        cache,
+        logits_BV[rows],
+        position_BS[rows, -1],
+        torch.tensor(seeds, device=device),
+        sampling,
+        eos,
     )
 
 

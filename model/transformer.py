@@ -143,7 +143,9 @@ class MultiHeadLatentAttention(nn.Module):
         )
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
-    def decode(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], cache_BSC: Tensor, seen_BSS: Tensor, at: int) -> Tensor:
+    def decode(
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], cache_BSC: Tensor, seen_BSS: Tensor, at: int
+    ) -> Tensor:
         """The absorbed form: scores and values are taken in the latent itself, so keys are never expanded.
 
         `cache_BSC` is this layer's cache up to and including the new positions, which start at `at`;
@@ -222,7 +224,12 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_MD: Tensor):
         (place_M,) = ctx.saved_tensors
-        return grad_MD.index_select(0, place_M).view(-1, ctx.chosen, grad_MD.shape[-1]).sum(1), None, None, None
+        return (
+            grad_MD.index_select(0, place_M).view(-1, ctx.chosen, grad_MD.shape[-1]).sum(1),
+            None,
+            None,
+            None,
+        )
 
 
 class _Combine(torch.autograd.Function):
@@ -323,9 +330,7 @@ class Block(nn.Module):
 
     def feed_forward(self, x_BSD: Tensor, routing: Routing | None) -> Tensor:
         normed = self.post_attention_layernorm(x_BSD)
-        return x_BSD + (
-            self.mlp(normed, routing) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(normed)
-        )
+        return x_BSD + (self.mlp(normed, routing) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(normed))
 
     def forward(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None, routing: Routing | None
@@ -401,7 +406,12 @@ class Transformer(nn.Module):
         return self.lm_head(self.norm(self.hidden(batch)))
 
     def losses(
-        self, batch: Batch, target_BS: Tensor, next_target_BS: Tensor | None, weight_BS: Tensor, routing: Routing
+        self,
+        batch: Batch,
+        target_BS: Tensor,
+        next_target_BS: Tensor | None,
+        weight_BS: Tensor,
+        routing: Routing,
     ) -> tuple[Tensor, Tensor | None]:
         """Mean cross-entropy of token t+1, and of t+2 by the MTP module where `next_target_BS` is given.
 

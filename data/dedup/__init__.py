@@ -28,11 +28,17 @@ EXAMPLES = 20
 class DedupConfig(Config):
     """MinHash-LSH as in FineWeb (arXiv 2406.17557, section 3.4): 14 buckets of 8 rows over word 5-grams."""
 
-    ngram: int = Field(5, ge=1, le=50, title="Words a shingle", description="n of the word n-grams compared.")
-    buckets: int = Field(14, ge=1, le=256, title="Buckets", description="Bands of the signature.")
-    rows: int = Field(8, ge=1, le=64, title="Rows", description="Minima a bucket; all must agree to make a candidate.")
+    ngram: int = Field(default=5, ge=1, le=50, title="Words a shingle", description="n of the word n-grams compared.")
+    buckets: int = Field(default=14, ge=1, le=256, title="Buckets", description="Bands of the signature.")
+    rows: int = Field(
+        default=8, ge=1, le=64, title="Rows", description="Minima a bucket; all must agree to make a candidate."
+    )
     threshold: float = Field(
-        0.75, gt=0, le=1, title="Threshold", description="Least Jaccard similarity of shingles of a near duplicate."
+        default=0.75,
+        gt=0,
+        le=1,
+        title="Threshold",
+        description="Least Jaccard similarity of shingles of a near duplicate.",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -74,8 +75,8 @@ def find_duplicates(signatures: list[Path], config: Banding) -> list[Removal]:
         if kept != item:
             same = bool((exact[item] == exact[kept]).all())
             alike = 1.0 if same else round(jaccard(shingles[item], shingles[kept]), 4)
-            places = (*where[item].tolist(), *where[kept].tolist())
-            removals.append(Removal(*places, "exact" if same else "near", alike))
+            (shard, place), (kept_shard, kept_place) = where[item].tolist(), where[kept].tolist()
+            removals.append(Removal(shard, place, kept_shard, kept_place, "exact" if same else "near", alike))
     return removals
 
 
@@ -89,7 +90,7 @@ def candidates(minima: np.ndarray, members: np.ndarray, config: Banding) -> set[
             if len(own) <= WHOLE_BUCKET:
                 pairs |= {(a, b) for i, a in enumerate(own) for b in own[i + 1 :]}
             else:
-                pairs |= {(own[0], b) for b in own[1:]} | set(zip(own, own[1:], strict=False))
+                pairs |= {(own[0], b) for b in own[1:]} | set(itertools.pairwise(own))
     return pairs
 
 

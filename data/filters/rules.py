@@ -15,20 +15,26 @@ LANGUAGE_CHARACTERS = 2000  # of a document, enough for its language
 class Profile(Config):
     """Rules for one kind of document, tried in the order of these fields; a rule left at its default none is off."""
 
-    least_characters: int = Field(50, ge=0, title="Least characters", description="Shorter documents go.")
-    most_characters: int | None = Field(None, ge=1, title="Most characters", description="Longer documents go.")
+    least_characters: int = Field(default=50, ge=0, title="Least characters", description="Shorter documents go.")
+    most_characters: int | None = Field(default=None, ge=1, title="Most characters", description="Longer documents go.")
     most_duplicate_lines: float | None = Field(
-        None, ge=0, le=1, title="Duplicate lines", description="Largest share of lines that occurred before."
+        default=None, ge=0, le=1, title="Duplicate lines", description="Largest share of lines that occurred before."
     )
-    longest_line: int | None = Field(None, ge=1, title="Longest line", description="In characters.")
+    longest_line: int | None = Field(default=None, ge=1, title="Longest line", description="In characters.")
     languages: list[str] = Field(
-        default_factory=list, title="Languages", description="ISO codes of the languages that stay; empty keeps all."
+        default_factory=list,
+        title="Languages",
+        description="ISO codes of the languages that stay; empty keeps all.",
     )
     least_language_score: float = Field(
-        0.65, ge=0, le=1, title="Language score", description="Least certainty of the language (FineWeb: 0.65)."
+        default=0.65,
+        ge=0,
+        le=1,
+        title="Language score",
+        description="Least certainty of the language (FineWeb: 0.65).",
     )
-    gopher_quality: bool = Field(False, title="Gopher quality", description="Rae et al. 2021, table A1.")
-    gopher_repetition: bool = Field(False, title="Gopher repetition", description="Rae et al. 2021, table A1.")
+    gopher_quality: bool = Field(default=False, title="Gopher quality", description="Rae et al. 2021, table A1.")
+    gopher_repetition: bool = Field(default=False, title="Gopher repetition", description="Rae et al. 2021, table A1.")
 
 
 def build(profile: Profile) -> list[tuple[str, Any]]:

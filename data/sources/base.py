@@ -27,8 +27,10 @@ class SourceBase(Config):
     """Fields of every source."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", title="Name", description="Names the token stream.")
-    kind: Kind = Field("prose", title="Kind", description="Which filter profile its documents pass.")
-    max_documents: int | None = Field(None, ge=1, title="Most documents", description="The first so many are taken.")
+    kind: Kind = Field(default="prose", title="Kind", description="Which filter profile its documents pass.")
+    max_documents: int | None = Field(
+        default=None, ge=1, title="Most documents", description="The first so many are taken."
+    )
 
     def row(self, text: str, identifier: str, **metadata: Any) -> Row:
         """A datatrove document as a row."""

@@ -16,11 +16,13 @@ class DatasetSource(SourceBase):
 
     type: Literal["dataset"] = "dataset"
     dataset: str = Field(title="Dataset", description="Hub name (owner/name) or a local folder.")
-    subset: str | None = Field(None, title="Subset", description="Configuration of the dataset.")
-    split: str = Field("train", title="Split", description="Split to read.")
-    text_field: str = Field("text", title="Text field", description="Column with the text.")
+    subset: str | None = Field(default=None, title="Subset", description="Configuration of the dataset.")
+    split: str = Field(default="train", title="Split", description="Split to read.")
+    text_field: str = Field(default="text", title="Text field", description="Column with the text.")
     revision: str | None = Field(
-        None, title="Revision", description="Commit of the hub's repository; needed there, since it enters the key."
+        default=None,
+        title="Revision",
+        description="Commit of the hub's repository; needed there, since it enters the key.",
     )
 
     def check(self) -> None:
@@ -34,11 +36,13 @@ class DatasetSource(SourceBase):
             if not any(p.is_file() and p.stat().st_size for p in local.rglob("*")):
                 raise ValueError(f"source {self.name!r}: the folder {self.dataset!r} holds no data: correct dataset")
         elif self.dataset.count("/") != 1 or self.dataset.startswith((".", "/")):
-            raise ValueError(f"source {self.name!r}: {self.dataset!r} is no folder and no hub name owner/name: correct it")
+            raise ValueError(
+                f"source {self.name!r}: {self.dataset!r} is no folder and no hub name owner/name: correct it"
+            )
         elif not self.revision:
             raise ValueError(
-                f"source {self.name!r}: the hub dataset {self.dataset!r} has no revision: name a commit, so that the same "
-                f"recipe always reads the same data"
+                f"source {self.name!r}: the hub dataset {self.dataset!r} has no revision: name a commit, so that "
+                f"the same recipe always reads the same data"
             )
 
     def fingerprint(self) -> str:
@@ -69,6 +73,4 @@ class DatasetSource(SourceBase):
             loaded: Any = load_from_disk(self.dataset)
             yield from loaded[split] if isinstance(loaded, dict) else loaded
             return
-        yield from load_dataset(
-            self.dataset, self.subset, split=split, revision=self.revision, streaming=True
-        )
+        yield from load_dataset(self.dataset, self.subset, split=split, revision=self.revision, streaming=True)

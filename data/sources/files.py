@@ -24,7 +24,9 @@ class FilesSource(SourceBase):
 
     type: Literal["files"] = "files"
     paths: list[str] = Field(min_length=1, title="Paths", description="Paths or patterns, local or s3://…")
-    text_field: str = Field("text", title="Text field", description="Field of a JSON or Parquet row with the text.")
+    text_field: str = Field(
+        default="text", title="Text field", description="Field of a JSON or Parquet row with the text."
+    )
 
     def check(self) -> None:
         """Refuse what does not exist, holds nothing or cannot be reached.
@@ -71,7 +73,9 @@ class FilesSource(SourceBase):
                     f"source {self.name!r}: {pattern!r} cannot be reached ({type(error).__name__}: {error}): check the "
                     f"address and, for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
                 ) from error
-            files = {filesystem.unstrip_protocol(p): e for p, e in listed.items() if e["type"] == "file"} if listed else {}
+            files = (
+                {filesystem.unstrip_protocol(p): e for p, e in listed.items() if e["type"] == "file"} if listed else {}
+            )
             if not files:
                 raise ValueError(f"source {self.name!r}: {pattern!r} names no file: correct ingest.sources")
             found |= {p.removeprefix("file://"): e for p, e in files.items()}
@@ -113,7 +117,7 @@ class FilesSource(SourceBase):
         import pyarrow.parquet as pq
 
         try:
-            with fsspec.open(path, "rb") as raw:
+            with _raw(path) as raw:
                 table = pq.ParquetFile(raw)
                 if self.text_field not in table.schema_arrow.names:
                     yield BadRecord(path, 1, f"no column {self.text_field!r}")
@@ -123,7 +127,9 @@ class FilesSource(SourceBase):
                     for text in batch.column(0).to_pylist():
                         number += 1
                         good = isinstance(text, str) and text.strip()
-                        yield (number, text) if good else BadRecord(path, number, f"{self.text_field!r} holds no text")
+                        yield (
+                            (number, text) if good else BadRecord(path, number, f"{self.text_field!r} holds no text")
+                        )
         except pa.ArrowInvalid as error:
             yield BadRecord(path, 1, f"not a whole Parquet file ({error})")
 
@@ -132,8 +138,13 @@ def glob_like(path: str) -> bool:
     return any(c in path for c in "*?[")
 
 
+def _raw(path: str) -> IO[bytes]:
+    filesystem, place = fsspec.core.url_to_fs(path)
+    return filesystem.open(place, "rb")
+
+
 def _opened(path: str) -> IO[bytes]:
-    raw = fsspec.open(path, "rb").open()
+    raw = _raw(path)
     if path.endswith(".gz"):
         return gzip.open(raw)  # type: ignore[return-value]
     if path.endswith(".zst"):
@@ -174,7 +185,7 @@ class _WholeZstd(io.RawIOBase):
 
 
 def _whole_text(path: str) -> Iterator[tuple[int, str] | BadRecord]:
-    with fsspec.open(path, "rb") as raw:
+    with _raw(path) as raw:
         data = raw.read()
     try:
         text = data.decode("utf-8")
@@ -191,7 +202,7 @@ def _content(path: str) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    with fsspec.open(path, "rb") as raw:
+    with _raw(path) as raw:
         while block := raw.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -17,11 +17,13 @@ class LessonsSource(SourceBase):
     """Pages of worked problems and single conversations; no chain of the test is among them."""
 
     type: Literal["lessons"] = "lessons"
-    name: str = Field("lessons", title="Name", description="Names the token stream.")
-    kind: Kind = Field("lessons", title="Kind", description="Which filter profile its documents pass.")
-    count: int = Field(10_000, ge=1, title="Count", description="Lessons to generate.")
-    most_terms: int = Field(6, ge=2, le=20, title="Most terms", description="Numbers in the longest chain.")
-    largest: int = Field(9, ge=2, le=49, title="Largest number", description="Largest number added or taken away.")
+    name: str = Field(default="lessons", title="Name", description="Names the token stream.")
+    kind: Kind = Field(default="lessons", title="Kind", description="Which filter profile its documents pass.")
+    count: int = Field(default=10_000, ge=1, title="Count", description="Lessons to generate.")
+    most_terms: int = Field(default=6, ge=2, le=20, title="Most terms", description="Numbers in the longest chain.")
+    largest: int = Field(
+        default=9, ge=2, le=49, title="Largest number", description="Largest number added or taken away."
+    )
 
     def check(self) -> None:
         """Nothing to look for: lessons are made here."""

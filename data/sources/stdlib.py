@@ -24,9 +24,7 @@ def library_files() -> tuple[str, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
     return tuple(
         sorted(
-            p.relative_to(root).as_posix()
-            for p in root.rglob("*.py")
-            if not LEFT_OUT & set(p.relative_to(root).parts)
+            p.relative_to(root).as_posix() for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts)
         )
     )
 
@@ -41,13 +39,15 @@ class StdlibSource(SourceBase):
     """The standard library as code documents, one a module, or as prose documents, its docstrings."""
 
     type: Literal["stdlib"] = "stdlib"
-    name: str = Field("stdlib", title="Name", description="Names the token stream.")
-    kind: Kind = Field("code", title="Kind", description="Which filter profile its documents pass.")
-    docstrings: bool = Field(False, title="Docstrings", description="Take the docstrings instead of the code.")
+    name: str = Field(default="stdlib", title="Name", description="Names the token stream.")
+    kind: Kind = Field(default="code", title="Kind", description="Which filter profile its documents pass.")
+    docstrings: bool = Field(default=False, title="Docstrings", description="Take the docstrings instead of the code.")
 
     def check(self) -> None:
         if not library_files():
-            raise ValueError(f"source {self.name!r}: this Python's standard library has no .py files: use another source")
+            raise ValueError(
+                f"source {self.name!r}: this Python's standard library has no .py files: use another source"
+            )
 
     def fingerprint(self) -> str:
         return _library_hash()

@@ -98,9 +98,7 @@ def panels(count: int, columns: int, width: float, height: float) -> tuple[Figur
     return figure, axes[:count]
 
 
-def line(
-    ax: Axes, xs: Sequence[float], ys: Sequence[float], colour: str, smooth: int = 1, **more: Any
-) -> None:
+def line(ax: Axes, xs: Sequence[float], ys: Sequence[float], colour: str, smooth: int = 1, **more: Any) -> None:
     """A curve: its points where they are few; a running mean over the raw, light one where `smooth` > 1."""
     if not xs:
         return
@@ -150,9 +148,7 @@ def end_labels(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
         )
 
 
-def bars(
-    ax: Axes, table: dict[str, float], colour: str = PALETTE["cold_start"], form: str = "{:,.0f}"
-) -> None:
+def bars(ax: Axes, table: dict[str, float], colour: str = PALETTE["cold_start"], form: str = "{:,.0f}") -> None:
     """Horizontal bars, the first on top, each with its number at its end."""
     names, values = list(table), list(table.values())
     places = list(range(len(names)))[::-1]
@@ -164,20 +160,14 @@ def bars(
     ax.spines[["bottom", "left"]].set_visible(False)
     ax.grid(False)
     for place, value in zip(places, values, strict=True):
-        ax.annotate(
-            form.format(value), (value, place), xytext=(4, 0), textcoords="offset points", va="center"
-        )
+        ax.annotate(form.format(value), (value, place), xytext=(4, 0), textcoords="offset points", va="center")
 
 
-def heat_map(
-    ax: Axes, shares: Sequence[Sequence[float]], steps: Sequence[int], colours: str = "PuOr_r"
-) -> Any:
+def heat_map(ax: Axes, shares: Sequence[Sequence[float]], steps: Sequence[int], colours: str = "PuOr_r") -> Any:
     """Load of experts (rows) over time (columns) in fair shares: 1 is pale, 0 and 2 are the ends."""
     experts = len(shares[0])
     relative = [[column[e] * experts for column in shares] for e in range(experts)]
-    image = ax.imshow(
-        relative, aspect="auto", cmap=colours, vmin=0, vmax=2, interpolation="nearest", origin="lower"
-    )
+    image = ax.imshow(relative, aspect="auto", cmap=colours, vmin=0, vmax=2, interpolation="nearest", origin="lower")
     shown = sorted({0, len(steps) // 2, len(steps) - 1})
     ax.set_xticks(shown, [str(steps[i]) for i in shown])
     ends = sorted({0, experts - 1})

@@ -30,9 +30,7 @@ def accuracy(results: Sequence[Row]) -> Figure | None:
         for place, row in zip(places, shown, strict=True):
             low, high = row.get("pass1_low", row["pass1"]), row.get("pass1_high", row["pass1"])
             ax.barh(place, row["pass1"], height=0.6, color=PALETTE.get(row["model"], PALETTE["muted"]))
-            ax.plot(
-                [low, high], [place, place], color=PALETTE["ink"], linewidth=1.3, marker="|", markersize=7
-            )
+            ax.plot([low, high], [place, place], color=PALETTE["ink"], linewidth=1.3, marker="|", markersize=7)
             ends = [high]
             if is_number(row.get("cons")):
                 ax.plot(row["cons"], place, "D", color="none", mec=PALETTE["ink"], markersize=5)
@@ -56,9 +54,7 @@ def training_loss(rows: Sequence[Row], title: str, colour: str = PALETTE["base"]
     if not curve(list(rows), "main_loss")[0]:
         names = {"loss": "loss"}
     colours = (PALETTE["ink"], colour)
-    lines = [
-        (*curve(list(rows), name), text, c) for (name, text), c in zip(names.items(), colours, strict=False)
-    ]
+    lines = [(*curve(list(rows), name), text, c) for (name, text), c in zip(names.items(), colours, strict=False)]
     return _curves(lines, title, "nats a token")
 
 
@@ -132,9 +128,7 @@ def expert_loads(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def rl_curve(
-    runs: Mapping[str, Sequence[Row]], name: str, title: str, unit: str, small: bool = False
-) -> Figure | None:
+def rl_curve(runs: Mapping[str, Sequence[Row]], name: str, title: str, unit: str, small: bool = False) -> Figure | None:
     """One number of RL runs (by model name) against the step; a running mean over the raw curve."""
     with charts.house_style():
         figure, (ax,) = charts.panels(1, 1, *((3.2, 2.0) if small else (WIDTH, HEIGHT)))
@@ -194,9 +188,7 @@ def counts(table: dict[str, float], title: str) -> Figure | None:
 
 def small_multiples(rows: Sequence[Row], most: int = 9) -> Figure | None:
     """Every number of a stage's `curves.jsonl` in a small panel of its own."""
-    names = [
-        n for n in dict.fromkeys(k for row in rows for k in row) if n != "step" and curve(list(rows), n)[0]
-    ]
+    names = [n for n in dict.fromkeys(k for row in rows for k in row) if n != "step" and curve(list(rows), n)[0]]
     if not names:
         return None
     with charts.house_style():

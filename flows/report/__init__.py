@@ -31,7 +31,7 @@ class ReportConfig(BaseModel):
         "From raw text to a reasoning model", min_length=1, title="Title", description="Heading of the page."
     )
     examples: int = Field(
-        5, ge=1, le=50, title="Examples", description="Thoughts, and removed documents, shown of each kind."
+        default=5, ge=1, le=50, title="Examples", description="Thoughts, and removed documents, shown of each kind."
     )
 
 

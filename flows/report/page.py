@@ -112,9 +112,7 @@ def _ways(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 def _removed_examples(folders: Mapping[str, StageFolder], count: int) -> dict[str, list[Row]]:
     """A few rows of the samples of dedup and filter, long texts cut."""
     return {
-        name: [
-            {k: _cut(v) for k, v in _flat(row).items()} for row in folders[name].rows("samples.jsonl", count)
-        ]
+        name: [{k: _cut(v) for k, v in _flat(row).items()} for row in folders[name].rows("samples.jsonl", count)]
         for name in ("dedup", "filter")
     }
 

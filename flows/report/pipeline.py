@@ -41,11 +41,7 @@ def diagram(folders: Mapping[str, StageFolder], earlier: set[str]) -> str:
     ]
     for name, folder in shown.items():
         for given, source in (folder.manifest.get("inputs") or {}).items():
-            if (
-                source.get("stage") in shown
-                and given not in UNDRAWN
-                and (name, given) != ("evaluate", "documents")
-            ):
+            if source.get("stage") in shown and given not in UNDRAWN and (name, given) != ("evaluate", "documents"):
                 parts.append(_arrow(source["stage"], name))
     parts += [_box(name, folder, name in earlier) for name, folder in shown.items()]
     return "".join([*parts, "</svg>"])
@@ -64,9 +60,7 @@ def _arrow(source: str, target: str) -> str:
             (x0 + WIDE / 2, y0 + (HIGH if y1 > y0 else 0)),
             (x1 + WIDE / 2, y1 + (0 if y1 > y0 else HIGH)),
         )
-        return (
-            f'<path{faint} d="M{start[0]:g},{start[1]:g} L{end[0]:g},{end[1]:g}" marker-end="url(#arrow)"/>'
-        )
+        return f'<path{faint} d="M{start[0]:g},{start[1]:g} L{end[0]:g},{end[1]:g}" marker-end="url(#arrow)"/>'
     start, end = (x0 + WIDE, y0 + HIGH / 2), (x1, y1 + HIGH / 2)
     bend = min(60, (end[0] - start[0]) * 0.75)
     curve = f"C{start[0] + bend:g},{start[1]:g} {end[0] - bend:g},{end[1]:g} {end[0]:g},{end[1]:g}"

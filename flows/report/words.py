@@ -152,9 +152,7 @@ def zero(found: Mapping[str, Any]) -> str:
 
 def _told(config: Mapping[str, Any]) -> str:
     """What the reward rewards, by the configuration of the run."""
-    parts = [
-        f"{name} (weight {weight:g})" for name, weight in (config.get("rewards") or {}).items() if weight
-    ]
+    parts = [f"{name} (weight {weight:g})" for name, weight in (config.get("rewards") or {}).items() if weight]
     if not parts:
         return "The weights of the reward are not recorded."
     summed = parts[0] if len(parts) == 1 else f"the sum of {', '.join(parts[:-1])} and {parts[-1]}"

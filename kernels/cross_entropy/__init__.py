@@ -50,6 +50,18 @@ def linear_log_probs(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: 
 def _check(operation: str, x: Tensor, w: Tensor, target: Tensor) -> None:
     require(x.dtype == w.dtype, TypeError, f"{operation}: w_VD", w.dtype, f"the dtype of x_TD, {x.dtype}")
     require(x.device == w.device, TypeError, f"{operation}: w_VD", w.device, f"the device of x_TD, {x.device}")
-    require(x.ndim == 2 and w.ndim == 2, ValueError, f"{operation}: ranks of x_TD and w_VD", (x.ndim, w.ndim), (2, 2))
+    require(
+        x.ndim == 2 and w.ndim == 2,
+        ValueError,
+        f"{operation}: ranks of x_TD and w_VD",
+        (x.ndim, w.ndim),
+        (2, 2),
+    )
     require(w.shape[1] == x.shape[1], ValueError, f"{operation}: inner size of w_VD", w.shape[1], x.shape[1])
-    require(target.shape == x.shape[:1], ValueError, f"{operation}: shape of target_T", tuple(target.shape), (x.shape[0],))
+    require(
+        target.shape == x.shape[:1],
+        ValueError,
+        f"{operation}: shape of target_T",
+        tuple(target.shape),
+        (x.shape[0],),
+    )

@@ -40,7 +40,25 @@ def _check(x: Tensor, w: Tensor, ends: Tensor) -> None:
     require(x.ndim == 2, ValueError, "grouped_gemm: rank of x_NK", x.ndim, "2")
     require(w.ndim == 3, ValueError, "grouped_gemm: rank of w_EMK", w.ndim, "3")
     require(w.shape[2] == x.shape[1], ValueError, "grouped_gemm: inner size of w_EMK", w.shape[2], x.shape[1])
-    require(ends.shape == (w.shape[0],), ValueError, "grouped_gemm: shape of ends_E", tuple(ends.shape), (w.shape[0],))
+    require(
+        ends.shape == (w.shape[0],),
+        ValueError,
+        "grouped_gemm: shape of ends_E",
+        tuple(ends.shape),
+        (w.shape[0],),
+    )
     if ends.device.type == "cpu" and ends.numel():
-        require(bool((ends.diff() >= 0).all()) and int(ends[0]) >= 0, ValueError, "grouped_gemm: ends_E", ends.tolist(), "ascending ends")
-        require(int(ends[-1]) == x.shape[0], ValueError, "grouped_gemm: last of ends_E", int(ends[-1]), f"the {x.shape[0]} rows of x_NK")
+        require(
+            bool((ends.diff() >= 0).all()) and int(ends[0]) >= 0,
+            ValueError,
+            "grouped_gemm: ends_E",
+            ends.tolist(),
+            "ascending ends",
+        )
+        require(
+            int(ends[-1]) == x.shape[0],
+            ValueError,
+            "grouped_gemm: last of ends_E",
+            int(ends[-1]),
+            f"the {x.shape[0]} rows of x_NK",
+        )

@@ -29,7 +29,10 @@ class GroupedGemm(torch.autograd.Function):
     def backward(ctx, grad_NM: Tensor):
         x_NK, w_EMK = ctx.saved_tensors
         grad_NM = grad_NM.contiguous()
-        grad_x, grad_w = torch.empty_like(x_NK, memory_format=torch.contiguous_format), torch.zeros_like(w_EMK)
+        grad_x, grad_w = (
+            torch.empty_like(x_NK, memory_format=torch.contiguous_format),
+            torch.zeros_like(w_EMK),
+        )
         for e in range(w_EMK.shape[0]):
             a, b = ctx.bounds[e], ctx.bounds[e + 1]
             if b > a:

@@ -34,8 +34,6 @@ def reinforce(
         "tokenizer": str(tokenizer),
         "seed": seed,
     }
-    metrics = launch(
-        "gristmill.model.rl.training:run", job, out, threads=threads, device=device, progress=progress
-    )
+    metrics = launch("gristmill.model.rl.training:run", job, out, threads=threads, device=device, progress=progress)
     shutil.rmtree(out / "work")
     return metrics

@@ -67,7 +67,14 @@ class Policy:
     def __init__(
         self, config: GRPOConfig, model: Transformer, chat: Chat, problems: list[Row], seed: int, out: Path
     ) -> None:
-        self.config, self.model, self.chat, self.problems, self.seed, self.out = config, model, chat, problems, seed, out
+        self.config, self.model, self.chat, self.problems, self.seed, self.out = (
+            config,
+            model,
+            chat,
+            problems,
+            seed,
+            out,
+        )
         self.optimizer = MuonAdamW(model.named_parameters(), config.optimizer)
         self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_weight else None
         self.curves: list[Row] = []

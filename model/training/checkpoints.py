@@ -88,9 +88,7 @@ def load_checkpoint(work: Path, model: Transformer, optimizer: MuonAdamW) -> dic
     device = str(next(model.parameters()).device)
     state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
     model.load_state_dict(load_file(found[-1] / "model.safetensors", device=device))
-    optimizer.load_named_state(
-        load_file(found[-1] / "optimizer.safetensors", device=device), state["optimizer_steps"]
-    )
+    optimizer.load_named_state(load_file(found[-1] / "optimizer.safetensors", device=device), state["optimizer_steps"])
     return state
 
 

@@ -24,9 +24,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     chat = Chat(Path(job["tokenizer"]) / "tokenizer")
     with (Path(job["problems"]) / "cold_start.jsonl").open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    conversations = [
-        Conversation(chat.prompt(r["question"]), chat.response(r["thought"], r["final"])) for r in rows
-    ]
+    conversations = [Conversation(chat.prompt(r["question"]), chat.response(r["thought"], r["final"])) for r in rows]
     rank, _ = start_distributed(device)
     model = load_model(Path(job["model"]) / "model", device, mtp=False)
     batches = ConversationBatches(
@@ -56,7 +54,12 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     return {
         "conversations": len(conversations),
         "sequences": len(batches.packs),
-        "padding": round(1 - sum(len(c.prompt) + len(c.response) - 1 for c in conversations) / (len(batches.packs) * config.sequence_length), 5),
+        "padding": round(
+            1
+            - sum(len(c.prompt) + len(c.response) - 1 for c in conversations)
+            / (len(batches.packs) * config.sequence_length),
+            5,
+        ),
         "epochs": round(config.steps * config.batch_sequences / len(batches.packs), 4),
         "tokens": tokens,
         "flops": flops_per_token(model.config, model.vocab_size, config.sequence_length, mtp=False) * tokens,

@@ -122,14 +122,17 @@ def train(
         if not all(torch.isfinite(torch.tensor(list(row.values())))):
             raise FloatingPointError(
                 f"the loss is not finite at step {step} ({row}); the last good checkpoint is of step "
-                f"{(step // training.checkpoint_every) * training.checkpoint_every}: lower the learning rates and resume"
+                f"{step // training.checkpoint_every * training.checkpoint_every}: lower the rates and resume"
             )
         engine.backward(loss)
         norm = nn.utils.clip_grad_norm_(model.parameters(), training.optimizer.gradient_clip, foreach=True)
         optimizer.scale = factor(training.schedule, step, training.steps)
         engine.step()
         violation, load = _balance(model, objective.routing, ranks)
-        row |= {"grad_norm": float(norm), "learning_rate": optimizer.scale * training.optimizer.adam_learning_rate}
+        row |= {
+            "grad_norm": float(norm),
+            "learning_rate": optimizer.scale * training.optimizer.adam_learning_rate,
+        }
         if violation is not None:
             row["load_violation"] = violation
         if training.load_every and (step % training.load_every == 0 or step + 1 == training.steps):
@@ -141,9 +144,7 @@ def train(
         if rank == 0:
             _record_time(out, step, time.perf_counter() - began)
             if done % training.checkpoint_every == 0 and done < training.steps:
-                checkpoints.save_checkpoint(
-                    out / "work", done, model, optimizer, {"curves": curves, "loads": loads}
-                )
+                checkpoints.save_checkpoint(out / "work", done, model, optimizer, {"curves": curves, "loads": loads})
         progress(done, training.steps, loss=row["main_loss"], grad_norm=row["grad_norm"])
     return curves, loads
 

@@ -41,7 +41,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
         self.config, self.scale = config, 1.0
-        self.names: dict[nn.Parameter, str] = {}
+        self.names: dict[Tensor, str] = {}
         muon, decayed, plain = [], [], []
         for name, parameter in named:
             if not parameter.requires_grad:
@@ -53,7 +53,12 @@ class MuonAdamW(torch.optim.Optimizer):
                 (decayed if parameter.ndim >= 2 else plain).append(parameter)
         groups = [
             {"params": muon, "kind": "muon", "decay": config.weight_decay, "lr": config.muon_learning_rate},
-            {"params": decayed, "kind": "adam", "decay": config.weight_decay, "lr": config.adam_learning_rate},
+            {
+                "params": decayed,
+                "kind": "adam",
+                "decay": config.weight_decay,
+                "lr": config.adam_learning_rate,
+            },
             {"params": plain, "kind": "adam", "decay": 0.0, "lr": config.adam_learning_rate},
         ]
         super().__init__([g for g in groups if g["params"]], {})
@@ -71,9 +76,9 @@ class MuonAdamW(torch.optim.Optimizer):
                 torch._foreach_mul_(parameters, 1 - rate * group["decay"])
             (self._muon if group["kind"] == "muon" else self._adam)(parameters, rate)
 
-    def _muon(self, parameters: list[nn.Parameter], rate: float) -> None:
+    def _muon(self, parameters: list[Tensor], rate: float) -> None:
         momentum = self.config.momentum
-        stacks: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
+        stacks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         for parameter in parameters:
             assert parameter.grad is not None
             buffer = self._moment(parameter, "momentum")
@@ -88,7 +93,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 assert len(own) == len(part)
                 parameter.add_(part.reshape(parameter.shape), alpha=-rate * size)
 
-    def _adam(self, parameters: list[nn.Parameter], rate: float) -> None:
+    def _adam(self, parameters: list[Tensor], rate: float) -> None:
         beta1, beta2 = self.config.beta1, self.config.beta2
         gradients = [p.grad for p in parameters if p.grad is not None]
         first = [self._moment(p, "exp_avg") for p in parameters]
@@ -100,7 +105,7 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_add_(size, ADAM_EPS)
         torch._foreach_addcdiv_(parameters, first, size, -rate / (1 - beta1**self.steps_done))
 
-    def _moment(self, parameter: nn.Parameter, kind: str) -> Tensor:
+    def _moment(self, parameter: Tensor, kind: str) -> Tensor:
         state = self.state[parameter]
         if kind not in state:
             state[kind] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
@@ -120,6 +125,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for key, value in state.items():
             name, kind = key.rsplit("/", 1)
             if name not in by_name:
-                raise ValueError(f"the optimizer state names {name!r}, which this model has not: another model's state?")
+                raise ValueError(
+                    f"the optimizer state names {name!r}, which this model has not: another model's state?"
+                )
             self.state[by_name[name]][kind] = value.clone()
         self.steps_done = steps_done

@@ -119,9 +119,7 @@ def _text_bytes(batches: TokenBatches, step: int) -> float:
     return sum(rate[names[s]] * batches.length for s in sources)
 
 
-def _metrics(
-    config: PretrainConfig, model: Transformer, curves: list[Row], vocab_size: int, unigram: float
-) -> Metrics:
+def _metrics(config: PretrainConfig, model: Transformer, curves: list[Row], vocab_size: int, unigram: float) -> Metrics:
     total, active = parameter_counts(config.model, vocab_size)
     tokens = config.steps * config.batch_sequences * config.sequence_length
     each = flops_per_token(config.model, vocab_size, config.sequence_length, mtp=model.mtp is not None)

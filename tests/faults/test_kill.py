@@ -44,7 +44,11 @@ def finish(store: Path) -> dict[str, str]:
     process = start(store)
     assert process.wait(timeout=600) == 0, (store.parent / f"{store.name}.log").read_text()[-3000:]
     said = subprocess.run(
-        [*COMMAND, "verify", "--store", str(store), "--json"], capture_output=True, text=True, cwd=store.parent, check=False
+        [*COMMAND, "verify", "--store", str(store), "--json"],
+        capture_output=True,
+        text=True,
+        cwd=store.parent,
+        check=False,
     )
     assert said.returncode == 0, said.stdout + said.stderr
     found = json.loads(said.stdout)
@@ -120,7 +124,18 @@ def test_no_process_outlives_its_killed_run(undisturbed: dict[str, str], tmp_pat
 def test_two_runs_give_the_same_bytes_and_another_seed_others(undisturbed: dict[str, str], tmp_path: Path) -> None:
     assert finish(tmp_path / "again") == undisturbed
     said = subprocess.run(
-        [*COMMAND, "run", "smoke", "--store", str(tmp_path / "other"), "--plain", "--until", "tokenize", "--set", "seed=1"],
+        [
+            *COMMAND,
+            "run",
+            "smoke",
+            "--store",
+            str(tmp_path / "other"),
+            "--plain",
+            "--until",
+            "tokenize",
+            "--set",
+            "seed=1",
+        ],
         capture_output=True,
         text=True,
         cwd=tmp_path,

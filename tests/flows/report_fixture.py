@@ -351,9 +351,7 @@ def _answered(rng: np.random.Generator, problem: dict, shares: tuple, samples: i
     responses, right, thoughts = [], [], []
     for _ in range(samples):
         way = ("thorough", "hasty", "guess", "other")[int(rng.choice(4, p=shares))]
-        kept = {"thorough": lines, "hasty": lines[: -(-len(lines) // 2)], "guess": [], "other": lines * 3}[
-            way
-        ]
+        kept = {"thorough": lines, "hasty": lines[: -(-len(lines) // 2)], "guess": [], "other": lines * 3}[way]
         correct = bool(rng.random() < RIGHT[way])
         responses.append("\n".join(kept) + f"\n</think>\n{final if correct else int(final) + 1}")
         right.append(float(correct))

@@ -15,9 +15,7 @@ from gristmill.flows.cards import card_markdown, charts, text
 
 
 def _fixture() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "report_fixture", Path(__file__).with_name("report_fixture.py")
-    )
+    spec = importlib.util.spec_from_file_location("report_fixture", Path(__file__).with_name("report_fixture.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -20,9 +20,7 @@ from gristmill.flows.report.findings import gather
 
 
 def _fixture() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "report_fixture", Path(__file__).with_name("report_fixture.py")
-    )
+    spec = importlib.util.spec_from_file_location("report_fixture", Path(__file__).with_name("report_fixture.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -129,9 +127,7 @@ def test_numbers_are_those_of_the_folders(run) -> None:
     assert metrics["rl_gain"] == pytest.approx(results["rl"]["pass1"] - results["cold_start"]["pass1"])
     assert metrics["rl_gain_low"] < metrics["rl_gain"] < metrics["rl_gain_high"]
     assert metrics["thought_growth"] > 1.2
-    assert metrics["bpb_vs_unigram"] == pytest.approx(
-        1.6 / 2.94, rel=0.02
-    )  # the curve ends a little above 1.6
+    assert metrics["bpb_vs_unigram"] == pytest.approx(1.6 / 2.94, rel=0.02)  # the curve ends a little above 1.6
     assert numbers["headline"] == metrics
     assert numbers["absent"] == []
     assert numbers["corpus"]["removed"]["filter"]["removed_by_reason"]["too short"] == 118
@@ -150,9 +146,7 @@ def test_content_has_the_same_bytes_wherever_and_whenever_the_stages_ran(run, tm
     report(moved, tmp_path / "three")
     content = {n: (tmp_path / n / "report.json").read_bytes() for n in ("one", "two", "three")}
     assert content["one"] == content["two"] == content["three"]
-    assert (tmp_path / "one/view/report.html").read_bytes() == (
-        tmp_path / "two/view/report.html"
-    ).read_bytes()
+    assert (tmp_path / "one/view/report.html").read_bytes() == (tmp_path / "two/view/report.html").read_bytes()
 
 
 @pytest.mark.parametrize("steps", [1, 3])

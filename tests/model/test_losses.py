@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from gristmill.model.config import RewardConfig
 from gristmill.model.rl.losses import group_advantages, kl_estimate, policy_loss
-from gristmill.model.rl.rewards import judge, language_consistency, reference_answer, same_answer, split_response
+from gristmill.model.rl.rewards import (
+    judge,
+    language_consistency,
+    reference_answer,
+    same_answer,
+    split_response,
+)
 
 
 def grpo_by_hand(logits, old, reference, chosen, outputs, advantages, low, high, beta):

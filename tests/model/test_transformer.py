@@ -28,7 +28,12 @@ CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 SHAPES = {
     "tiny": ModelConfig(),
     "query latent, groups": ModelConfig(
-        q_lora_rank=48, n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=4, n_shared_experts=2
+        q_lora_rank=48,
+        n_routed_experts=16,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=4,
+        n_shared_experts=2,
     ),
     "no dense layer, scaled gates": ModelConfig(first_k_dense_replace=0, routed_scaling_factor=2.5),
     "unnormalised gates, other value width": ModelConfig(norm_topk_prob=False, v_head_dim=24),
@@ -89,7 +94,9 @@ def test_experts_equal_a_loop_over_tokens(shape: str) -> None:
     seen = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
     parameters = [x_BSD, *moe.parameters()]
     for ours, theirs in zip(
-        torch.autograd.grad(out, parameters, seen), torch.autograd.grad(expected, parameters, seen), strict=True
+        torch.autograd.grad(out, parameters, seen),
+        torch.autograd.grad(expected, parameters, seen),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)  # sums over 14 tokens of products of the above
 
@@ -175,7 +182,10 @@ def test_mtp_loss_equals_a_direct_computation() -> None:
 def test_a_packed_document_sees_no_other() -> None:
     model = build(SHAPES["tiny"])
     generator = torch.Generator().manual_seed(9)
-    first, second = torch.randint(0, 97, (1, 6), generator=generator), torch.randint(0, 97, (1, 7), generator=generator)
+    first, second = (
+        torch.randint(0, 97, (1, 6), generator=generator),
+        torch.randint(0, 97, (1, 7), generator=generator),
+    )
     document = torch.tensor([[0] * 6 + [1] * 7])
     packed = Batch(torch.cat((first, second), 1), positions_within(document), document_mask(document))
     logits = model(packed)

@@ -1,0 +1,62 @@
+# make help | make run | make test | make test-slow | make test-ui | make bench | make ui | make clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+# An index of CPU builds of torch saves gigabytes on a machine without a GPU; empty takes pip's own.
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+RECIPE ?= tiny
+
+.PHONY: help run test test-slow test-ui lint types layers bench bench-kernels ui clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+$(VENV)/installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)" numpy setuptools wheel packaging psutil ninja py-cpuinfo $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PIP) --no-build-isolation deepspeed
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) --no-build-isolation -e ".[dev]"
+	touch $@
+
+run: $(VENV)/installed ## install, then run the recipe `tiny` from raw text to the report
+	$(BIN)/gristmill run $(RECIPE)
+
+test: $(VENV)/installed-dev lint types layers ## everything that is checked by default
+	$(BIN)/pytest -m "not slow and not ui" --cov=gristmill --cov-report=term:skip-covered -q --durations=15
+
+test-slow: $(VENV)/installed-dev ## minutes long: kills in every stage on S3 too, the Prefect server
+	$(BIN)/pytest -m "slow and not ui" -q
+
+test-ui: $(VENV)/installed-dev ## the Prefect UI in headless Chromium (needs a chromium on the PATH)
+	$(BIN)/pytest -m ui -q
+
+lint: $(VENV)/installed-dev ## ruff: lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed-dev ## pyright
+	mkdir -p $(VENV)/layout/gristmill
+	for room in flows data model kernels infra; do ln -sfn ../../../$$room $(VENV)/layout/gristmill/$$room; done
+	$(BIN)/pyright
+
+layers: $(VENV)/installed-dev ## import-linter: who may import whom
+	$(BIN)/lint-imports
+
+bench: $(VENV)/installed-dev ## does `tiny` learn, in what time and memory (three cold runs)
+	$(BIN)/python bench/demo.py
+
+bench-kernels: $(VENV)/installed-dev ## the kernels against their peers
+	$(BIN)/python -P -m gristmill.kernels.bench
+
+ui: $(VENV)/installed ## the Prefect UI with the deployments
+	$(BIN)/gristmill ui
+
+clean: ## remove what was installed and built; the store in .gristmill stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .import_linter_cache
