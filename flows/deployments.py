@@ -12,7 +12,7 @@ from gristmill.flows import server
 os.environ.update(server.environment())  # before Prefect reads its settings
 
 from prefect import flow, serve
-from prefect.client.schemas.schedules import CronSchedule
+from prefect.schedules import Cron
 from prefect.deployments.runner import EntrypointType, RunnerDeployment
 
 from gristmill.flows.corpus import corpus
@@ -105,7 +105,7 @@ def deployments(store: str) -> list[RunnerDeployment]:
         name="nightly",
         description="Refreshes the corpus of `tiny` every night; paused until you turn its schedule on.",
         parameters=parameters("tiny"),
-        schedule=CronSchedule(cron=NIGHTLY, timezone="UTC"),
+        schedule=Cron(NIGHTLY, timezone="UTC", active=False),
         paused=True,
         tags=["gristmill"],
         entrypoint_type=EntrypointType.MODULE_PATH,

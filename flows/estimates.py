@@ -27,7 +27,7 @@ def estimated_seconds(stage: Planned, recipe: Any) -> float | None:
 
 def estimated_memory(stage: Planned, recipe: Any) -> int | None:
     """Bytes of a training stage's process: weights, moments, and the activations of a step; none for other stages."""
-    config = stage.call.config
+    config: Any = stage.call.config
     if not hasattr(config, "batch_sequences"):
         return None
     model = recipe.pretrain.model

@@ -58,13 +58,12 @@ class Orchestrated(Plain):
         from prefect import flow
 
         named = flow(
-            self._followed,
-            name=pipeline.__name__,
+            name=getattr(pipeline, "__name__", "pipeline"),
             flow_run_name=f"{recipe.name}-{self.record['run'][-6:]}",
             validate_parameters=False,
             persist_result=False,
         )
-        named(pipeline, recipe)
+        named(lambda: self._followed(pipeline, recipe))()
 
     def _followed(self, pipeline: Pipeline, recipe: Any) -> None:
         """The body of the flow: the plan as the first artifact, then the stages."""

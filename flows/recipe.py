@@ -43,7 +43,7 @@ class Recipe(BaseModel):
     rl: GRPOConfig = Field(default_factory=GRPOConfig, title="RL", description="RL from the cold start.")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, title="Evaluate", description="Protocol.")
     export: ExportConfig = Field(default_factory=ExportConfig, title="Export", description="Hugging Face folder.")
-    report: ReportConfig = Field(default_factory=ReportConfig, title="Report", description="The page.")
+    report: ReportConfig = Field(default_factory=lambda: ReportConfig(), title="Report", description="The page.")
     execution: Execution = Field(default_factory=Execution, title="Execution", description="How; never in a key.")
 
     @model_validator(mode="after")
