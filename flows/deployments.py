@@ -12,8 +12,8 @@ from gristmill.flows import server
 os.environ.update(server.environment())  # before Prefect reads its settings
 
 from prefect import flow, serve
-from prefect.schedules import Cron
 from prefect.deployments.runner import EntrypointType, RunnerDeployment
+from prefect.schedules import Cron
 
 from gristmill.flows.corpus import corpus
 from gristmill.flows.orchestrated import Orchestrated

@@ -28,7 +28,7 @@ class ReportConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     title: str = Field(
-        "From raw text to a reasoning model", min_length=1, title="Title", description="Heading of the page."
+        default="From raw text to a reasoning model", min_length=1, title="Title", description="Heading of the page."
     )
     examples: int = Field(
         default=5, ge=1, le=50, title="Examples", description="Thoughts, and removed documents, shown of each kind."
