@@ -46,7 +46,7 @@ def run(
     """Run a recipe; what is there already is not computed again."""
     from gristmill.flows.r1 import r1
     from gristmill.flows.recipe import load_recipe
-    from gristmill.flows.runners import Plain, Plan
+    from gristmill.flows.runners import Plain, Plan, release_workers
     from gristmill.flows.store import Store
 
     asked, place, shown = load_recipe(recipe, settings), Store(store), watcher()
@@ -61,14 +61,8 @@ def run(
     try:
         record = runner.run(r1, asked, until, from_)
     finally:
-        _close_cluster()
+        release_workers()
     _conclude(place, record)
-
-
-def _close_cluster() -> None:
-    executor = sys.modules.get("gristmill.data.executor")
-    if executor is not None:
-        executor.close_cluster()
 
 
 def _conclude(store: Any, record: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from gristmill.flows.corpus import corpus
 from gristmill.flows.orchestrated import Orchestrated
 from gristmill.flows.r1 import r1
 from gristmill.flows.recipe import Recipe, load_recipe
+from gristmill.flows.runners import release_workers
 from gristmill.flows.store import Store
 from gristmill.flows.terminal import Lines
 
@@ -75,13 +76,11 @@ def corpus_flow(recipe: Recipe, from_stage: Stage | None = None, store: str = ".
 def _run(pipeline, recipe: Recipe, from_stage: Stage | None, until: Stage | None, store: str) -> None:
     import sys
 
-    from gristmill.data.executor import close_cluster
-
     runner = Orchestrated(Store(store), recipe.execution, Lines(sys.stdout), wait=True)
     try:
         runner.run(pipeline, recipe, until and until.value, from_stage and from_stage.value)
     finally:
-        close_cluster()
+        release_workers()
 
 
 def deployments(store: str) -> list[RunnerDeployment]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import platform
 import subprocess
+import sys
 import time
 import traceback
 import uuid
@@ -287,6 +288,8 @@ class Plain:
 def compute(call: Call, store: Store, execution: Execution, watcher: Watcher) -> dict[str, Any]:
     """Run a stage's function in its folder and write its manifest."""
     stage, key = call.stage, call.key
+    if "workers" not in stage.services:
+        release_workers()
     out = store.prepare(stage.name, key)
     (out / "log").mkdir(exist_ok=True)
     inputs = {name: store.folder(a.stage, a.key) for name, a in call.inputs.items()}
@@ -334,6 +337,13 @@ def compute(call: Call, store: Store, execution: Execution, watcher: Watcher) ->
     store.finish(manifest)
     store.record_ledger(manifest["ledger"])
     return manifest
+
+
+def release_workers() -> None:
+    """Stop the Dask cluster, if one is up: even idle workers would take time from a training process's barriers."""
+    executor = sys.modules.get("gristmill.data.executor")
+    if executor is not None:
+        executor.close_cluster()
 
 
 def count_attempt(out: Path) -> int:

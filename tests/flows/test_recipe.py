@@ -1,0 +1,154 @@
+"""Recipes: what ships is valid; bad input is one sentence and exit code 2, before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gristmill.flows.cli import app, guarded
+from gristmill.flows.errors import UsageError
+from gristmill.flows.recipe import load_recipe, recipe_schema, shipped
+
+
+def test_what_ships_is_valid() -> None:
+    assert shipped() == ["smoke", "tiny"]
+    assert {load_recipe(name).name for name in shipped()} == {"smoke", "tiny"}
+
+
+def test_settings_reach_nested_fields_and_lists() -> None:
+    recipe = load_recipe("tiny", ["rl.optimizer.adam_learning_rate=1e-4", "ingest.sources.2.count=5", "seed=3"])
+    assert recipe.rl.optimizer.adam_learning_rate == 1e-4
+    assert recipe.ingest.sources[2].count == 5  # type: ignore[union-attr]
+    assert recipe.seed == 3
+    assert recipe.rl_zero.optimizer.adam_learning_rate == 2e-4  # the shared anchor is not shared any more
+
+
+def test_schema_describes_every_field() -> None:
+    schema = recipe_schema()
+    bare = [
+        f"{name}.{field}"
+        for name, model in schema["$defs"].items()
+        for field, described in model.get("properties", {}).items()
+        if field != "type" and not ("title" in described and "description" in described)
+    ]
+    assert bare == []
+
+
+def run_cli(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    code = guarded(lambda: app(list(arguments), standalone_mode=False))
+    return code, capsys.readouterr().err
+
+
+RECIPE_ERRORS = {
+    "unknown section": ("rll: {}", r"rll is no field: did you mean 'rl'\?"),
+    "misspelled field": ("rl: {stepps: 3}", r"rl\.stepps is no field: did you mean 'steps'\?"),
+    "wrong type": ("pretrain: {steps: many}", r"pretrain\.steps is 'many', which will not do"),
+    "out of bounds": (
+        "rl: {temperature: -1}",
+        r"rl\.temperature is -1, which will not do: input should be greater than 0",
+    ),
+    "experts not divisible": (
+        "pretrain: {model: {n_routed_experts: 9, n_group: 2}}",
+        "9 is not divisible by n_group 2",
+    ),
+    "more active than there are": (
+        "pretrain: {model: {num_experts_per_tok: 9}}",
+        "9 is more than the 8 experts there are",
+    ),
+    "past the position limit": ("pretrain: {sequence_length: 1024}", "1024 is longer than the position limit"),
+    "cold start past the limit": ("cold_start: {sequence_length: 1024}", "cold_start.sequence_length 1024 is longer"),
+    "missing source": (
+        "ingest: {sources: [{type: files, name: mine, paths: [nowhere.txt]}]}",
+        "'nowhere.txt' names no file",
+    ),
+    "no sources": ("ingest: {sources: []}", r"ingest\.sources is \[\], which will not do"),
+    "key twice": ("rl: {steps: 1}\nrl: {steps: 2}", "the key 'rl' stands twice"),
+    "not yaml": ("rl: [", "is not valid YAML"),
+    "batch among ranks": ("execution: {ranks: 3}", "does not divide among execution.ranks 3"),
+    "more problems than there are": ("evaluate: {problems: 501}", "evaluate.problems 501 is more than the 500"),
+}
+
+
+@pytest.mark.parametrize("case", RECIPE_ERRORS)
+def test_bad_recipes_are_one_sentence(case: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, message = RECIPE_ERRORS[case]
+    Path("mine.yaml").write_text(f"extends: tiny\n{text}\n")
+    code, said = run_cli("run", "mine.yaml", "--plain", capsys=capsys)
+    assert code == 2
+    assert len(said.strip().splitlines()) == 1
+    import re
+
+    assert re.search(message, said), said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.yaml"]  # nothing was written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "tinny"], "there is no recipe 'tinny': did you mean 'tiny'?"),
+        (["run", "no/such.yaml"], "there is no recipe file 'no/such.yaml'"),
+        (["run", "smoke", "--until", "pretrian"], "did you mean 'pretrain'?"),
+        (["run", "smoke", "--from", "report2"], "did you mean 'report'?"),
+        (["run", "smoke", "--set", "rl.steps"], "has no `=`"),
+        (["run", "smoke", "--set", "seed.x=1"], "seed is a value, not a section"),
+        (["run", "smoke", "--store", "s3://no-credentials-here/store"], "cannot be reached"),
+        (["run", "smoke", "--store", "README"], "is a file, not a folder"),
+        (["show", "rl"], "has no run"),
+        (["verify"], "has no run"),
+        (["chat", "rl"], "has no run"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(
+    arguments: list[str], message: str, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    Path("README").write_text("a file")
+    code, said = run_cli(*arguments, capsys=capsys)
+    assert code == 2
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README"]
+
+
+@pytest.mark.skipif("os.geteuid() == 0", reason="root may write anywhere")
+def test_an_unwritable_store_is_refused(tmp_path: Path, capsys) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    code, said = run_cli("run", "smoke", "--store", str(locked / "store"), capsys=capsys)
+    assert code == 2
+    assert "is not writable" in said
+
+
+def test_a_full_store_is_refused(tmp_path: Path) -> None:
+    from gristmill.flows.store import Store
+
+    with pytest.raises(UsageError, match="MB free and the plan needs"):
+        Store(tmp_path).check_usable(needed_bytes=10**18)
+
+
+def test_an_empty_source_is_refused(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("")
+    source = {"type": "files", "name": "mine", "paths": ["empty.txt"]}
+    Path("mine.yaml").write_text(yaml.safe_dump({"extends": "smoke", "ingest": {"sources": [source]}}))
+    code, said = run_cli("plan", "mine.yaml", capsys=capsys)
+    assert code == 2
+    assert "are empty: give it text" in said
+
+
+def test_a_port_in_use_is_refused(capsys, tmp_path: Path, monkeypatch) -> None:
+    import socket
+
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code, said = run_cli("ui", "--port", str(taken.getsockname()[1]), capsys=capsys)
+    assert code == 2
+    assert "is in use" in said
