@@ -98,6 +98,7 @@ def cluster_client(workers: int) -> Any:
         else:
             scratch = Path(".gristmill/dask").absolute()
             scratch.mkdir(parents=True, exist_ok=True)
+            before = dict(os.environ)
             cluster = LocalCluster(
                 n_workers=workers,
                 threads_per_worker=1,
@@ -110,6 +111,10 @@ def cluster_client(workers: int) -> Any:
                 silence_logs=40,
                 preload=["gristmill.data.worker_watch"],
             )
+            # Dask leaves its workers' environment in ours (MALLOC_TRIM_THRESHOLD_ among it, which halves the speed of
+            # a training process that inherits it).
+            os.environ.clear()
+            os.environ.update(before)
             _Cluster.client = Client(cluster)
         _Cluster.workers = workers
         atexit.register(close_cluster)
