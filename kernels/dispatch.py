@@ -19,7 +19,10 @@ _said: set[tuple[str, str]] = set()
 
 
 def chosen(operation: str, x: Tensor) -> str:
-    """`gpu`, `cpu` or `reference` for an operation on x; the choice is counted."""
+    """`gpu`, `cpu` or `reference` for an operation on x; the choice is counted.
+
+    GRISTMILL_KERNELS=gpu with TRITON_INTERPRET=1 runs the GPU's code on a CPU, for its tests.
+    """
     if _reference.get():
         picked = "reference"
     elif x.is_cuda or (os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("GRISTMILL_KERNELS") == "gpu"):

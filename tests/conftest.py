@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,30 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     filesystem.mkdir(bucket)
     yield f"s3://{bucket}"
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def bytes_of() -> Callable[[Path], str]:
+    """One hash of every file below a folder, names included."""
+
+    def hashed(folder: Path) -> str:
+        digest = hashlib.sha256()
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+        return digest.hexdigest()
+
+    return hashed
+
+
+@pytest.fixture(scope="session")
+def laid_out() -> Callable[..., Path]:
+    """Rows as the document shards of a stage's folder."""
+
+    def lay(folder: Path, rows: list[dict], a_shard: int = 300) -> Path:
+        from gristmill.data.documents import write_rows
+
+        for number, start in enumerate(range(0, len(rows), a_shard)):
+            write_rows(folder / "documents" / f"{number:05d}.jsonl.zst", rows[start : start + a_shard])
+        return folder
+
+    return lay

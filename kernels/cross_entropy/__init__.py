@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gristmill.kernels.cross_entropy.cpu import LinearCrossEntropyMean, LinearLogProbs
+from gristmill.kernels.cross_entropy.chunked import LinearCrossEntropyMean, LinearLogProbs
 from gristmill.kernels.cross_entropy.reference import (
     linear_cross_entropy_mean_reference,
     linear_log_probs_reference,
@@ -28,9 +28,10 @@ def linear_cross_entropy_mean(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weig
         ValueError: the shapes do not fit.
     """
     _check("linear_cross_entropy_mean", x_TD, w_VD, target_T)
-    if chosen("linear_cross_entropy_mean", x_TD) == "reference":
+    implementation = chosen("linear_cross_entropy_mean", x_TD)
+    if implementation == "reference":
         return linear_cross_entropy_mean_reference(x_TD, w_VD, target_T, weight_T)
-    return LinearCrossEntropyMean.apply(x_TD, w_VD, target_T, weight_T)
+    return LinearCrossEntropyMean.apply(x_TD, w_VD, target_T, weight_T, implementation)
 
 
 def linear_log_probs(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: float = 1.0) -> Tensor:
@@ -42,9 +43,10 @@ def linear_log_probs(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: 
     """
     _check("linear_log_probs", x_TD, w_VD, target_T)
     require(temperature > 0, ValueError, "linear_log_probs: temperature", temperature, "more than 0")
-    if chosen("linear_log_probs", x_TD) == "reference":
+    implementation = chosen("linear_log_probs", x_TD)
+    if implementation == "reference":
         return linear_log_probs_reference(x_TD, w_VD, target_T, temperature)
-    return LinearLogProbs.apply(x_TD, w_VD, target_T, temperature)
+    return LinearLogProbs.apply(x_TD, w_VD, target_T, temperature, implementation)
 
 
 def _check(operation: str, x: Tensor, w: Tensor, target: Tensor) -> None:

@@ -25,6 +25,10 @@ def grouped_gemm(x_NK: Tensor, w_EMK: Tensor, ends_E: Tensor) -> Tensor:
     """
     _check(x_NK, w_EMK, ends_E)
     implementation = chosen("grouped_gemm", x_NK)
+    if implementation == "gpu":
+        from gristmill.kernels.grouped_gemm.gpu import TritonGroupedGemm
+
+        return TritonGroupedGemm.apply(x_NK, w_EMK, ends_E)
     if implementation == "cpu":
         return GroupedGemm.apply(x_NK, w_EMK, ends_E)
     return grouped_gemm_reference(x_NK, w_EMK, ends_E)

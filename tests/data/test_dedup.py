@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from gristmill.data.dedup import DedupConfig, deduplicate
 from gristmill.data.dedup.clusters import UnionFind, jaccard
 from gristmill.data.dedup.signatures import MinHash, normalised
-from gristmill.data.documents import read_rows, shards, write_rows
+from gristmill.data.documents import read_rows, shards
 from gristmill.data.executor import close_cluster, cluster_client
 from gristmill.data.stage_types import silent
 
@@ -44,25 +43,12 @@ def planted(count: int, seed: int = 0) -> list[dict]:
     ]
 
 
-def laid_out(folder: Path, rows: list[dict], a_shard: int = 300) -> Path:
-    for number, start in enumerate(range(0, len(rows), a_shard)):
-        write_rows(folder / "documents" / f"{number:05d}.jsonl.zst", rows[start : start + a_shard])
-    return folder
-
-
-def bytes_of(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
 def run(documents: Path, out: Path, workers: int = 0, **config) -> dict:
     out.mkdir(exist_ok=True)
     return deduplicate(DedupConfig(**config), documents, out, workers=workers, progress=silent)
 
 
-def test_against_brute_force_jaccard(tmp_path: Path) -> None:
+def test_against_brute_force_jaccard(tmp_path: Path, laid_out) -> None:
     rows = planted(2000)
     config = DedupConfig(threshold=0.75)
     run(laid_out(tmp_path / "in", rows), tmp_path / "out", threshold=0.75)
@@ -87,7 +73,7 @@ def test_against_brute_force_jaccard(tmp_path: Path) -> None:
         assert r["duplicate_of"] not in removed
 
 
-def test_exact_and_near_are_told_apart_and_the_first_is_kept(tmp_path: Path) -> None:
+def test_exact_and_near_are_told_apart_and_the_first_is_kept(tmp_path: Path, laid_out) -> None:
     text = " ".join(WORDS[:200])
     rows = [
         {"text": t, "id": i, "metadata": {"source": "s", "kind": "prose"}}
@@ -110,7 +96,7 @@ def test_exact_and_near_are_told_apart_and_the_first_is_kept(tmp_path: Path) -> 
     assert "+changed" in samples[0]["differs"]
 
 
-def test_workers_change_no_byte(tmp_path: Path) -> None:
+def test_workers_change_no_byte(tmp_path: Path, bytes_of, laid_out) -> None:
     documents = laid_out(tmp_path / "in", planted(600), 100)
     made = []
     for workers in (0, 1, 2, 4):
@@ -120,7 +106,7 @@ def test_workers_change_no_byte(tmp_path: Path) -> None:
     assert len(set(made)) == 1
 
 
-def test_a_killed_worker_changes_no_byte(tmp_path: Path) -> None:
+def test_a_killed_worker_changes_no_byte(tmp_path: Path, bytes_of, laid_out) -> None:
     documents = laid_out(tmp_path / "in", planted(1200), 50)
     run(documents, tmp_path / "undisturbed")
     client = cluster_client(2)
@@ -140,7 +126,7 @@ def test_a_killed_worker_changes_no_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", ["*.npz", "removals.json", "0000?.done"])
-def test_taken_up_from_any_part(left: str, tmp_path: Path, monkeypatch) -> None:
+def test_taken_up_from_any_part(left: str, tmp_path: Path, monkeypatch, bytes_of, laid_out) -> None:
     """A run that stops after each kind of intermediate file goes on from it."""
     import gristmill.data.dedup as module
 

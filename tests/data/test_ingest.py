@@ -156,9 +156,8 @@ def test_sources_that_cannot_be(source: dict, message: str) -> None:
         check_sources(IngestConfig.model_validate({"sources": [source]}))
 
 
-def test_workers_change_no_byte_and_the_seed_does(tmp_path: Path) -> None:
+def test_workers_change_no_byte_and_the_seed_does(tmp_path: Path, bytes_of) -> None:
     from gristmill.data.executor import close_cluster
-    from tests.data.test_dedup import bytes_of
 
     config = IngestConfig.model_validate(
         {"sources": [{"type": "lessons", "count": 5100}, {"type": "stdlib", "max_documents": 20}]}

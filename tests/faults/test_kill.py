@@ -15,8 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 COMMAND = [str(Path(sys.executable).with_name("gristmill"))]
 STAGES = [
     "ingest", "problems", "dedup", "filter", "tokenize", "pretrain", "cold_start", "rl_zero", "rl", "evaluate",
@@ -89,19 +87,14 @@ def kill_within(store: Path, stage: str, rng: random.Random) -> bool:
     return not finished(store, stage)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return finish(tmp_path_factory.mktemp("undisturbed") / "store")
-
-
-def test_killed_in_every_stage_ends_in_the_same_bytes(undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_killed_in_every_stage_ends_in_the_same_bytes(smoke_hashes: dict[str, str], tmp_path: Path) -> None:
     store, rng, caught = tmp_path / "store", random.Random(0), []
     for stage in STAGES:
         for _ in range(2 if stage in CHECKPOINTED else 1):
             if not finished(store, stage) and kill_within(store, stage, rng):
                 caught.append(stage)
     assert set(caught) >= {"ingest", "dedup", "tokenize", "cold_start", *CHECKPOINTED}, caught
-    assert finish(store) == undisturbed
+    assert finish(store) == smoke_hashes
     for stage in CHECKPOINTED & set(caught):
         (starts,) = (store / stage).glob("*/log/starts.jsonl")
         first_steps = [json.loads(line)["from_step"] for line in starts.read_text().splitlines()]
@@ -109,7 +102,7 @@ def test_killed_in_every_stage_ends_in_the_same_bytes(undisturbed: dict[str, str
         assert first_steps[-1] > 0, f"{stage} began again from zero: {first_steps}"
 
 
-def test_no_process_outlives_its_killed_run(undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_no_process_outlives_its_killed_run(smoke_hashes: dict[str, str], tmp_path: Path) -> None:
     """Workers in sessions of their own notice within seconds that their launcher is gone."""
     import psutil
 
@@ -121,8 +114,8 @@ def test_no_process_outlives_its_killed_run(undisturbed: dict[str, str], tmp_pat
         time.sleep(0.2)
 
 
-def test_two_runs_give_the_same_bytes_and_another_seed_others(undisturbed: dict[str, str], tmp_path: Path) -> None:
-    assert finish(tmp_path / "again") == undisturbed
+def test_two_runs_give_the_same_bytes_and_another_seed_others(smoke_hashes: dict[str, str], tmp_path: Path) -> None:
+    assert finish(tmp_path / "again") == smoke_hashes
     said = subprocess.run(
         [
             *COMMAND,
@@ -143,4 +136,4 @@ def test_two_runs_give_the_same_bytes_and_another_seed_others(undisturbed: dict[
     )
     assert said.returncode == 0, said.stdout + said.stderr
     manifest = next((tmp_path / "other" / "tokenize").glob("*/manifest.json"))
-    assert json.loads(manifest.read_text())["content_hash"] != undisturbed["tokenize"]
+    assert json.loads(manifest.read_text())["content_hash"] != smoke_hashes["tokenize"]

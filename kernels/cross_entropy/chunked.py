@@ -1,0 +1,81 @@
+"""Linear and cross-entropy in chunks of rows: the logits of one chunk are all that is ever held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+CHUNK_LOGITS = {"cpu": 1 << 20, "gpu": 1 << 26}  # on a CPU a chunk stays in the cache, on a GPU it fills the device
+
+
+def chunks(rows: int, vocab_size: int, implementation: str) -> Iterator[slice]:
+    """Slices of rows whose logits fit a chunk, at least 16 rows each."""
+    size = max(16, CHUNK_LOGITS[implementation] // vocab_size)
+    for start in range(0, rows, size):
+        yield slice(start, start + size)
+
+
+def softmax_of(implementation: str) -> ModuleType:
+    """The module with `softmax_loss` and `softmax_slope_`."""
+    if implementation == "gpu":
+        from gristmill.kernels.cross_entropy import gpu
+
+        return gpu
+    from gristmill.kernels.cross_entropy import cpu
+
+    return cpu
+
+
+class LinearCrossEntropyMean(torch.autograd.Function):
+    """Σ weight · loss; the gradients are made in the forward pass, since the weights are known there."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor, implementation: str) -> Tensor:
+        softmax = softmax_of(implementation)
+        grad_x, grad_w = torch.empty_like(x_TD), torch.zeros_like(w_VD)
+        total = torch.zeros((), dtype=torch.float32, device=x_TD.device)
+        for rows in chunks(x_TD.shape[0], w_VD.shape[0], implementation):
+            x, target = x_TD[rows], target_T[rows]
+            weight = weight_T[rows].float() * (target >= 0)
+            logits = x @ w_VD.t()
+            loss = softmax.softmax_slope_(logits, target.clamp_min(0), weight, 1.0)
+            total += (loss * weight).sum()
+            torch.mm(logits, w_VD, out=grad_x[rows])
+            grad_w.addmm_(logits.t(), x)
+        ctx.save_for_backward(grad_x, grad_w)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad.to(grad_x.dtype), grad_w * grad.to(grad_w.dtype), None, None, None
+
+
+class LinearLogProbs(torch.autograd.Function):
+    """Log-probabilities of the targets; the backward pass computes a chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: float, implementation: str) -> Tensor:
+        ctx.save_for_backward(x_TD, w_VD, target_T)
+        ctx.temperature, ctx.implementation = temperature, implementation
+        softmax = softmax_of(implementation)
+        out = torch.empty(x_TD.shape[0], dtype=torch.float32, device=x_TD.device)
+        for rows in chunks(x_TD.shape[0], w_VD.shape[0], implementation):
+            out[rows] = -softmax.softmax_loss(x_TD[rows] @ w_VD.t(), target_T[rows], temperature)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_T: Tensor):
+        x_TD, w_VD, target_T = ctx.saved_tensors
+        softmax = softmax_of(ctx.implementation)
+        grad_x, grad_w = torch.empty_like(x_TD), torch.zeros_like(w_VD)
+        for rows in chunks(x_TD.shape[0], w_VD.shape[0], ctx.implementation):
+            x = x_TD[rows]
+            logits = x @ w_VD.t()
+            softmax.softmax_slope_(logits, target_T[rows], -grad_T[rows], ctx.temperature)
+            torch.mm(logits, w_VD, out=grad_x[rows])
+            grad_w.addmm_(logits.t(), x)
+        return grad_x, grad_w, None, None, None

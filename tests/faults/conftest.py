@@ -1,0 +1,26 @@
+"""One undisturbed run of `smoke`, whose content hashes the disturbed ones are held against."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = [str(Path(sys.executable).with_name("gristmill"))]
+
+
+@pytest.fixture(scope="session")
+def smoke_hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Content hash of each stage of `smoke`, from a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for arguments in (["run", "smoke", "--plain"], ["verify", "--json"]):
+        said = subprocess.run(
+            [*COMMAND, *arguments], capture_output=True, text=True, cwd=folder, env=environment, check=False
+        )
+        assert said.returncode == 0, said.stdout[-3000:] + said.stderr[-3000:]
+    return json.loads(said.stdout)["stages"]

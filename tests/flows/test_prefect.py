@@ -1,0 +1,185 @@
+"""The real Prefect server: deployments served, `smoke` started over its API with other values, and what it shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gristmill.flows.server import free_port
+
+COMMAND = [str(Path(sys.executable).with_name("gristmill"))]
+
+
+class Api:
+    """Prefect's REST API."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __call__(self, path: str, body: Any = None, method: str | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        asked = urllib.request.Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"}, method=method)
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            text = answer.read()
+            return json.loads(text) if text else None
+
+    def wait(self, run: str, states: set[str], seconds: float) -> dict[str, Any]:
+        until = time.monotonic() + seconds
+        while (found := self(f"flow_runs/{run}"))["state"]["type"] not in states:
+            assert time.monotonic() < until, f"the flow run is still {found['state']}"
+            time.sleep(0.5)
+        return found
+
+    def artifacts(self, run: str) -> dict[str, str]:
+        found = self("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}, "limit": 100})
+        return {a["key"]: a["data"] for a in found if isinstance(a["data"], str)}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Api, Path, str]]:
+    """`gristmill ui` on a free port, in a folder of its own."""
+    folder, port = tmp_path_factory.mktemp("ui"), free_port()
+    with (folder / "ui.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*COMMAND, "ui", "--port", str(port)], cwd=folder, stdout=log, stderr=log, start_new_session=True
+        )
+    api = Api(f"http://127.0.0.1:{port}/api")
+    try:
+        until = time.monotonic() + 120
+        while True:
+            assert process.poll() is None, (folder / "ui.log").read_text()[-3000:]
+            assert time.monotonic() < until, (folder / "ui.log").read_text()[-3000:]
+            try:
+                if len(api("deployments/filter", {})) == 3:
+                    break
+            except OSError:
+                pass  # not up yet
+            time.sleep(0.5)
+        yield api, folder, f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
+def started(api: Api, deployment: str, **parameters: Any) -> str:
+    found = next(d for d in api("deployments/filter", {}) if d["name"] == deployment)
+    given = {**found["parameters"], **parameters}
+    return api(f"deployments/{found['id']}/create_flow_run", {"parameters": given, "state": {"type": "SCHEDULED"}})[
+        "id"
+    ]
+
+
+@pytest.mark.slow
+def test_smoke_over_the_api(served: tuple[Api, Path, str]) -> None:
+    api, folder, _ = served
+    deployments = {d["name"]: d for d in api("deployments/filter", {})}
+    assert set(deployments) == {"tiny", "smoke", "nightly"}
+    (schedule,) = deployments["nightly"]["schedules"]
+    assert schedule["schedule"]["cron"]
+    assert deployments["nightly"]["paused"] or not schedule["active"]
+    form = deployments["smoke"]["parameter_openapi_schema"]
+    assert {"rl_zero", "report"} <= set(form["definitions"]["Stage"]["enum"])
+    assert form["definitions"]["GRPOConfig"]["properties"]["temperature"]["description"]
+
+    recipe = deployments["smoke"]["parameters"]["recipe"]
+    recipe = {**recipe, "rl": {**recipe["rl"], "steps": 2}}
+    run = started(api, "smoke", recipe=recipe)
+    ended = api.wait(run, {"COMPLETED", "FAILED", "CRASHED"}, 300)
+    assert ended["state"]["type"] == "COMPLETED", (folder / "ui.log").read_text()[-3000:]
+    tasks = api("task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}, "limit": 100})
+    assert {t["name"].rsplit("-", 1)[0] for t in tasks} >= {"ingest", "pretrain", "rl_zero", "rl", "report"}
+    assert all(t["state"]["type"] == "COMPLETED" for t in tasks)
+    artifacts = api.artifacts(run)
+    assert "never run in this store" in artifacts["plan"]
+    assert "data:image/png;base64," in artifacts["pretrain"]
+    manifests = [json.loads(p.read_text()) for p in folder.glob(".gristmill/store/rl/*/manifest.json")]
+    assert [m["config"]["steps"] for m in manifests] == [2]
+
+    again = started(api, "smoke", recipe=recipe, from_stage="rl")
+    assert api.wait(again, {"COMPLETED", "FAILED", "CRASHED"}, 200)["state"]["type"] == "COMPLETED"
+    states = {
+        t["name"].rsplit("-", 1)[0]: t["state"]["name"]
+        for t in api("task_runs/filter", {"flow_runs": {"id": {"any_": [again]}}, "limit": 100})
+    }
+    assert states["pretrain"] == "Cached"
+    assert states["rl"] == states["report"] == "Completed"
+
+
+@pytest.mark.slow
+def test_cancelled_and_resumed(served: tuple[Api, Path, str]) -> None:
+    api, folder, _ = served
+    recipe = next(d for d in api("deployments/filter", {}) if d["name"] == "smoke")["parameters"]["recipe"]
+    recipe = {**recipe, "seed": 7, "pretrain": {**recipe["pretrain"], "steps": 400, "checkpoint_every": 10}}
+    run = started(api, "smoke", recipe=recipe, until_stage="pretrain")
+    until = time.monotonic() + 120
+    while not (found := list(folder.glob(".gristmill/store/pretrain/*/work/checkpoint-????????"))):
+        assert time.monotonic() < until, (folder / "ui.log").read_text()[-3000:]
+        time.sleep(0.05)
+    out = found[0].parent.parent
+    api(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}, "force": False})
+    assert api.wait(run, {"CANCELLED"}, 60)
+    pid = json.loads((out / "log" / "starts.jsonl").read_text().splitlines()[0])["pid"]
+    until = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < until, "the training process outlived its cancelled flow run"
+        time.sleep(0.2)
+    again = started(api, "smoke", recipe=recipe, until_stage="pretrain")
+    assert api.wait(again, {"COMPLETED", "FAILED", "CRASHED"}, 200)["state"]["type"] == "COMPLETED"
+    starts = [json.loads(line)["from_step"] for line in (out / "log" / "starts.jsonl").read_text().splitlines()]
+    assert starts[0] == 0
+    assert starts[-1] > 0
+
+
+@pytest.mark.ui
+def test_the_page_shows_the_run(served: tuple[Api, Path, str], tmp_path: Path) -> None:
+    """In headless Chromium: the flow's run, its tasks by name, and the picture in a stage's card."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert chromium, "make test-ui needs a chromium on the PATH"
+    api, _, url = served
+    run = started(api, "smoke")
+    assert api.wait(run, {"COMPLETED", "FAILED", "CRASHED"}, 300)["state"]["type"] == "COMPLETED"
+    (card,) = [
+        a
+        for a in api("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}, "limit": 100})
+        if a["key"] == "pretrain"
+    ]
+    pages = {
+        "runs": (f"{url}/runs", "smoke"),
+        "run": (f"{url}/runs/flow-run/{run}?tab=Task%20Runs", "pretrain-"),
+        "card": (f"{url}/artifacts/artifact/{card['id']}", "data:image/png;base64,"),
+    }
+    for name, (address, wanted) in pages.items():
+        dom = browse(chromium, address, tmp_path / name)
+        assert wanted in dom, f"{name}: {wanted!r} is not on {address}"
+        assert (tmp_path / name / "page.png").stat().st_size > 10_000
+
+
+def browse(chromium: str, address: str, folder: Path) -> str:
+    """The page's DOM once it has settled, and its picture in folder/page.png."""
+    folder.mkdir()
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--window-size=1400,1200", "--virtual-time-budget=20000", f"--user-data-dir={folder / 'profile'}",
+    ]  # fmt: skip
+    picture = [chromium, *flags, f"--screenshot={folder / 'page.png'}", address]
+    subprocess.run(picture, check=True, capture_output=True, timeout=120)
+    said = subprocess.run(
+        [chromium, *flags, "--dump-dom", address], check=True, capture_output=True, text=True, timeout=120
+    )
+    return said.stdout

@@ -1,0 +1,198 @@
+"""Each operation, forward and gradients, against its reference in float64; the Triton code under its interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gristmill import kernels
+from gristmill.kernels.cross_entropy import linear_cross_entropy_mean, linear_log_probs
+from gristmill.kernels.cross_entropy.reference import linear_cross_entropy_mean_reference, linear_log_probs_reference
+from gristmill.kernels.grouped_gemm import grouped_gemm
+from gristmill.kernels.grouped_gemm.reference import grouped_gemm_reference
+
+EPS = {torch.float32: 1.2e-7, torch.bfloat16: 7.8e-3}
+INTERPRETED = os.environ.get("GRISTMILL_KERNELS") == "gpu"
+EXAMPLES = 4 if INTERPRETED else 40
+
+
+def bound(dtype: torch.dtype, terms: int, size: float) -> float:
+    """Rounding of a sum of `terms` products of magnitude `size`: terms · eps, the worst case, in float32 sums; for
+    bfloat16 the inputs' and the result's own rounding comes first."""
+    return (terms * EPS[torch.float32] + (4 * EPS[dtype] if dtype == torch.bfloat16 else 0)) * max(size, 1e-6)
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, terms: int, size: float) -> None:
+    assert got.shape == wanted.shape
+    worst = float((got.double() - wanted).abs().max()) if got.numel() else 0.0
+    assert worst <= bound(dtype, terms, size), (worst, bound(dtype, terms, size))
+
+
+def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@given(
+    groups=st.lists(st.integers(0, 70), min_size=1, max_size=5),
+    inner=st.integers(1, 50),
+    outer=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    strided=st.booleans(),
+)
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_grouped_gemm(groups: list[int], inner: int, outer: int, dtype: torch.dtype, strided: bool) -> None:
+    rows = sum(groups)
+    ends = torch.tensor(groups).cumsum(0)
+    x = draw(0, inner, rows, dtype=dtype).t() if strided else draw(0, rows, inner, dtype=dtype)
+    w, seen = draw(1, len(groups), outer, inner, dtype=dtype), draw(2, rows, outer, dtype=dtype)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    y = grouped_gemm(x, w, ends)
+    xd, wd = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    expected = grouped_gemm_reference(xd, wd, ends)
+    assert y.dtype == dtype
+    close(y, expected, dtype, inner, 16 * inner**0.5)
+    got = torch.autograd.grad(y, (x, w), seen)
+    wanted = torch.autograd.grad(expected, (xd, wd), seen.double())
+    close(got[0], wanted[0], dtype, outer, 16 * outer**0.5)
+    close(got[1], wanted[1], dtype, max(groups) + 1, 16 * (max(groups) + 1) ** 0.5)
+
+
+def test_grouped_gemm_of_nothing_and_of_nan() -> None:
+    w = draw(0, 3, 4, 5).requires_grad_()
+    y = grouped_gemm(torch.zeros(0, 5), w, torch.tensor([0, 0, 0]))
+    assert y.shape == (0, 4)
+    x = draw(1, 6, 5)
+    x[1, 2] = float("nan")
+    y = grouped_gemm(x, w, torch.tensor([2, 2, 6]))
+    assert y[1].isnan().all()  # passed on to its row
+    assert not y[[0, 2, 3, 4, 5]].isnan().any()  # and to no other
+    assert grouped_gemm(x, w, torch.tensor([2, 2, 6])).nan_to_num().equal(y.nan_to_num())
+
+
+@given(
+    rows=st.integers(1, 40),
+    width=st.integers(1, 24),
+    vocab=st.integers(2, 1300),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    scale=st.sampled_from([1.0, 30.0]),
+)
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_linear_cross_entropy_mean(rows: int, width: int, vocab: int, dtype: torch.dtype, scale: float) -> None:
+    x = (draw(3, rows, width) * scale / width**0.5).to(dtype).requires_grad_()
+    w = draw(4, vocab, width, dtype=dtype).requires_grad_()
+    target = torch.randint(-1, vocab, (rows,), generator=torch.Generator().manual_seed(5))
+    weight = torch.rand(rows, generator=torch.Generator().manual_seed(6))
+    weight = weight / weight.sum()
+    loss = linear_cross_entropy_mean(x, w, target, weight)
+    xd, wd = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    logits = (xd @ wd.T).log_softmax(-1)
+    expected = -(logits.gather(1, target.clamp_min(0)[:, None])[:, 0] * weight.double() * (target >= 0)).sum()
+    size = 8 * scale
+    close(loss, expected, dtype, width + vocab, size)
+    got, wanted = torch.autograd.grad(loss, (x, w)), torch.autograd.grad(expected, (xd, wd))
+    # A logit's rounding moves its probability by as much: the gradients' error is that of the logits, times w or x.
+    close(got[0], wanted[0], dtype, width + vocab, size * 5)
+    close(got[1], wanted[1], dtype, width + rows, size * float(x.detach().abs().max()))
+
+
+@given(rows=st.integers(1, 40), vocab=st.integers(2, 1300), temperature=st.sampled_from([0.6, 1.0, 2.0]))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_linear_log_probs(rows: int, vocab: int, temperature: float) -> None:
+    x, w = draw(7, rows, 16).requires_grad_(), draw(8, vocab, 16).requires_grad_()
+    target = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(9))
+    seen = draw(10, rows)
+    got = linear_log_probs(x, w, target, temperature)
+    xd, wd = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    wanted = ((xd @ wd.T) / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    close(got, wanted, torch.float32, 16 + vocab, 40)
+    for a, b in zip(
+        torch.autograd.grad(got, (x, w), seen), torch.autograd.grad(wanted, (xd, wd), seen.double()), strict=True
+    ):
+        close(a, b, torch.float32, 16 + max(rows, vocab), 40)
+
+
+def test_gradcheck() -> None:
+    x, w = draw(11, 7, 5).double().requires_grad_(), draw(12, 3, 4, 5).double().requires_grad_()
+    if not INTERPRETED:  # Triton sums in float32
+        assert torch.autograd.gradcheck(grouped_gemm, (x, w, torch.tensor([2, 2, 7])))
+
+
+def test_two_runs_give_equal_bits() -> None:
+    x, w = draw(13, 90, 32).requires_grad_(), draw(14, 4, 48, 32).requires_grad_()
+    ends = torch.tensor([30, 30, 60, 90])
+    runs = []
+    for _ in range(2):
+        y = grouped_gemm(x, w, ends)
+        runs.append((y, *torch.autograd.grad(y.square().sum(), (x, w))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the memory of the CPU path")
+def test_the_logits_are_never_held() -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    rows, vocab = 4096, 32_768
+    x, w = draw(15, rows, 8).requires_grad_(), draw(16, vocab, 8).requires_grad_()
+    target, weight = torch.zeros(rows, dtype=torch.long), torch.full((rows,), 1 / rows)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        linear_cross_entropy_mean(x, w, target, weight).backward()
+    largest = max(e.cpu_memory_usage for e in profiled.events() if e.name.startswith("aten::"))
+    assert largest < 0.05 * rows * vocab * 4
+
+
+def test_references_on_demand_and_the_report() -> None:
+    x, w, ends = draw(17, 6, 5), draw(18, 2, 4, 5), torch.tensor([2, 6])
+    with kernels.use_reference():
+        y = grouped_gemm(x, w, ends)
+    torch.testing.assert_close(y, grouped_gemm(x, w, ends), rtol=1e-5, atol=1e-5)  # float32 sums of five
+    counts = kernels.report()["grouped_gemm"]
+    assert counts["reference"] >= 1
+    assert counts["gpu" if INTERPRETED else "cpu"] >= 1
+    target, weight = torch.zeros(6, dtype=torch.long), torch.ones(6)
+    head = w[0]
+    with kernels.use_reference():
+        assert torch.equal(
+            linear_cross_entropy_mean(x, head, target, weight),
+            linear_cross_entropy_mean_reference(x, head, target, weight),
+        )
+        assert torch.equal(linear_log_probs(x, head, target), linear_log_probs_reference(x, head, target, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"w": draw(0, 2, 4, 5).bfloat16()}, TypeError, "w_EMK is torch.bfloat16; wanted the dtype of x_NK"),
+        ({"w": draw(0, 2, 4, 6)}, ValueError, "inner size of w_EMK is 6; wanted 5"),
+        ({"w": draw(0, 2, 5)}, ValueError, "rank of w_EMK is 2; wanted 3"),
+        ({"x": draw(0, 5)}, ValueError, "rank of x_NK is 1; wanted 2"),
+        ({"ends": torch.tensor([4, 2])}, ValueError, r"ends_E is \[4, 2\]; wanted ascending"),
+        ({"ends": torch.tensor([2, 5])}, ValueError, "last of ends_E is 5; wanted the 6 rows"),
+        ({"ends": torch.tensor([6])}, ValueError, "shape of ends_E"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict, error: type[Exception], message: str) -> None:
+    given_ = {"x": draw(0, 6, 5), "w": draw(0, 2, 4, 5), "ends": torch.tensor([2, 6])} | change
+    with pytest.raises(error, match=message):
+        grouped_gemm(given_["x"], given_["w"], given_["ends"])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
+def test_triton_under_its_interpreter() -> None:
+    """The same tests on the GPU's code; in a process of its own, since Triton reads the variable at import."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "GRISTMILL_KERNELS": "gpu"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", "-x", str(Path(__file__))],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,233 @@
+"""Training as its own processes: ranks, resume, NaN, export; on a small corpus made here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gristmill.data.problems import ProblemsConfig, make_problems
+from gristmill.data.stage_types import silent as quiet
+from gristmill.data.tokenize import TokenizeConfig, tokenize
+from gristmill.model import conversion
+from gristmill.model.chat import Chat
+from gristmill.model.config import ModelConfig, OptimizerConfig, PretrainConfig, ScheduleConfig, SFTConfig
+from gristmill.model.launch import JobFailed
+from gristmill.model.pretrain import pretrain
+from gristmill.model.sft import fine_tune
+from gristmill.model.stage_types import silent
+from gristmill.model.training.batches import TokenBatches, pack_whole
+from gristmill.model.transformer import Transformer
+
+SMALL = ModelConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=8,
+    qk_rope_head_dim=8, v_head_dim=16, intermediate_size=64, n_routed_experts=4, moe_intermediate_size=16,
+)  # fmt: skip
+CONFIG = PretrainConfig(
+    model=SMALL,
+    steps=10,
+    sequence_length=32,
+    batch_sequences=4,
+    checkpoint_every=2,
+    evaluate_every=5,
+    held_out_sequences=4,
+    schedule=ScheduleConfig(warmup_steps=2),
+)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory, laid_out) -> Path:
+    from gristmill.data.arithmetic import lesson
+
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = [
+        {"text": lesson(0, i), "id": f"lessons/{i}", "metadata": {"source": "lessons", "kind": "lessons"}}
+        for i in range(300)
+    ]
+    out = folder / "tokens"
+    out.mkdir()
+    config = TokenizeConfig(vocab_size=320, sample_bytes=20_000, held_out=0.1)
+    tokenize(config, laid_out(folder / "in", rows), out, 0, workers=0, progress=quiet)
+    return out
+
+
+def trained(tokens: Path, out: Path, config: PretrainConfig = CONFIG, ranks: int = 1) -> dict:
+    out.mkdir(exist_ok=True)
+    return pretrain(config, tokens, out, 0, threads=1, ranks=ranks, device="cpu", progress=silent)
+
+
+def content(out: Path) -> dict[str, str]:
+    files = [p for p in sorted(out.rglob("*")) if p.is_file() and "log" not in p.relative_to(out).parts]
+    return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def base(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("base") / "out"
+    trained(tokens, out)
+    return out
+
+
+def test_killed_and_resumed_from_its_checkpoint_in_the_same_bytes(base: Path, tokens: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def kill() -> None:
+        while not any((out / "work").glob("checkpoint-????????")):
+            time.sleep(0.005)
+        pid = json.loads((out / "log" / "starts.jsonl").read_text().splitlines()[0])["pid"]
+        os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(JobFailed):
+        trained(tokens, out)
+    killer.join()
+    trained(tokens, out)
+    assert content(out) == content(base)
+    starts = [json.loads(line)["from_step"] for line in (out / "log" / "starts.jsonl").read_text().splitlines()]
+    assert starts[0] == 0
+    assert starts[-1] > 0
+
+
+def test_two_ranks_train_the_same_model(base: Path, tokens: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    trained(tokens, out, ranks=2)
+    ours, theirs = load_file(out / "model" / "model.safetensors"), load_file(base / "model" / "model.safetensors")
+    curves = [[json.loads(x) for x in (o / "curves.jsonl").read_text().splitlines()] for o in (out, base)]
+    for a, b in zip(*curves, strict=True):
+        # Gradients are summed in another order; ten steps of Muon, whose update has the same size however small the
+        # gradient, let that grow to about a thousandth of the loss.
+        assert math.isclose(a["main_loss"], b["main_loss"], rel_tol=5e-3), (a, b)
+    assert set(ours) == set(theirs)
+    norm = sum(float((ours[n] - theirs[n]).square().sum()) for n in ours) ** 0.5
+    size = sum(float(t.square().sum()) for t in theirs.values()) ** 0.5
+    assert norm < 0.02 * size
+
+
+def test_the_loss_falls_and_is_held_against_a_unigram_model(base: Path) -> None:
+    rows = [json.loads(line) for line in (base / "curves.jsonl").read_text().splitlines()]
+    assert rows[-1]["main_loss"] < rows[0]["main_loss"] - 0.3
+    assert rows[0]["mtp_loss"] > 0
+    assert [r["step"] for r in rows if "held_out_bpb" in r] == [4, 9]
+    loads = [json.loads(line) for line in (base / "expert_load.jsonl").read_text().splitlines()]
+    assert all(abs(sum(r["load"]) - 1) < 1e-3 for r in loads)
+
+
+def test_nan_stops_the_stage_and_keeps_the_checkpoint(tokens: Path, tmp_path: Path) -> None:
+    wild = CONFIG.model_copy(
+        update={
+            "steps": 60,
+            "checkpoint_every": 1,
+            "optimizer": OptimizerConfig(muon_learning_rate=0.0, adam_learning_rate=1e6, gradient_clip=1e9),
+        }
+    )
+    with pytest.raises(
+        JobFailed, match=r"the loss is not finite at step \d+ .*the last good checkpoint is of step \d+"
+    ):
+        trained(tokens, tmp_path / "out", wild)
+    assert any((tmp_path / "out" / "work").glob("checkpoint-????????/state.json"))
+
+
+def test_shards_that_do_not_fit_are_refused(tokens: Path, tmp_path: Path) -> None:
+    with pytest.raises(JobFailed, match=r"pretrain\.mixture names 'books', and the .* shards have only lessons"):
+        trained(tokens, tmp_path / "out", CONFIG.model_copy(update={"mixture": {"books": 1.0}}))
+
+
+def test_batches_are_a_pure_function_of_the_step(tokens: Path) -> None:
+    from gristmill.data.shards import TokenShards
+
+    def batches(seed: int) -> TokenBatches:
+        return TokenBatches(
+            TokenShards(tokens / "tokens"), "train", {}, sequences=4, length=32, steps=50, seed=seed,
+            across_documents=False, device=torch.device("cpu"),
+        )  # fmt: skip
+
+    one, other = batches(0), batches(0)
+    for step in (30, 2, 49):
+        assert torch.equal(one.step(step, 0, 1).inputs.token_BS, other.step(step, 0, 1).inputs.token_BS)
+    whole = one.step(7, 0, 1).inputs.token_BS
+    halves = [one.step(7, rank, 2).inputs.token_BS for rank in range(2)]
+    assert torch.equal(torch.cat(halves), whole)
+    assert not torch.equal(whole, batches(1).step(7, 0, 1).inputs.token_BS)
+    batch = one.step(0, 0, 1)
+    assert torch.equal(batch.inputs.token_BS[:, 1:], batch.target_BS[:, :-1])
+    assert batch.next_target_BS is not None
+    assert torch.equal(batch.target_BS[:, 1:], batch.next_target_BS[:, :-1])
+    epoch = {tuple(row) for row in one.plan[: len(set(map(tuple, one.plan)))].tolist()}
+    assert len(epoch) == len(set(map(tuple, one.plan)))  # an epoch sees each sequence once before any comes again
+
+
+def test_packing_cuts_nothing() -> None:
+    packs = pack_whole([5, 9, 3, 7, 2, 10], 10)
+    assert sorted(i for p in packs for i in p) == list(range(6))
+    assert all(sum([5, 9, 3, 7, 2, 10][i] for i in p) <= 10 for p in packs)
+    with pytest.raises(ValueError, match="conversation 0 has 11 tokens and a sequence only 10"):
+        pack_whole([11], 10)
+
+
+def test_fine_tuning_learns_responses_alone(base: Path, tokens: Path, tmp_path: Path) -> None:
+    problems, out = tmp_path / "problems", tmp_path / "out"
+    problems.mkdir()
+    out.mkdir()
+    make_problems(ProblemsConfig(cold_start=60, train=10, test=5), problems, 0, progress=quiet)
+    config = SFTConfig(steps=6, sequence_length=96, batch_sequences=4, checkpoint_every=2)
+    metrics = fine_tune(config, base, problems, tokens, out, 0, threads=1, ranks=1, device="cpu", progress=silent)
+    assert metrics["conversations"] == 60
+    assert 0 <= metrics["padding"] < 0.6
+    assert not any(name.startswith("mtp.") for name in load_file(out / "model" / "model.safetensors"))
+
+    from gristmill.model.training.batches import IGNORED, Conversation, ConversationBatches
+
+    chat = Chat(tokens / "tokenizer")
+    talk = Conversation(chat.prompt("7+5=?"), chat.response("7+5=12", "12"))
+    batches = ConversationBatches(
+        [talk], sequences=1, length=64, steps=1, seed=0, pad=chat.pad, device=torch.device("cpu")
+    )
+    batch = batches.step(0, 0, 1)
+    learned = [t for t in batch.target_BS[0].tolist() if t != IGNORED]
+    assert learned == talk.response
+    assert float(batch.weight_BS.sum()) == len(talk.response)
+
+
+EXPORTED = {
+    "tiny's shape": SMALL,
+    "query latent, groups, two shared": SMALL.model_copy(
+        update={"q_lora_rank": 24, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "n_shared_experts": 2}
+    ),
+    "all MoE, scaled gates": SMALL.model_copy(update={"first_k_dense_replace": 0, "routed_scaling_factor": 2.5}),
+}
+
+
+@pytest.mark.parametrize("shape", EXPORTED)
+def test_transformers_computes_the_same_logits(shape: str, tokens: Path, tmp_path: Path) -> None:
+    model = Transformer(EXPORTED[shape], 320)
+    model.initialise(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1 and "embed" not in name:
+                p.mul_(4)  # so that attention and routing matter
+        for mixture in model.mixtures():
+            mixture.gate.e_score_correction_bias.normal_(0, 0.1, generator=torch.Generator().manual_seed(4))
+    model.eval()
+    tokenizer = tokens / "tokenizer"
+    files = conversion.write_folder(model, Chat(tokenizer), tokenizer, tmp_path, shard_megabytes=1)
+    assert files >= 1
+    prefill, cached = conversion.logits_difference(model, tmp_path)
+    # float32, logits of order ten, a few hundred terms a sum: some hundred ulp
+    assert prefill < 2e-4
+    assert cached < 2e-4
+
+
+def test_a_shape_without_a_hugging_face_form_is_refused(tokens: Path) -> None:
+    config = SMALL.model_copy(update={"n_shared_experts": 0})
+    with pytest.raises(ValueError, match="n_shared_experts is 0"):
+        conversion.hugging_face_config(config, 320, Chat(tokens / "tokenizer"))
