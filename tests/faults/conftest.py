@@ -14,9 +14,15 @@ COMMAND = [str(Path(sys.executable).with_name("gristmill"))]
 
 
 @pytest.fixture(scope="session")
-def smoke_hashes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def smoke_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the undisturbed run was; its store is .gristmill/store below."""
+    return tmp_path_factory.mktemp("undisturbed")
+
+
+@pytest.fixture(scope="session")
+def smoke_hashes(smoke_folder: Path) -> dict[str, str]:
     """Content hash of each stage of `smoke`, from a run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+    folder = smoke_folder
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for arguments in (["run", "smoke", "--plain"], ["verify", "--json"]):
         said = subprocess.run(

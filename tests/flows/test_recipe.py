@@ -67,7 +67,7 @@ RECIPE_ERRORS = {
     "key twice": ("rl: {steps: 1}\nrl: {steps: 2}", "the key 'rl' stands twice"),
     "not yaml": ("rl: [", "is not valid YAML"),
     "batch among ranks": ("execution: {ranks: 3}", "does not divide among execution.ranks 3"),
-    "more problems than there are": ("evaluate: {problems: 501}", "evaluate.problems 501 is more than the 500"),
+    "more problems than there are": ("evaluate: {problems: 701}", "evaluate.problems 701 is more than the 700"),
 }
 
 
