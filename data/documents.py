@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import zstandard
 
 Row = dict[str, Any]
 LEVEL = 3
+BLOCK = 1 << 16
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, which becomes `path` when the block ends well.
+
+    The name is the writer's own: a task that runs twice (its worker was taken for dead) never writes into the other
+    one's file. What killed writers of the same path left behind is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield part
+        try:
+            os.replace(part, path)
+        except FileNotFoundError:
+            if not path.exists():  # else the other writer of the same bytes was first, and has tidied up
+                raise
+    finally:
+        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+            left.unlink(missing_ok=True)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> int:
     """Write a shard atomically; the number of rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.tmp")
     count = 0
-    with part.open("wb") as raw, zstandard.ZstdCompressor(level=LEVEL).stream_writer(raw) as stream:
+    with (
+        atomic(path) as part,
+        part.open("wb") as raw,
+        zstandard.ZstdCompressor(level=LEVEL).stream_writer(raw) as stream,
+    ):
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n")
             count += 1
-    os.replace(part, path)
     return count
 
 
@@ -35,11 +61,53 @@ def read_rows(path: Path) -> Iterator[Row]:
         ValueError: the shard is cut short or not Zstandard.
     """
     try:
-        with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            for line in io.TextIOWrapper(stream, encoding="utf-8"):
+        with path.open("rb") as raw:
+            for line in io.BufferedReader(WholeZstd(raw), BLOCK):
                 yield json.loads(line)
-    except (zstandard.ZstdError, json.JSONDecodeError) as error:
+    except (zstandard.ZstdError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole document shard ({error}): make its stage again") from error
+
+
+class WholeZstd(io.RawIOBase):
+    """A Zstandard stream that notices when the file ends inside a frame, which the library's reader does not.
+
+    Raises (on reading):
+        EOFError: the file is cut short, or empty.
+        zstandard.ZstdError: the file is not Zstandard, or damaged.
+    """
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._waiting = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._waiting:
+            block = self._raw.read(BLOCK)
+            if not block:
+                if not self._frame.eof:
+                    raise EOFError("the Zstandard frame has no end")
+                return 0
+            self._waiting = memoryview(self._decompressed(block))
+        size = min(len(buffer), len(self._waiting))
+        buffer[:size], self._waiting = self._waiting[:size], self._waiting[size:]
+        return size
+
+    def _decompressed(self, block: bytes) -> bytes:
+        out = b""
+        while block:
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            out += self._frame.decompress(block)
+            block = self._frame.unused_data if self._frame.eof else b""
+        return out
 
 
 def shards(folder: Path) -> list[Path]:
@@ -49,9 +117,9 @@ def shards(folder: Path) -> list[Path]:
 
 def write_json_lines(path: Path, rows: Iterable[Row]) -> None:
     """Plain JSON lines, for small tables that people look at; atomic."""
-    part = path.with_name(f"{path.name}.tmp")
-    part.write_text("".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in rows), encoding="utf-8")
-    os.replace(part, path)
+    text = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def excerpt(text: str, characters: int = 240) -> str:

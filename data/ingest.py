@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,10 +15,20 @@ from pydantic import Field
 from gristmill.data.config import Config
 from gristmill.data.documents import excerpt, read_rows, write_json_lines, write_rows
 from gristmill.data.executor import Task, run_tasks
-from gristmill.data.sources import BadRecord, DatasetSource, FilesSource, LessonsSource, StdlibSource
+from gristmill.data.sources import (
+    BadRecord,
+    Contents,
+    DatasetSource,
+    FilesSource,
+    Held,
+    LessonsSource,
+    Reader,
+    StdlibSource,
+)
 from gristmill.data.stage_types import Metrics, Progress
 
 Source = Annotated[StdlibSource | LessonsSource | FilesSource | DatasetSource, Field(discriminator="type")]
+Row = dict[str, Any]
 
 
 class IngestConfig(Config):
@@ -26,6 +39,12 @@ class IngestConfig(Config):
         default="refuse",
         title="Bad records",
         description="Refuse the run at the first, or set them aside and count them.",
+    )
+    documents_per_shard: int = Field(
+        default=2500,
+        ge=1,
+        title="Documents a shard",
+        description="After so many documents a new shard begins; later stages work on shards side by side.",
     )
 
 
@@ -43,79 +62,150 @@ def check_sources(config: IngestConfig) -> None:
         source.check()
 
 
-def fingerprint_sources(config: IngestConfig) -> dict[str, str]:
-    """What each source holds, as a hash: it enters the stage's key."""
+def fingerprint_sources(config: IngestConfig, cache: Path | None = None) -> dict[str, str]:
+    """What each source holds, as a hash: it enters the stage's key.
+
+    Args:
+        cache: a file in which hashes of local files are remembered by size and time of change.
+
+    Raises:
+        ValueError: as `check_sources`.
+    """
     check_sources(config)
-    return {source.name: source.fingerprint() for source in config.sources}
+    contents = Contents(cache)
+    found = {source.name: source.held(contents).fingerprint for source in config.sources}
+    contents.save()
+    return found
 
 
 def ingest(config: IngestConfig, out: Path, seed: int, *, workers: int, progress: Progress) -> Metrics:
-    """Write documents/*.jsonl.zst, one shard a part of a source, and quarantine/*.jsonl where records were bad.
+    """Write documents/*.jsonl.zst, and quarantine/*.jsonl where records were bad.
+
+    A task reads a part of a source into shards below work/; when all are there they get their numbers. A source of
+    which only the beginning is taken is one part, since where that ends is known only by reading it.
 
     Raises:
         ValueError: a bad record (file, line, reason) where `on_bad` refuses; a file changed while it was read.
     """
     work = out / "work"
-    before = {source.name: source.fingerprint() for source in config.sources}
-    parts = [(source, part) for source in config.sources for part in source.parts(seed)]
+    parts = [(s, group) for s in config.sources for group in _groups(s, seed)]
+    _refuse_changed(config.sources, work / "held.json", out)
     tasks = [
-        Task(_read_part, (source, part, out, number, config.on_bad, seed), work / f"{number:05d}.json")
-        for number, (source, part) in enumerate(parts)
+        Task(_read_part, (source, group, work, number, config, seed), work / f"{number:05d}.json")
+        for number, (source, group) in enumerate(parts)
     ]
     run_tasks(tasks, workers, progress)
-    for source in config.sources:
-        if source.fingerprint() != before[source.name]:
-            raise ValueError(f"source {source.name!r} changed while it was read: run again when it is at rest")
     counts = [json.loads(task.result.read_text(encoding="utf-8")) for task in tasks]
-    table: dict[str, int] = {s.name: 0 for s in config.sources}
-    for (source, _), count in zip(parts, counts, strict=True):
-        table[source.name] += count["documents"]
-    for name, documents in table.items():
-        if not documents:
-            raise ValueError(f"source {name!r} gave no documents: correct or remove it from ingest.sources")
+    metrics = _metrics([s.name for s in config.sources], [s.name for s, _ in parts], counts)
+    _number_shards(work, out, counts)
     write_json_lines(out / "samples.jsonl", _samples(out, [s.name for s in config.sources]))
     shutil.rmtree(work)
-    return {
-        "documents_out": sum(c["documents"] for c in counts),
-        "bytes_out": sum(c["bytes"] for c in counts),
-        "quarantined": sum(c["quarantined"] for c in counts),
-        "documents_by_source": table,
-    }
+    return metrics
 
 
-def _read_part(source: Any, part: Any, out: Path, number: int, on_bad: str, seed: int) -> None:
-    """One shard: read a part of a source, write its documents, and count them in work/."""
-    bad: list[dict[str, Any]] = []
-    size = 0
+def _groups(source: Reader, seed: int) -> list[list[Any]]:
+    parts = source.parts(seed)
+    return [parts] if source.limited else [[part] for part in parts]
 
-    def rows():
-        nonlocal size
-        for item in source.read(part, seed):
+
+def _refuse_changed(sources: list[Any], path: Path, out: Path) -> None:
+    """Hold what the sources hold against what they held when this work was begun."""
+    contents = Contents()
+    now = {source.name: source.held(contents) for source in sources}
+    if not path.exists():
+        write_json_lines(path, [{name: held.files for name, held in now.items()}])
+        return
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    for name, held in now.items():
+        changed = Held(begun.get(name, {})).first_change(held)
+        if changed is not None:
+            raise ValueError(
+                f"source {name!r}: {changed} changed since this work was begun: remove {out} and run again"
+            )
+
+
+def _read_part(source: Any, group: list[Any], work: Path, number: int, config: IngestConfig, seed: int) -> None:
+    """Read a part into shards work/<part>-<shard>, set bad records aside, and count all in work/<part>.json."""
+    bad: list[Row] = []
+    count = {"documents": 0, "bytes": 0, "shards": 0}
+
+    def good() -> Iterator[Row]:
+        for item in chain.from_iterable(source.read(part, seed) for part in group):
             if isinstance(item, BadRecord):
-                if on_bad == "refuse":
-                    raise ValueError(
-                        f"{item.file}, record {item.line}: {item.reason}; mend it, or set ingest.on_bad to quarantine"
-                    )
-                bad.append(vars(item))
+                bad.append(_refused_or_kept(item, source.name, config.on_bad))
                 continue
-            size += len(item["text"].encode())
+            size = len(item["text"].encode())
+            if source.max_bytes is not None and count["bytes"] + size > source.max_bytes:
+                return
+            count["documents"] += 1
+            count["bytes"] += size
             yield item
+            if count["documents"] == source.max_documents:
+                return
 
-    count = write_rows(out / "documents" / f"{number:05d}.jsonl.zst", rows())
+    rows = good()
+    for first in rows:
+        shard = chain([first], islice(rows, config.documents_per_shard - 1))
+        write_rows(work / f"{number:05d}-{count['shards']:05d}.jsonl.zst", shard)
+        count["shards"] += 1
+    if bad:
+        write_json_lines(work / f"{number:05d}.quarantine", bad)
+    write_json_lines(work / f"{number:05d}.json", [{**count, "quarantined": len(bad)}])
+
+
+def _refused_or_kept(record: BadRecord, source: str, on_bad: str) -> Row:
+    if on_bad == "refuse":
+        raise ValueError(
+            f"source {source!r}: {record.address}, line {record.line}: {record.reason}; mend it, or set "
+            f"ingest.on_bad to quarantine"
+        )
+    return {"source": source, "file": record.file, "line": record.line, "reason": record.reason}
+
+
+def _number_shards(work: Path, out: Path, counts: list[dict[str, int]]) -> None:
+    """Move the shards to documents/, numbered through, and the bad records to quarantine/; goes on where it was ended."""
+    (out / "documents").mkdir(exist_ok=True)
+    moves = []
+    for part, count in enumerate(counts):
+        for shard in range(count["shards"]):
+            moves.append((work / f"{part:05d}-{shard:05d}.jsonl.zst", f"documents/{len(moves):05d}.jsonl.zst"))
+    bad = [part for part, count in enumerate(counts) if count["quarantined"]]
     if bad:
         (out / "quarantine").mkdir(exist_ok=True)
-        write_json_lines(out / "quarantine" / f"{number:05d}.jsonl", bad)
-    (out / "work").mkdir(exist_ok=True)
-    write_json_lines(
-        out / "work" / f"{number:05d}.json", [{"documents": count, "bytes": size, "quarantined": len(bad)}]
-    )
+        moves += [(work / f"{part:05d}.quarantine", f"quarantine/{part:05d}.jsonl") for part in bad]
+    for made, name in moves:
+        if made.exists() or not (out / name).exists():
+            os.replace(made, out / name)
 
 
-def _samples(out: Path, names: list[str], each: int = 5) -> list[dict[str, Any]]:
+def _metrics(names: list[str], part_names: list[str], counts: list[dict[str, int]]) -> Metrics:
+    def by_source(what: str) -> dict[str, int]:
+        table = dict.fromkeys(names, 0)
+        for name, count in zip(part_names, counts, strict=True):
+            table[name] += count[what]
+        return table
+
+    documents, quarantined = by_source("documents"), by_source("quarantined")
+    for name, number in documents.items():
+        if not number:
+            raise ValueError(f"source {name!r} gave no documents: correct or remove it from ingest.sources")
+    metrics: Metrics = {
+        "documents_out": sum(documents.values()),
+        "bytes_out": sum(c["bytes"] for c in counts),
+        "quarantined": sum(quarantined.values()),
+        "documents_by_source": documents,
+        "bytes_by_source": by_source("bytes"),
+    }
+    if metrics["quarantined"]:
+        metrics["quarantined_by_source"] = quarantined
+    return metrics
+
+
+def _samples(out: Path, names: list[str], each: int = 5) -> list[Row]:
     """The first documents of each source, shortened."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    found: dict[str, list[Row]] = {name: [] for name in names}
     for shard in sorted((out / "documents").glob("*.jsonl.zst")):
-        for row in read_rows(shard):
+        for row in read_rows(shard):  # all of one source, since a part is
             shown = found[row["metadata"]["source"]]
             if len(shown) >= each:
                 break

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+import platform
+import shutil
+import subprocess
+from functools import cache
+from importlib import metadata
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+RECORDED = ("torch", "deepspeed", "triton", "numpy", "tokenizers", "datatrove", "dask", "transformers")
+
+
+def _cores() -> int:
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 
 
 class Execution(BaseModel):
@@ -14,19 +25,21 @@ class Execution(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     workers: int = Field(
-        default_factory=lambda: min(os.cpu_count() or 1, 8),
+        default_factory=_cores,
         ge=0,
+        le=1024,
         title="Workers",
         description="Dask worker processes for the corpus stages; 0 works in the run's own process.",
     )
     threads: int = Field(
-        default_factory=lambda: min(os.cpu_count() or 1, 8),
+        default_factory=_cores,
         ge=1,
+        le=1024,
         title="Threads",
         description="Threads of a training process. Another number rounds sums otherwise: the manifest records it.",
     )
     ranks: int = Field(
-        default=1, ge=1, title="Ranks", description="Data-parallel training processes; recorded likewise."
+        default=1, ge=1, le=4096, title="Ranks", description="Data-parallel training processes; recorded likewise."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", title="Device", description="auto takes CUDA where it is."
@@ -37,3 +50,56 @@ class Execution(BaseModel):
     hardware: str = Field(
         default="cpu-core", title="Hardware", description="Row of infra/hardware.yaml for the estimates."
     )
+    price_per_device_hour: float | None = Field(
+        default=None, ge=0, title="Price", description="US dollars a device-hour, in place of the table's."
+    )
+    watts: float | None = Field(
+        default=None, ge=0, title="Power", description="Watts a device, in place of the table's."
+    )
+
+    @property
+    def device_name(self) -> str:
+        """The device in words of the hardware table: the accelerator where one is used, else the named row."""
+        if self.hardware != "cpu-core":
+            return self.hardware
+        return "cpu" if self.device == "cpu" else accelerator() or "cpu"
+
+
+@cache
+def accelerator() -> str | None:
+    """The name of the first CUDA device, asked of the driver and not of torch, whose import takes seconds."""
+    if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    names = found.stdout.splitlines() if found.returncode == 0 else []
+    return names[0].strip() if names else None
+
+
+def environment(execution: Execution) -> dict[str, Any]:
+    """What the bytes of a result may depend on to rounding: recorded, never in a key."""
+    versions = {}
+    for package in RECORDED:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "torch": versions.get("torch"),
+        "device": execution.device_name,
+        "workers": execution.workers,
+        "threads": execution.threads,
+        "ranks": execution.ranks,
+        "versions": versions,
+    }

@@ -21,7 +21,7 @@ ROOMS = ("data", "model", "kernels", "flows", "infra")
 
 
 def fingerprint(function: Callable[..., Any]) -> str:
-    """`<Python's minor version>:<hash>` of the code behind `function`; the version since syntax trees differ with it."""
+    """`<Python's minor version>:<hash>` of the code behind `function`; syntax trees differ from version to version."""
     source = inspect.getsourcefile(function)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     if source is None or not Path(source).is_file():
@@ -82,9 +82,9 @@ def _parsed(path: str, module: str, _changed: int, _size: int) -> tuple[str, tup
     package = module.split(".") if Path(path).name == "__init__.py" else module.split(".")[:-1]
     imported = sorted({name for node in ast.walk(tree) for name in _named(node, package)})
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
+        documented = isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(imported)
 
 

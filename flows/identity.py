@@ -25,7 +25,7 @@ def canonical(value: Any) -> str:
 
 
 def dumped(config: BaseModel) -> dict[str, Any]:
-    """A configuration in JSON's own values, defaults included; a set is a sorted list, so that its order is no accident."""
+    """A configuration in JSON's own values, defaults included; a set is a sorted list, its order no accident."""
     return {name: _plain(getattr(config, name)) for name in type(config).model_fields}
 
 
@@ -53,7 +53,7 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     elif isinstance(value, list) and value:
         parts = ((str(i), v) for i, v in enumerate(value))
     else:
-        return {prefix: value}
+        return {prefix: value} if prefix else {}
     return {
         k: v for name, part in parts for k, v in flattened(part, f"{prefix}.{name}" if prefix else str(name)).items()
     }

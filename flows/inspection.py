@@ -79,6 +79,7 @@ def describe_stage(store: Store, manifest: dict[str, Any]) -> str:
             lines += [f"  {name}", *(f"    {k:<28} {v:,}" for k, v in value.items())]
         else:
             lines.append(f"  {name:<30} {value:,}" if isinstance(value, int | float) else f"  {name:<30} {value}")
+    store.fetch(manifest, shown_only=True)
     samples = folder / "samples.jsonl"
     if samples.exists():
         lines.append("samples")
@@ -94,19 +95,20 @@ def _short(value: Any, characters: int = 100) -> str:
 
 
 def verify_store(store: Store) -> dict[str, Any]:
-    """Content hash of each stage of the latest run, and every file of the whole store that is damaged."""
-    stages: dict[str, str] = {}
-    bad: list[str] = []
-    for name in store.stages():
-        for manifest in store.manifests(name):
-            bad += store.damage(manifest)
-    for entry in latest_run(store)["stages"]:
-        manifest = store.manifest(entry["stage"], entry["key"])
-        if manifest is not None:
-            stages[entry["stage"]] = manifest["content_hash"]
-        elif entry["state"] in ("cached", "completed"):
-            bad.append(f"{entry['stage']}/{entry['key']} has no manifest, and the latest run finished it")
-    return {"stages": stages, "bad": sorted(bad)}
+    """Content hash of each stage of the latest run, and all that is damaged in the whole store.
+
+    `notes`, where there are any, name results whose input was made again since with other bytes: same recipe, other
+    rounding.
+    """
+    latest_run(store)
+    found = store.verify()
+    shown = {"stages": found["stages"], "bad": found["bad"]}
+    return {**shown, "notes": found["notes"]} if found["notes"] else shown
+
+
+def _ready(store: Store, manifest: dict[str, Any]) -> list[str]:
+    """Bring a result's files into its local folder; what is wrong with them."""
+    return store.fetch(manifest) if store.remote else store.damage(manifest)
 
 
 def chat_folders(store: Store, checkpoint: str) -> tuple[Path, Path]:
@@ -125,8 +127,8 @@ def chat_folders(store: Store, checkpoint: str) -> tuple[Path, Path]:
         store = Store(stage.parent.parent)
     else:
         _, manifest = find(store, checkpoint)
-    if store.damage(manifest):
-        raise UsageError(f"{manifest['stage']} {manifest['key']} is damaged: {store.damage(manifest)[0]}; run it again")
+    if wrong := _ready(store, manifest):
+        raise UsageError(f"{manifest['stage']} {manifest['key']} is damaged: {wrong[0]}; run it again")
     model = store.folder(manifest["stage"], manifest["key"]) / "model"
     if not model.is_dir():
         raise UsageError(f"stage {manifest['stage']!r} holds no model: name pretrain, cold_start, rl_zero or rl")
@@ -137,5 +139,6 @@ def chat_folders(store: Store, checkpoint: str) -> tuple[Path, Path]:
         raise UsageError(
             f"the tokenizer of {manifest['stage']} {manifest['key']} is not in the store: run tokenize again"
         )
-    store.damage(tokens)  # fetches the files of a remote store
+    if wrong := _ready(store, tokens):
+        raise UsageError(f"{tokens['stage']} {tokens['key']} is damaged: {wrong[0]}; run it again")
     return model, store.folder(tokens["stage"], tokens["key"]) / "tokenizer"

@@ -61,6 +61,11 @@ def is_content(path: str) -> bool:
     return path != MANIFEST and not path.startswith(OBSERVATIONS)
 
 
+def is_unfinished(path: str) -> bool:
+    """Whether a file is still being written, or was when its writer was killed: by its name or a folder's."""
+    return any(part.endswith((".tmp", ".part")) for part in path.split("/"))
+
+
 def listed_files(folder: Path) -> list[str]:
     """Relative paths of all files of a stage's folder but its manifest, sorted.
 
@@ -78,10 +83,10 @@ def listed_files(folder: Path) -> list[str]:
 
 
 def described_files(folder: Path) -> list[File]:
-    """Path, size, hash and kind of every file of a finished stage; what a killed attempt left half-written is removed."""
+    """Path, size, hash and kind of every file of a finished stage; what a killed attempt left unfinished is removed."""
     names = []
     for name in listed_files(folder):
-        if name.endswith(".tmp"):
+        if is_unfinished(name):
             (folder / name).unlink()
         else:
             names.append(name)
@@ -93,7 +98,7 @@ def described_files(folder: Path) -> list[File]:
 
 
 def checked_metrics(metrics: Any, stage: str) -> dict[str, Any]:
-    """A stage's metrics, if they are what they must be: names to JSON numbers, words and truth values, or tables of them.
+    """A stage's metrics, if they are what they must be: names to numbers, words and truth values, or tables of them.
 
     Raises:
         ValueError: another kind of value, or a number that is not finite; the metric is named.
@@ -106,7 +111,7 @@ def checked_metrics(metrics: Any, stage: str) -> dict[str, Any]:
             where = f"{name}.{part}" if part else name
             if leaf is not None and type(leaf) not in (int, float, bool, str):
                 raise ValueError(
-                    f"stage {stage} returned the metric {where} as {type(leaf).__name__}: return int, float, bool or str"
+                    f"stage {stage} returned the metric {where} as {type(leaf).__name__}: return int, float, bool, str"
                 )
             if isinstance(leaf, float) and not math.isfinite(leaf):
                 raise ValueError(f"stage {stage} returned the metric {where} as {leaf}: a metric must be finite")
@@ -130,12 +135,17 @@ def parsed(text: str | bytes, where: str) -> Manifest:
     return manifest
 
 
+def as_json(value: Any) -> str:
+    """Indented JSON with sorted keys."""
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON, written aside, flushed to the disk and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.tmp")
     with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+        file.write(as_json(value))
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)

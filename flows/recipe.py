@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,6 +19,7 @@ from gristmill.data.problems import ProblemsConfig
 from gristmill.data.tokenize import TokenizeConfig
 from gristmill.flows.errors import UsageError
 from gristmill.flows.execution import Execution
+from gristmill.flows.identity import flattened
 from gristmill.flows.report import ReportConfig
 from gristmill.model.config import EvaluateConfig, ExportConfig, GRPOConfig, PretrainConfig, SFTConfig
 
@@ -94,6 +96,9 @@ def load_recipe(which: str, settings: list[str] | None = None) -> Recipe:
     values = _values(which, ())
     for setting in settings or []:
         _apply(values, setting)
+    for field, value in flattened(values).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"recipe {which}: {field} is {value}, which is no number: write a finite one")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -113,10 +118,16 @@ def _values(which: str, above: tuple[str, ...]) -> dict[str, Any]:
         values = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise UsageError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = _unshared(values)
     if not isinstance(values, dict):
         raise UsageError(f"recipe {name} holds no sections: write `section:` and its fields, see the shipped ones")
     parent = values.pop("extends", None)
-    return values if parent is None else _merged(_values(str(parent), (*above, which)), values)
+    return values if parent is None else _merged(_values(_beside(str(parent), which), (*above, which)), values)
+
+
+def _beside(parent: str, which: str) -> str:
+    """The recipe that `which` extends: a shipped one, or a file whose path starts where `which` lies."""
+    return parent if parent in shipped() or which in shipped() else str(Path(which).parent / parent)
 
 
 def _text(which: str) -> tuple[str, str]:
@@ -131,6 +142,8 @@ def _text(which: str) -> tuple[str, str]:
             return path.read_text(encoding="utf-8"), which
         except UnicodeDecodeError as error:
             raise UsageError(f"recipe {which} is not UTF-8 text ({error}): save it as UTF-8") from error
+        except OSError as error:
+            raise UsageError(f"recipe {which} cannot be read ({error.strerror}): change its rights") from error
     raise UsageError(f"there is no recipe {which!r}: {_near(which, shipped())}shipped are {', '.join(shipped())}")
 
 
@@ -150,6 +163,13 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode, deep: bool = False) ->
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+def _unshared(value: Any) -> Any:
+    """A copy in which what YAML's anchors shared is apart: a setting on one section must not reach another."""
+    if isinstance(value, dict):
+        return {name: _unshared(inner) for name, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     both = dict(base)
     for name, value in over.items():
@@ -160,12 +180,12 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _apply(values: dict[str, Any], setting: str) -> None:
     path, equals, text = setting.partition("=")
-    if not equals or not path:
-        raise UsageError(f"--set {setting!r} has no `=`: write it as section.field=value")
+    if not equals or not all(path.split(".")):
+        raise UsageError(f"--set {setting!r} is no setting: write it as section.field=value")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"--set {setting!r}: {text!r} is not a value YAML can read ({error})") from error
+        raise UsageError(f"--set {setting!r}: {text!r} is not a value that YAML can read: quote it") from error
     place: Any = values
     *parents, last = path.split(".")
     for part in parents:
@@ -195,30 +215,53 @@ def _sentence(which: str, error: ValidationError) -> str:
     """The first problem of a recipe as one sentence: what, which value, where, what to do."""
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    where = ".".join(str(part) for part in first["loc"]) or "the recipe"
+    path, model = _place(first["loc"])
+    where = ".".join(path) or "the recipe"
+    said = f"{first['msg'][0].lower()}{first['msg'][1:]}"
     if first["type"] == "extra_forbidden":
-        fields = _fields_at(first["loc"][:-1])
-        return (
-            f"recipe {which}: {where} is no field: {_near(str(first['loc'][-1]), fields)}known are {', '.join(fields)}"
-        )
+        fields = list(model.model_fields) if model else []
+        return f"recipe {which}: {where} is no field: {_near(path[-1], fields)}known are {', '.join(fields)}"
     if first["type"] == "missing":
         return f"recipe {which}: {where} is missing: add it"
     if first["type"] == "value_error":
-        return f"recipe {which}: {re.sub('^Value error, ', '', first['msg'])}"
-    return (
-        f"recipe {which}: {where} is {first['input']!r}, which will not do: {first['msg'][0].lower()}{first['msg'][1:]}"
-    )
+        place = f"{where}: " if path else ""
+        return f"recipe {which}: {place}{re.sub('^value error, ', '', said)}"
+    if first["type"] == "model_type":
+        return f"recipe {which}: {where} is {first['input']!r}, which will not do: it is a section, give its fields"
+    return f"recipe {which}: {where} is {first['input']!r}, which will not do: {said}"
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the model at a place of the recipe, as far as its types tell."""
-    model: Any = Recipe
+def _place(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel] | None]:
+    """A place of an error as a recipe writes it (without the names of a union's kinds), and the section it lies in."""
+    path: list[str] = []
+    here: list[Any] = [Recipe]
+    section: type[BaseModel] | None = Recipe
     for part in location:
-        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
-            return []
-        annotation = model.model_fields[str(part)].annotation
-        model = annotation
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+        kinds = [m for m in here if _tag(m) == part]
+        if kinds:
+            here = kinds
+            continue
+        path.append(str(part))
+        if isinstance(part, int):
+            continue
+        models = [m for m in here if isinstance(m, type) and issubclass(m, BaseModel)]
+        section = models[0] if models else None
+        inner = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        here = [p for annotation in inner for p in _types(annotation)] if models else here
+    return path, section
+
+
+def _tag(model: Any) -> str | None:
+    """The value of `type` by which a union tells its kinds apart."""
+    if not (isinstance(model, type) and issubclass(model, BaseModel) and "type" in model.model_fields):
+        return None
+    return next(iter(get_args(model.model_fields["type"].annotation)), None)
+
+
+def _types(annotation: Any) -> list[Any]:
+    """The classes inside an annotation: of `list[Annotated[A | B, …]]` A and B."""
+    inner = [part for argument in get_args(annotation) for part in _types(argument)]
+    return inner or [annotation]
 
 
 def _near(name: str, names: list[str]) -> str:

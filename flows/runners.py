@@ -3,188 +3,35 @@
 from __future__ import annotations
 
 import getpass
-import platform
-import subprocess
-import sys
 import time
-import traceback
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from pydantic import BaseModel
+
+from gristmill.flows.compute import compute, release_workers
 from gristmill.flows.errors import StageFailed, UsageError
 from gristmill.flows.execution import Execution
-from gristmill.flows.identity import first_difference, likeness
-from gristmill.flows.ledger import ledger_line
+from gristmill.flows.identity import dumped
 from gristmill.flows.lock import StoreLock
-from gristmill.flows.stage import RUNNER, Artifact, Call
-from gristmill.flows.store import Store, content_hash, described_files
+from gristmill.flows.manifest import Manifest
+from gristmill.flows.plan import Pipeline, Plan, Planned, PlanResult, Sources, known
+from gristmill.flows.stage import RUNNER, Artifact, Call, Stage
+from gristmill.flows.store import Store
+from gristmill.flows.watching import Silent, Watcher
 
-Pipeline = Callable[[Any], Any]
+__all__ = ["Pipeline", "Plain", "Plan", "PlanResult", "Planned", "Silent", "Watcher", "known", "release_workers"]
 
-
-class Watcher(Protocol):
-    """Who is told what happens in a run: a terminal, a log, Prefect."""
-
-    def stage(self, name: str, state: str, **values: Any) -> None: ...
-
-    def progress(self, name: str, done: int, total: int, **values: float) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-
-class Silent:
-    """A run that nobody watches."""
-
-    def stage(self, name: str, state: str, **values: Any) -> None: ...
-
-    def progress(self, name: str, done: int, total: int, **values: float) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One stage of a plan: whether it is there, and if not, why it would run."""
-
-    call: Call
-    state: str  # cached, run, partial, damaged, forced, skipped
-    reason: str
-    manifest: dict[str, Any] | None = None
-    drifted: bool = False  # cached, but its code is no longer the code that made it
-    seconds: float | None = None  # what its nearest earlier run took
-
-    @property
-    def runs(self) -> bool:
-        return self.state not in ("cached", "skipped")
-
-
-@dataclass
-class PlanResult:
-    """All stages of a pipeline in the order of their calls."""
-
-    stages: list[Planned] = field(default_factory=list)
-
-    @property
-    def cached(self) -> bool:
-        return not any(s.runs for s in self.stages)
-
-    @property
-    def warnings(self) -> list[str]:
-        return [
-            f"stage {s.call.stage.name}: its code changed since its result was made and its version did not; raise the "
-            f"version if the bytes differ"
-            for s in self.stages
-            if s.drifted
-        ]
-
-    def named(self, name: str) -> Planned:
-        return next(s for s in self.stages if s.call.stage.name == name)
-
-
-class Plan:
-    """Answers what would run, without running anything: keys depend on configurations and input keys alone."""
-
-    def __init__(self, store: Store, *, verify: bool = True) -> None:
-        self.store, self.verify = store, verify
-        self.calls: list[Call] = []
-
-    def call(self, call: Call) -> Artifact:
-        if call.stage.check:
-            call.stage.check(call.config)
-        if any(c.stage.name == call.stage.name for c in self.calls):
-            raise TypeError(f"stage {call.stage.name!r} is called twice in one pipeline: declare it under two names")
-        self.calls.append(call)
-        return call.artifact
-
-    def run(self, pipeline: Pipeline, recipe: Any, until: str | None = None, from_: str | None = None) -> PlanResult:
-        """The plan of `pipeline(recipe)`; `until` leaves out what that stage does not need, `from_` forces a stage
-        and all that follows from it to run again.
-
-        Raises:
-            UsageError: `until` or `from_` names no stage; a stage refuses its configuration.
-        """
-        self.calls = []
-        token = RUNNER.set(self)
-        try:
-            pipeline(recipe)
-        except ValueError as error:
-            raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
-        finally:
-            RUNNER.reset(token)
-        names = [c.stage.name for c in self.calls]
-        wanted = self._ancestors(known(until, names, "--until")) if until else set(names)
-        forced = self._descendants(known(from_, names, "--from")) if from_ else set()
-        stale: set[str] = set()
-        result = PlanResult()
-        for call in self.calls:
-            planned = self._planned(call, wanted, forced)
-            if planned.runs:
-                stale.add(call.stage.name)
-            result.stages.append(planned)
-        return result
-
-    def _planned(self, call: Call, wanted: set[str], forced: set[str]) -> Planned:
-        name, key = call.stage.name, call.key
-        if name not in wanted:
-            return Planned(call, "skipped", "not needed for --until")
-        manifest = self.store.manifest(name, key)
-        earlier = self._nearest(call)
-        seconds = earlier["seconds"] if earlier else None
-        if name in forced:
-            return Planned(call, "forced", "asked for by --from", manifest, seconds=seconds)
-        if manifest is None:
-            reason = self._cause(call, earlier)
-            if self.store.partial(name, key):
-                return Planned(call, "partial", f"unfinished work is there ({reason})", seconds=seconds)
-            return Planned(call, "run", reason, seconds=seconds)
-        if self.verify and (wrong := self.store.damage(manifest)):
-            return Planned(call, "damaged", wrong[0], manifest, seconds=seconds)
-        drifted = manifest["fingerprint"] != call.stage.fingerprint
-        return Planned(call, "cached", "its result is there", manifest, drifted, manifest["seconds"])
-
-    def _nearest(self, call: Call) -> dict[str, Any] | None:
-        """The earlier result of the same stage that has most in common with this call; the newest of equals."""
-        earlier = self.store.manifests(call.stage.name)
-        return max(earlier, key=lambda m: (likeness(m["identity"], call.identity), m["started"]), default=None)
-
-    def _cause(self, call: Call, earlier: dict[str, Any] | None) -> str:
-        if earlier is None:
-            return "never run in this store"
-        return first_difference(earlier["identity"], call.identity) or "its result was removed"
-
-    def _ancestors(self, name: str) -> set[str]:
-        needed = {name}
-        for call in reversed(self.calls):
-            if call.stage.name in needed:
-                needed |= {a.stage for a in call.inputs.values()}
-        return needed
-
-    def _descendants(self, name: str) -> set[str]:
-        after = {name}
-        for call in self.calls:
-            if any(a.stage in after for a in call.inputs.values()):
-                after.add(call.stage.name)
-        return after
-
-
-def known(name: str, names: list[str], option: str) -> str:
-    """The stage's name, or a refusal that suggests the nearest."""
-    from difflib import get_close_matches
-
-    if name in names:
-        return name
-    near = get_close_matches(name, names, 1, 0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UsageError(f"{option} names {name!r}, which is no stage: {hint}The stages are {', '.join(names)}")
+LONGEST_PAUSE = 30.0
 
 
 class Plain:
-    """Runs what the plan says, stage by stage, in this process."""
+    """Runs what the plan says, stage by stage, in this process.
+
+    A runner that wraps a run or a stage in something of its own overrides `execute` or `perform`.
+    """
 
     def __init__(
         self,
@@ -195,6 +42,10 @@ class Plain:
         wait: bool = False,
         strict: bool = False,
     ) -> None:
+        """Args:
+        wait: wait for a store that is in use, in place of refusing.
+        strict: refuse a result whose stage's code has changed since, in place of warning.
+        """
         self.store, self.execution = store, execution or Execution()
         self.watcher: Watcher = watcher or Silent()
         self.wait, self.strict = wait, strict
@@ -202,199 +53,178 @@ class Plain:
         self.record: dict[str, Any] = {}
         self.note: dict[str, Any] = {}  # what else the run's record should say
         self.attempts = self.execution.retries + 1
+        self.lock: StoreLock | None = None
+        self._sources = Sources()
 
     def run(
-        self,
-        pipeline: Pipeline,
-        recipe: Any,
-        until: str | None = None,
-        from_: str | None = None,
+        self, pipeline: Pipeline, recipe: Any, until: str | None = None, from_: str | None = None
     ) -> dict[str, Any]:
-        """Run `pipeline(recipe)`; the run's record (also in the store, under runs/).
+        """Run `pipeline(recipe)`; the run's record, which is also in the store under runs/.
 
         Raises:
-            UsageError: the input is bad, or the store is in use; nothing has run.
+            UsageError: the input is bad, or the store cannot be used or is in use; nothing has run or been written.
             StageFailed: a stage raised; what was finished stays, and the next run resumes.
         """
-        Plan(self.store, verify=False).run(pipeline, recipe, until, from_)  # bad input is refused before a lock is made
-        self.store.check_usable()
-        with StoreLock(self.store, wait=self.wait, say=self.watcher.say):
-            self.plan = Plan(self.store).run(pipeline, recipe, until, from_)
-            if self.strict and self.plan.warnings:
-                raise UsageError(self.plan.warnings[0])
+        self._sources = Sources()
+        before = self._planned(pipeline, recipe, until, from_, verify=False)  # refuses bad input before it locks
+        self.store.check_usable(before.disk_bytes)
+        with StoreLock(self.store, wait=self.wait, say=self.watcher.say) as self.lock:
+            self.store.sweep()
+            self.plan = self._planned(pipeline, recipe, until, from_, verify=True)
             for warning in self.plan.warnings:
                 self.watcher.say(f"warning: {warning}")
-            self.record = {**new_record(recipe, until, from_), **self.note}
+            self.record = {**new_record(recipe, self.plan, until, from_), **self.note}
+            self.store.record_run(self.record)
             for planned in self.plan.stages:
                 if planned.state == "forced":
-                    self.store.discard(planned.call.stage.name, planned.call.key)
-            token = RUNNER.set(self)
+                    self.store.discard(planned.name, planned.call.key)
             try:
-                self.execute(pipeline, recipe)
+                self._inside(pipeline, recipe)
                 self.record["state"] = "completed"
             except BaseException as error:
-                self.record |= {"state": "failed", "error": str(error) or type(error).__name__}
+                reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+                self.record |= {"state": "failed", "error": reason}
                 raise
             finally:
-                RUNNER.reset(token)
                 self.record["seconds"] = round(time.time() - self.record["started"], 3)
                 self.store.record_run(self.record)
         return self.record
 
+    def _planned(
+        self, pipeline: Pipeline, recipe: Any, until: str | None, from_: str | None, *, verify: bool
+    ) -> PlanResult:
+        plan = Plan(self.store, verify=verify, sources=self._sources).run(pipeline, recipe, until, from_)
+        if self.strict and plan.warnings:
+            raise UsageError(plan.warnings[0])
+        return plan
+
+    def _inside(self, pipeline: Pipeline, recipe: Any) -> None:
+        token = RUNNER.set(self)
+        try:
+            self.execute(pipeline, recipe)
+        finally:
+            RUNNER.reset(token)
+
     def execute(self, pipeline: Pipeline, recipe: Any) -> None:
-        """Call the pipeline; a runner that wraps it (in a flow, say) overrides this."""
+        """Call the pipeline."""
         pipeline(recipe)
 
+    def sources(self, stage: Stage, config: BaseModel) -> dict[str, str]:
+        return self._sources.of(stage, config)
+
     def call(self, call: Call) -> Artifact:
-        planned = self.plan.named(call.stage.name)
+        """Take a result that is there, or make it."""
+        name = call.stage.name
+        planned = self.plan.named(name)
+        if planned.call.key != call.key:
+            raise RuntimeError(
+                f"stage {name} is asked for with key {call.key} and was planned with {planned.call.key}: a pipeline "
+                f"must depend on its recipe alone"
+            )
         if planned.state == "skipped":
             return call.artifact
-        entry = {"stage": call.stage.name, "key": call.key}
-        self.record["stages"].append(entry)
-        if planned.state == "cached":
-            assert planned.manifest is not None
-            entry |= {"state": "cached", "content_hash": planned.manifest["content_hash"]}
-            self.watcher.stage(call.stage.name, "cached", manifest=planned.manifest, reason=planned.reason)
+        if planned.state == "cached" and planned.manifest is not None:
+            self.store.fetch(planned.manifest, shown_only=True)
+            self._note(name, state="cached", content_hash=planned.manifest["content_hash"])
+            self.watcher.stage(name, "cached", manifest=planned.manifest, reason=planned.reason)
             return call.artifact
-        entry["state"] = "failed"
-        manifest = self.perform(call, planned)
-        entry |= {"state": "completed", "content_hash": manifest["content_hash"]}
+        self._note(name, state="running")
+        try:
+            self._mend_inputs(call)
+            manifest = self.perform(call, planned)
+        except BaseException as error:
+            self._note(name, state="failed", error=str(error) or type(error).__name__)
+            raise
+        self._note(name, state="completed", content_hash=manifest["content_hash"], seconds=manifest["seconds"])
         return call.artifact
 
-    def perform(self, call: Call, planned: Planned) -> dict[str, Any]:
-        """Compute one stage, with retries; its manifest."""
-        self.watcher.stage(call.stage.name, "running", reason=planned.reason)
+    def _note(self, name: str, **values: Any) -> None:
+        """What became of a stage, in the run's record."""
+        entry = next(e for e in self.record["stages"] if e["stage"] == name)
+        entry.update(values)
+        self.store.record_run(self.record)
+
+    def _mend_inputs(self, call: Call) -> None:
+        """Bring a remote store's inputs here; one that turns out to be damaged is made again."""
+        for artifact in call.inputs.values():
+            manifest = self.store.manifest(artifact.stage, artifact.key)
+            wrong = self.store.fetch(manifest) if manifest else [f"{artifact.stage}/{artifact.key} is no longer there"]
+            if wrong:
+                planned = replace(self.plan.named(artifact.stage), state="damaged", reason=wrong[0])
+                self._mend_inputs(planned.call)
+                self.perform(planned.call, planned)
+
+    def perform(self, call: Call, planned: Planned) -> Manifest:
+        """Compute one stage, with retries; its manifest.
+
+        Raises:
+            StageFailed: its function raised.
+        """
+        name = call.stage.name
+        self.watcher.stage(name, "running", reason=planned.reason, planned=planned)
         if planned.state == "damaged":
-            self.watcher.say(f"stage {call.stage.name}: {planned.reason}; it is made again")
-            self.store.discard(call.stage.name, call.key)
+            self.watcher.say(f"stage {name}: {planned.reason}; it is made again")
+            self.store.discard(name, call.key)
         for attempt in range(self.attempts):
             try:
+                if self.lock is not None:
+                    self.lock.check()
                 manifest = compute(call, self.store, self.execution, self.watcher)
-                self.watcher.stage(call.stage.name, "done", manifest=manifest)
-                return manifest
+                break
             except Exception as error:
-                if attempt + 1 < self.attempts:
-                    self.watcher.say(f"stage {call.stage.name} failed ({error}); trying again")
-                    continue
-                self.watcher.stage(call.stage.name, "failed", error=error)
-                log = self.store.folder(call.stage.name, call.key) / "log"
-                raise StageFailed(
-                    f"stage {call.stage.name} failed: {error}. Its log is in {log}. What was finished is kept: run the "
-                    f"same command again to resume"
-                ) from error
-        raise AssertionError("unreachable: the loop returns or raises")
+                if attempt + 1 == self.attempts or isinstance(error, ValueError):
+                    self.watcher.stage(name, "failed", error=error)
+                    raise StageFailed(self._sentence(call, error), name) from error
+                self.watcher.say(f"stage {name} failed ({error}); trying again")
+                time.sleep(min(2.0**attempt, LONGEST_PAUSE))
+        self._compare(planned, manifest)
+        self.watcher.stage(name, "done", manifest=manifest)
+        return manifest
+
+    def _sentence(self, call: Call, error: Exception) -> str:
+        folder = self.store.folder(call.stage.name, call.key)
+        command = "without --from " if self.record.get("from") else ""
+        return (
+            f"stage {call.stage.name} failed: {str(error).rstrip('.') or type(error).__name__}. Its log is in "
+            f"{folder / 'log'}. What was finished is kept: run the same command again {command}to resume"
+        )
+
+    def _compare(self, planned: Planned, manifest: Manifest) -> None:
+        """Say where a result that was made again differs from what it was."""
+        before = planned.manifest
+        if before is None or before["content_hash"] == manifest["content_hash"]:
+            return
+        names = ("device", "threads", "ranks", "torch", "machine")
+        old, new = before["environment"], manifest["environment"]
+        changed = [f"{n} {old.get(n)} → {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+        why = ", ".join(changed) or "nothing in its environment changed, so its code or the old files did"
+        self.watcher.say(f"stage {planned.name}: made again with other bytes than before ({why})")
 
 
-def compute(call: Call, store: Store, execution: Execution, watcher: Watcher) -> dict[str, Any]:
-    """Run a stage's function in its folder and write its manifest."""
-    stage, key = call.stage, call.key
-    if "workers" not in stage.services:
-        release_workers()
-    out = store.prepare(stage.name, key)
-    (out / "log").mkdir(exist_ok=True)
-    inputs = {name: store.folder(a.stage, a.key) for name, a in call.inputs.items()}
-    services: dict[str, Any] = {name: getattr(execution, name) for name in stage.services if name != "progress"}
-    if "progress" in stage.services:
-
-        def progress(done: int, total: int, **values: float) -> None:
-            watcher.progress(stage.name, done, total, **values)
-
-        services["progress"] = progress
-    positional = {"config": call.config, **inputs, "out": out}
-    if stage.seeded:
-        positional["seed"] = call.seed
-    began = time.time()
-    attempts = count_attempt(out)
-    with store.mirror(stage.name, key):
-        try:
-            metrics = stage.function(**positional, **services)
-        except Exception:
-            (out / "log" / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            raise
-    seconds = time.time() - began
-    if (out / "work").exists():
-        raise RuntimeError(f"stage {stage.name} left its work/ folder behind: a finished stage removes it")
-    files = described_files(out)
-    manifest = {
-        "format": 1,
-        "stage": stage.name,
-        "title": stage.title,
-        "key": key,
-        **{k: v for k, v in call.identity.items() if k != "stage"},
-        "identity": call.identity,
-        "files": files,
-        "metrics": metrics,
-        "content_hash": content_hash(files, metrics),
-        "fingerprint": stage.fingerprint,
-        "environment": environment(execution),
-        "started": began,
-        "seconds": round(seconds, 3),
-        "attempts": attempts,
-        "code_version": code_version(),
-    }
-    manifest["ledger"] = ledger_line(manifest, execution)
-    manifest["device_hours"] = manifest["ledger"]["device_hours"]
-    store.finish(manifest)
-    store.record_ledger(manifest["ledger"])
-    return manifest
-
-
-def release_workers() -> None:
-    """Stop the Dask cluster, if one is up: even idle workers would take time from a training process's barriers."""
-    executor = sys.modules.get("gristmill.data.executor")
-    if executor is not None:
-        executor.close_cluster()
-
-
-def count_attempt(out: Path) -> int:
-    """How often this stage has been started, this time included."""
-    path = out / "log" / "attempts"
-    count = (int(path.read_text()) if path.exists() and path.read_text().strip() else 0) + 1
-    path.write_text(str(count))
-    return count
-
-
-def new_record(recipe: Any, until: str | None, from_: str | None) -> dict[str, Any]:
+def new_record(recipe: Any, plan: PlanResult, until: str | None, from_: str | None) -> dict[str, Any]:
     """The beginning of a run's record."""
     started = time.time()
     stamp = datetime.fromtimestamp(started, UTC).strftime("%Y%m%dT%H%M%S")
     return {
         "run": f"{stamp}-{uuid.uuid4().hex[:6]}",
-        "recipe": recipe.name,
-        "config": recipe.model_dump(mode="json"),
+        "recipe": getattr(recipe, "name", type(recipe).__name__),
+        "config": dumped(recipe) if isinstance(recipe, BaseModel) else {},
         "until": until,
         "from": from_,
         "started": started,
-        "user": getpass.getuser(),
+        "seconds": 0.0,
+        "user": _user(),
         "state": "running",
-        "stages": [],
+        "stages": [
+            {"stage": p.name, "key": p.call.key, "state": "waiting", "reason": p.reason}
+            for p in plan.stages
+            if p.state != "skipped"
+        ],
     }
 
 
-def environment(execution: Execution) -> dict[str, Any]:
-    """What the bytes of a result may depend on to rounding: recorded, never in a key."""
-    versions = {}
-    for package in ("torch", "deepspeed", "tokenizers", "datatrove", "numpy", "dask", "transformers"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        **execution.model_dump(mode="json"),
-        "versions": versions,
-    }
-
-
-def code_version() -> str:
-    """The commit of the code, where it lies in a git checkout; else the package's version."""
-    here = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() if found.returncode == 0 and found.stdout.strip() else metadata.version("gristmill")
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "unknown"

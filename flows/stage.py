@@ -12,16 +12,23 @@ Calling a stage asks the runner in force what that means: to plan it, to run it 
 from __future__ import annotations
 
 import inspect
+import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from pydantic import BaseModel
 
-from gristmill.flows.identity import fingerprint, key_of
+from gristmill.flows.fingerprint import fingerprint
+from gristmill.flows.identity import dumped, key_of
+
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+RESERVED = ("runs", "lock", "ledger")  # names of other things in a store
+SERVICES = ("workers", "threads", "ranks", "device", "progress")
 
 
 @dataclass(frozen=True)
@@ -42,18 +49,19 @@ class Call:
     seed: int | None
     sources: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
+        """What is asked for, in JSON's own values."""
         return {
             "stage": self.stage.name,
             "version": self.stage.version,
-            "config": self.config.model_dump(mode="json"),
+            "config": dumped(self.config),
             "seed": self.seed,
             "inputs": {name: {"stage": a.stage, "key": a.key} for name, a in self.inputs.items()},
             "sources": self.sources,
         }
 
-    @property
+    @cached_property
     def key(self) -> str:
         return key_of(self.identity)
 
@@ -62,8 +70,21 @@ class Call:
         return Artifact(self.stage.name, self.key)
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage that never ran here may take; none where nobody can say."""
+
+    seconds: float | None = None
+    memory_bytes: int | None = None
+    disk_bytes: int | None = None
+
+
 class Runner(Protocol):
     """What decides the meaning of a stage call."""
+
+    def sources(self, stage: Stage, config: BaseModel) -> dict[str, str]:
+        """Content hashes of what the stage reads from outside the store, the same for the whole of a run."""
+        ...
 
     def call(self, call: Call) -> Artifact: ...
 
@@ -72,7 +93,16 @@ RUNNER: ContextVar[Runner | None] = ContextVar("gristmill_runner", default=None)
 
 
 class Stage:
-    """A declared stage; see the module's text. Made by `stage`."""
+    """A declared stage; see the module's text. Made by `stage`.
+
+    Attributes:
+        name, version, title: as declared.
+        function: the plain function; it can be called in a test without a runner.
+        config_type: the class of its configuration.
+        inputs: names of its inputs, each the folder of another stage's result.
+        seeded: whether it takes the recipe's seed.
+        services: the execution services it asks for by name.
+    """
 
     def __init__(
         self,
@@ -80,35 +110,57 @@ class Stage:
         name: str,
         version: int,
         title: str,
-        sources: Callable[[Any], dict[str, str]] | None,
-        check: Callable[[Any], None] | None,
+        sources: Callable[[Any], dict[str, str]] | None = None,
+        check: Callable[[Any], None] | None = None,
+        estimate: Callable[[Any], Estimate] | None = None,
     ) -> None:
         self.function, self.name, self.version, self.title = function, name, version, title
-        self.sources, self.check = sources, check
+        self.sources, self.check, self.estimate = sources, check, estimate
+        if not NAME.fullmatch(name) or name in RESERVED:
+            raise TypeError(f"stage {name!r}: a stage's name is lower case, with digits and _, and not {RESERVED}")
+        if type(version) is not int or version < 1:
+            raise TypeError(f"stage {name!r}: its version is {version!r}: count from 1")
         hints = typing.get_type_hints(function)
         parameters = inspect.signature(function).parameters
         self.config_type: type[BaseModel] = hints.get("config")  # type: ignore[assignment]
-        self._refuse_bad_config()
-        self.services = [n for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        positional = [n for n, p in parameters.items() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-        if "out" not in positional:
-            raise TypeError(f"stage {name!r}: its function has no parameter `out`, the folder it fills: add one")
-        self.seeded = "seed" in positional
-        self.inputs = [n for n in positional if n not in ("config", "out", "seed")]
-        for parameter in self.inputs:
-            if hints.get(parameter) is not Path:
-                raise TypeError(f"stage {name!r}: input {parameter!r} is not annotated as Path: inputs are folders")
+        self._read_parameters(parameters, hints)
+        self._refuse_loose(self.config_type, set())
 
-    def _refuse_bad_config(self) -> None:
-        config = self.config_type
-        if not (isinstance(config, type) and issubclass(config, BaseModel)):
+    def _read_parameters(self, parameters: Mapping[str, inspect.Parameter], hints: dict[str, Any]) -> None:
+        kinds = {name: parameter.kind for name, parameter in parameters.items()}
+        loose = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        if hidden := [name for name, kind in kinds.items() if kind in loose]:
+            raise TypeError(f"stage {self.name!r}: its function takes *{hidden[0]}, which hides its inputs: name them")
+        positional = [name for name, kind in kinds.items() if kind is not inspect.Parameter.KEYWORD_ONLY]
+        if positional[:1] != ["config"] or not _is_model(self.config_type):
             raise TypeError(
                 f"stage {self.name!r}: its first parameter must be `config`, annotated with a pydantic model"
             )
-        if not config.model_config.get("frozen") or config.model_config.get("extra") != "forbid":
+        if "out" not in positional:
+            raise TypeError(f"stage {self.name!r}: its function has no parameter `out`, the folder it fills: add one")
+        self.seeded = "seed" in positional
+        self.inputs = [name for name in positional if name not in ("config", "out", "seed")]
+        for name in self.inputs:
+            if hints.get(name) is not Path:
+                raise TypeError(f"stage {self.name!r}: input {name!r} is not annotated as Path: inputs are folders")
+        self.services = [name for name, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY]
+        if unknown := [name for name in self.services if name not in SERVICES]:
             raise TypeError(
-                f"stage {self.name!r}: {config.__name__} must be frozen and forbid extra fields, since it is hashed"
+                f"stage {self.name!r}: there is no execution service {unknown[0]!r}: a keyword-only parameter is one "
+                f"of {', '.join(SERVICES)}; what decides bytes belongs into its configuration"
             )
+
+    def _refuse_loose(self, model: type[BaseModel], seen: set[type[BaseModel]]) -> None:
+        """A configuration is hashed: nothing in it may change later, and no misspelled field may pass."""
+        seen.add(model)
+        if not model.model_config.get("frozen") or model.model_config.get("extra") != "forbid":
+            raise TypeError(
+                f"stage {self.name!r}: {model.__name__} must be frozen and forbid extra fields, since it is hashed"
+            )
+        for info in model.model_fields.values():
+            for part in _parts(info.annotation):
+                if _is_model(part) and part not in seen:
+                    self._refuse_loose(part, seen)
 
     def __call__(self, config: BaseModel, *, seed: int | None = None, **inputs: Artifact) -> Artifact:
         """Ask the runner in force. Inputs are artifacts of other stages, by the names of the function's parameters."""
@@ -121,14 +173,32 @@ class Stage:
             raise TypeError(f"stage {self.name!r} takes a {self.config_type.__name__}, not a {type(config).__name__}")
         if sorted(inputs) != sorted(self.inputs):
             raise TypeError(f"stage {self.name!r} takes the inputs {self.inputs}, not {sorted(inputs)}")
+        for name, artifact in inputs.items():
+            if not isinstance(artifact, Artifact):
+                raise TypeError(
+                    f"stage {self.name!r}: input {name!r} is a {type(artifact).__name__}, not what a stage returned"
+                )
         if self.seeded != (seed is not None):
-            raise TypeError(f"stage {self.name!r} {'needs' if self.seeded else 'takes no'} seed")
-        sources = self.sources(config) if self.sources else {}
-        return runner.call(Call(self, config, inputs, seed, sources))
+            raise TypeError(f"stage {self.name!r} {'needs a' if self.seeded else 'takes no'} seed")
+        ordered = {name: inputs[name] for name in self.inputs}
+        return runner.call(Call(self, config, ordered, seed, runner.sources(self, config)))
+
+    def __repr__(self) -> str:
+        return f"<stage {self.name} version {self.version}>"
 
     @property
     def fingerprint(self) -> str:
+        """A hash of the code behind the function; see `gristmill.flows.fingerprint`."""
         return fingerprint(self.function)
+
+
+def _is_model(part: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(part, type) and issubclass(part, BaseModel)
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """A type and those inside it: `list[A | None]` has A."""
+    return [annotation, *(p for inner in typing.get_args(annotation) for p in _parts(inner))]
 
 
 def stage(
@@ -138,18 +208,25 @@ def stage(
     title: str = "",
     sources: Callable[[Any], dict[str, str]] | None = None,
     check: Callable[[Any], None] | None = None,
+    estimate: Callable[[Any], Estimate] | None = None,
 ) -> Callable[[Callable[..., dict[str, Any]]], Stage]:
     """Declare a stage around a plain function `(config, *inputs, out[, seed], *, services) -> metrics`.
 
     Args:
         name: the stage's name; the function's own where none is given.
         version: raised by hand whenever the same configuration would give other bytes than before.
+        title: what people read.
         sources: content hashes of what the stage reads from outside the store; they enter the key.
         check: refuses (ValueError) a configuration that cannot work here, before anything runs.
+        estimate: what the stage may take, for the plan of one that never ran.
+
+    Raises:
+        TypeError: the function is not of the contract's form; the message says what to change.
     """
 
     def declare(function: Callable[..., dict[str, Any]]) -> Stage:
         own = name or function.__name__
-        return Stage(function, own, version, title or own.replace("_", " ").capitalize(), sources, check)
+        words = title or own.replace("_", " ").capitalize()
+        return Stage(function, own, version, words, sources, check, estimate)
 
     return declare

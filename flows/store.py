@@ -1,11 +1,11 @@
-"""Where results lie: a folder a stage and key, finished when its manifest is there, on a disk or on S3.
+"""Where results lie: a folder for each stage and key, finished when its manifest is there, on a disk or on S3.
 
     <store>/<stage>/<key>/manifest.json      written last; a folder without it is unfinished work
     <store>/runs/<run>.json                  what each run asked for and which stages it came to
     <store>/ledger.jsonl                     a line for each stage that was computed
 
 A remote store is worked on in a local copy (`Store.local`): a stage's files are sent when it is done, manifest last,
-and, while it runs, finished parts are sent to `<stage>/<key>.partial/` so that another machine can take them up.
+and while it runs its unfinished work is kept as snapshots (`gristmill.flows.mirror`) for another machine to take up.
 """
 
 from __future__ import annotations
@@ -13,125 +13,250 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-import threading
+import tempfile
+import uuid
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
-from gristmill.flows.errors import UsageError
+from gristmill.flows.errors import StoreDamaged, UsageError
 from gristmill.flows.identity import canonical
+from gristmill.flows.manifest import (
+    MANIFEST,
+    Manifest,
+    as_json,
+    content_hash,
+    is_content,
+    is_unfinished,
+    listed_files,
+    parsed,
+    sha256,
+    sha256_of_all,
+    write_json,
+)
+from gristmill.flows.mirror import Mirror, restore
+from gristmill.flows.remote import Remote
 
-MANIFEST = "manifest.json"
-OBSERVATIONS = (
-    "log/",
-    "view/",
-)  # written about a run, not by its recipe: hashed against damage, not as content
-MIRROR_SECONDS = 5.0
-CHUNK = 1 << 20
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def content_hash(files: list[dict[str, Any]], metrics: dict[str, Any]) -> str:
-    """One hash of what a stage made: its content files and its metrics; no time, host or path is in it."""
-    listed = sorted((f["path"], f["sha256"]) for f in files if f["content"])
-    return hashlib.sha256(canonical([listed, metrics]).encode()).hexdigest()
-
-
-def described_files(folder: Path) -> list[dict[str, Any]]:
-    """Path, size and hash of every file in a stage's folder but its manifest."""
-    paths = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return [
-        {
-            "path": path,
-            "bytes": (folder / path).stat().st_size,
-            "sha256": sha256(folder / path),
-            "content": not path.startswith(OBSERVATIONS),
-        }
-        for path in paths
-        if path != MANIFEST and not path.endswith(".tmp")
-    ]
+LEDGER = "ledger.jsonl"
+TRASH = ".trash"
+SHOWN = ("view/", "samples.jsonl", "curves.jsonl", "results.jsonl", "report.json", "log/timings.jsonl")
+KEY = re.compile(r"[0-9a-f]{16}")
 
 
 class Store:
     """A store at a local path or an fsspec URI such as `s3://bucket/prefix`."""
 
     def __init__(self, where: str | Path, cache: Path | None = None) -> None:
-        self.uri = str(where)
-        self.remote = "://" in self.uri and not self.uri.startswith("file://")
+        self.uri = str(where).removeprefix("file://")
+        self.remote = "://" in self.uri
         if self.remote:
             self.uri = self.uri.rstrip("/")
             name = hashlib.sha256(self.uri.encode()).hexdigest()[:12]
             self.local = (cache or Path(".gristmill/cache")).absolute() / name
         else:
-            self.local = Path(self.uri.removeprefix("file://")).absolute()
+            self.local = Path(self.uri).expanduser().absolute()
+
+    @cached_property
+    def far(self) -> Remote:
+        """The remote side of a remote store."""
+        return Remote(self.uri)
 
     # --- reading -----------------------------------------------------------------------------------------------
 
     def folder(self, stage: str, key: str) -> Path:
+        """The local folder of a result, whether it is there or not."""
         return self.local / stage / key
 
-    def manifest(self, stage: str, key: str) -> dict[str, Any] | None:
-        """The manifest of a finished stage, or none."""
-        path = self.folder(stage, key) / MANIFEST
-        if not path.exists() and self.remote:
-            self._get(f"{stage}/{key}/{MANIFEST}", path)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    def manifest(self, stage: str, key: str) -> Manifest | None:
+        """The manifest of a finished result, or none. A remote store's is asked for anew each time.
 
-    def manifests(self, stage: str) -> list[dict[str, Any]]:
-        """Every finished result of a stage, oldest first."""
-        keys = self._names(stage)
-        found = [m for key in keys if (m := self.manifest(stage, key)) is not None]
-        return sorted(found, key=lambda m: m["started"])
+        Raises:
+            StoreDamaged: there is one and it cannot be read.
+        """
+        where = f"{stage}/{key}/{MANIFEST}"
+        path = self.folder(stage, key) / MANIFEST
+        if not self.remote:
+            return parsed(path.read_bytes(), where) if path.exists() else None
+        text = self.far.read(where)
+        if text is None:
+            path.unlink(missing_ok=True)
+            return None
+        manifest = parsed(text, where)
+        if not path.exists() or path.read_bytes() != text:
+            write_json(path, manifest)
+        return manifest
+
+    def manifests(self, stage: str) -> list[Manifest]:
+        """Every readable finished result of a stage, oldest first."""
+        found = []
+        for key in self.keys(stage):
+            try:
+                manifest = self.manifest(stage, key)
+            except StoreDamaged:
+                continue  # `verify` names it; a plan can still compare with the others
+            if manifest is not None:
+                found.append(manifest)
+        return sorted(found, key=lambda m: (m["started"], m["key"]))
 
     def stages(self) -> list[str]:
-        return [name for name in self._names("") if name not in ("runs",) and not name.startswith("lock")]
+        """Names of the stages that have results or unfinished work here."""
+        return [name for name in self._names("") if not name.startswith(".") and self.keys(name)]
+
+    def keys(self, stage: str) -> list[str]:
+        """Keys of a stage's results, finished or not."""
+        return [name for name in self._names(stage) if KEY.fullmatch(name)]
+
+    def find(self, key: str) -> Manifest | None:
+        """The finished result of that key, whatever its stage."""
+        for stage in self.stages():
+            if key in self.keys(stage) and (manifest := self.manifest(stage, key)) is not None:
+                return manifest
+        return None
 
     def partial(self, stage: str, key: str) -> bool:
         """Whether unfinished work of this stage can be taken up."""
         folder = self.folder(stage, key)
-        if folder.exists() and any(p.is_file() for p in folder.rglob("*")):
+        if folder.is_dir() and listed_files(folder):
             return True
-        return self.remote and bool(self._names(f"{stage}/{key}.partial"))
-
-    def damage(self, manifest: dict[str, Any]) -> list[str]:
-        """What is wrong with a finished stage's files: missing, another size, another hash. Fetches remote ones."""
-        folder, wrong = self.folder(manifest["stage"], manifest["key"]), []
-        for file in manifest["files"]:
-            path = folder / file["path"]
-            if not path.exists() and self.remote:
-                self._get(f"{manifest['stage']}/{manifest['key']}/{file['path']}", path)
-            name = f"{manifest['stage']}/{manifest['key']}/{file['path']}"
-            if not path.exists():
-                wrong.append(f"{name} is missing")
-            elif path.stat().st_size != file["bytes"]:
-                wrong.append(f"{name} has {path.stat().st_size} bytes, not {file['bytes']}")
-            elif sha256(path) != file["sha256"]:
-                wrong.append(f"{name} has other bytes than when it was made")
-        if content_hash(manifest["files"], manifest["metrics"]) != manifest["content_hash"]:
-            wrong.append(f"{manifest['stage']}/{manifest['key']}/{MANIFEST} does not hash to its content_hash")
-        return wrong
+        return self.remote and self.far.exists(f"{stage}/{key}.partial/snapshot.json")
 
     def runs(self) -> list[dict[str, Any]]:
-        """Every run, oldest first."""
+        """Every run's record, oldest first."""
         found = []
         for name in self._names("runs"):
-            path = self.local / "runs" / name
-            if not path.exists() and self.remote:
-                self._get(f"runs/{name}", path)
-            if path.suffix == ".json":
-                found.append(json.loads(path.read_text(encoding="utf-8")))
+            text = self.far.read(f"runs/{name}") if self.remote else (self.local / "runs" / name).read_bytes()
+            if name.endswith(".json") and text:
+                found.append(json.loads(text))
         return sorted(found, key=lambda r: (r["started"], r["run"]))
 
-    # --- writing -----------------------------------------------------------------------------------------------
+    def ledger(self) -> list[dict[str, Any]]:
+        """Every line of the ledger, oldest first; a line that a power cut left half-written is passed over."""
+        text = self.far.read(LEDGER) if self.remote else None
+        path = self.local / LEDGER
+        if not self.remote and path.exists():
+            text = path.read_bytes()
+        lines = []
+        for line in (text or b"").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue
+        return lines
+
+    # --- checking ----------------------------------------------------------------------------------------------
+
+    def damage(self, manifest: Manifest, *, deep: bool = True) -> list[str]:
+        """What is wrong with a result's files: missing, too many, of another size, of another hash.
+
+        `deep` reads every byte, over the network where the store is remote; without it names and sizes are compared.
+        """
+        stage, key = manifest["stage"], manifest["key"]
+        name = f"{stage}/{key}"
+        wrong = []
+        if content_hash(manifest["files"], manifest["metrics"]) != manifest["content_hash"]:
+            wrong.append(f"{name}/{MANIFEST} does not hash to its content_hash")
+        there = self._sizes(stage, key)
+        listed = {f["path"] for f in manifest["files"]}
+        wrong += [f"{name}/{p} is not in its manifest" for p in sorted(set(there) - listed) if is_content(p)]
+        whole = []
+        for file in manifest["files"]:
+            size = there.get(file["path"])
+            if size is None:
+                wrong.append(f"{name}/{file['path']} is missing")
+            elif size != file["bytes"]:
+                wrong.append(f"{name}/{file['path']} has {size} bytes, not {file['bytes']}")
+            else:
+                whole.append(file)
+        return wrong + (self._changed(manifest, whole) if deep else [])
+
+    def _sizes(self, stage: str, key: str) -> dict[str, int]:
+        if self.remote:
+            sizes = self.far.sizes(f"{stage}/{key}")
+        else:
+            folder = self.folder(stage, key)
+            sizes = {name: (folder / name).stat().st_size for name in listed_files(folder)}
+        return {name: size for name, size in sizes.items() if name != MANIFEST and not is_unfinished(name)}
+
+    def _changed(self, manifest: Manifest, files: list[dict[str, Any]]) -> list[str]:
+        """Sentences on those files whose bytes, where the store has them, are not those of the manifest."""
+        name = f"{manifest['stage']}/{manifest['key']}"
+        if self.remote:
+            hashes = [self.far.sha256(f"{name}/{f['path']}") for f in files]
+        else:
+            hashes = sha256_of_all([self.local / name / f["path"] for f in files])
+        return [
+            f"{name}/{file['path']} has other bytes than when it was made"
+            for file, digest in zip(files, hashes, strict=True)
+            if digest != file["sha256"]
+        ]
+
+    def fetch(self, manifest: Manifest, *, shown_only: bool = False) -> list[str]:
+        """Bring a result of a remote store into its local folder; what is wrong with it, if anything.
+
+        What is there already is compared by hash, so that what another machine made anew is fetched again.
+        `shown_only` takes no more than what people look at: samples, curves, timings and pages.
+        """
+        if not self.remote:
+            return []
+        name, wrong = f"{manifest['stage']}/{manifest['key']}", []
+        for file in manifest["files"]:
+            if shown_only and not file["path"].startswith(SHOWN):
+                continue
+            path = self.local / name / file["path"]
+            if path.is_file() and path.stat().st_size == file["bytes"] and sha256(path) == file["sha256"]:
+                continue
+            try:
+                self.far.get(f"{name}/{file['path']}", path)
+            except FileNotFoundError:
+                wrong.append(f"{name}/{file['path']} is missing")
+                continue
+            if sha256(path) != file["sha256"]:
+                wrong.append(f"{name}/{file['path']} has other bytes than when it was made")
+        return wrong
+
+    def verify(self) -> dict[str, Any]:
+        """Re-hash everything in the store.
+
+        Returns:
+            `stages`, the content hash of each finished stage of the latest run; `bad`, a sentence for each thing that
+            is wrong anywhere in the store; `notes`, on results whose input was made again since with other bytes (same
+            recipe, other rounding: another number of threads or ranks, another device); `run`, the latest run.
+        """
+        bad: list[str] = []
+        hashes: dict[tuple[str, str], str] = {}
+        notes: list[str] = []
+        results: list[Manifest] = []
+        for stage in self.stages():
+            for key in self.keys(stage):
+                try:
+                    manifest = self.manifest(stage, key)
+                except StoreDamaged as error:
+                    bad.append(str(error))
+                    continue
+                if manifest is not None:
+                    results.append(manifest)
+                    hashes[stage, key] = manifest["content_hash"]
+                    bad += self.damage(manifest)
+        for manifest in results:
+            for name, made_from in manifest["inputs"].items():
+                now = hashes.get((made_from["stage"], made_from["key"]))
+                if now is not None and now != made_from.get("content_hash", now):
+                    notes.append(
+                        f"{manifest['stage']}/{manifest['key']}: its input {name} was made again since with other bytes"
+                    )
+        runs = self.runs()
+        latest = runs[-1] if runs else {"run": None, "stages": []}
+        stages = {}
+        for entry in latest["stages"]:
+            if entry["state"] in ("cached", "completed"):
+                name = f"{entry['stage']}/{entry['key']}"
+                if (entry["stage"], entry["key"]) in hashes:
+                    stages[entry["stage"]] = hashes[entry["stage"], entry["key"]]
+                elif not any(wrong.startswith(name) for wrong in bad):
+                    bad.append(f"{name} of the latest run is no longer there")
+        return {"run": latest["run"], "stages": stages, "bad": sorted(set(bad)), "notes": notes}
 
     def check_usable(self, needed_bytes: int = 0) -> None:
         """Refuse, before anything is written, a store that cannot take the run.
@@ -140,165 +265,99 @@ class Store:
             UsageError: not writable, not enough room, no bucket or no credentials.
         """
         if self.remote:
-            self._check_remote()
+            self.far.check()
         place = self.local
         while not place.exists():
             place = place.parent
         if not place.is_dir():
-            raise UsageError(f"store {self.uri!r} is a file, not a folder: name another place with --store")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise UsageError(f"store {self.uri!r} is not writable ({place}): change its rights or name another place")
+            raise UsageError(f"store {self.uri!r}: {place} is a file, not a folder: name another place with --store")
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise UsageError(
+                f"store {self.uri!r} is not writable ({place}: {error.strerror}): change its rights or name "
+                f"another place with --store"
+            ) from error
         free = shutil.disk_usage(place).free
         if free < needed_bytes:
             raise UsageError(
-                f"store {self.uri!r} has {free / 1e6:.0f} MB free and the plan needs {needed_bytes / 1e6:.0f} MB: "
-                f"make room or name another place with --store"
+                f"store {self.uri!r} has {free / 1e6:.0f} MB free and the plan needs "
+                f"{needed_bytes / 1e6:.0f} MB: make room or name another place with --store"
             )
 
-    def _check_remote(self) -> None:
-        try:
-            filesystem, path = fsspec.core.url_to_fs(self.uri)
-            filesystem.ls(path.split("/")[0])
-        except (ImportError, ValueError) as error:
-            raise UsageError(
-                f"store {self.uri!r} cannot be opened ({error}): use a path or s3://bucket/prefix"
-            ) from error
-        except FileNotFoundError as error:
-            raise UsageError(f"store {self.uri!r}: there is no such bucket: create it or correct the name") from error
-        except Exception as error:  # botocore raises many kinds for missing or wrong credentials
-            raise UsageError(
-                f"store {self.uri!r} cannot be reached ({type(error).__name__}: {error}): set AWS_ACCESS_KEY_ID and "
-                f"AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL for a server of your own"
-            ) from error
+    # --- writing -----------------------------------------------------------------------------------------------
 
     def prepare(self, stage: str, key: str) -> Path:
-        """The folder to work in, with whatever unfinished work there is."""
+        """The folder to work in, with whatever unfinished work there is, here or (of a remote store) elsewhere."""
         folder = self.folder(stage, key)
-        if self.remote and not folder.exists():
-            for path in self._files(f"{stage}/{key}.partial"):
-                self._get(f"{stage}/{key}.partial/{path}", folder / path)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        if self.remote and not (folder.is_dir() and listed_files(folder)):
+            restore(self.far, f"{stage}/{key}.partial", folder)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def discard(self, stage: str, key: str) -> None:
-        """Remove a result or its unfinished work, so that it is made from the beginning."""
-        folder = self.folder(stage, key)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        if self.remote:
-            filesystem, root = fsspec.core.url_to_fs(self.uri)
-            for part in (f"{stage}/{key}/{MANIFEST}", f"{stage}/{key}", f"{stage}/{key}.partial"):
-                if filesystem.exists(f"{root}/{part}"):
-                    filesystem.rm(f"{root}/{part}", recursive=True)
+        """Remove a result or its unfinished work, so that it is made from the beginning.
 
-    def finish(self, manifest: dict[str, Any]) -> None:
+        The folder goes at once, by a rename: a removal that is killed half-way leaves nothing to be taken for a start.
+        """
+        folder = self.folder(stage, key)
+        if self.remote:
+            self.far.remove(f"{stage}/{key}/{MANIFEST}")
+            self.far.remove(f"{stage}/{key}.partial/snapshot.json")
+        if folder.exists():
+            trash = self.local / TRASH / uuid.uuid4().hex
+            trash.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(trash)
+        self.sweep()
+        if self.remote:
+            self.far.remove(f"{stage}/{key}")
+            self.far.remove(f"{stage}/{key}.partial")
+
+    def sweep(self) -> None:
+        """Remove what `discard` set aside; the caller holds the store's lock."""
+        if (self.local / TRASH).exists():
+            shutil.rmtree(self.local / TRASH)
+
+    def finish(self, manifest: Manifest) -> None:
         """Write the manifest, last and at once; a remote store gets the files first."""
         stage, key = manifest["stage"], manifest["key"]
         folder = self.folder(stage, key)
+        if self.remote:
+            for file in manifest["files"]:
+                self.far.put(folder / file["path"], f"{stage}/{key}/{file['path']}")
+            self.far.write(f"{stage}/{key}/{MANIFEST}", as_json(manifest).encode())
         write_json(folder / MANIFEST, manifest)
         if self.remote:
-            for file in [*manifest["files"], {"path": MANIFEST}]:
-                self._put(folder / file["path"], f"{stage}/{key}/{file['path']}")
-            filesystem, root = fsspec.core.url_to_fs(self.uri)
-            if filesystem.exists(f"{root}/{stage}/{key}.partial"):
-                filesystem.rm(f"{root}/{stage}/{key}.partial", recursive=True)
+            self.far.remove(f"{stage}/{key}.partial")
 
     def record_run(self, run: dict[str, Any]) -> None:
+        """Write or renew the record of a run."""
         path = self.local / "runs" / f"{run['run']}.json"
         write_json(path, run)
         if self.remote:
-            self._put(path, f"runs/{path.name}")
+            self.far.put(path, f"runs/{path.name}")
 
     def record_ledger(self, line: dict[str, Any]) -> None:
-        path = self.local / "ledger.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(canonical(line) + "\n")
+        """Append a line to the ledger; the caller holds the store's lock."""
         if self.remote:
-            self._put(path, "ledger.jsonl")
+            before = self.far.read(LEDGER) or b""
+            self.far.write(LEDGER, before + canonical(line).encode() + b"\n")
+            return
+        path = self.local / LEDGER
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                file.write(b"\n")  # a power cut left half a line
+            file.write(canonical(line).encode() + b"\n")
 
     def mirror(self, stage: str, key: str) -> Mirror:
-        """Keeps finished parts of a running stage on the remote store; a local store needs none."""
-        return Mirror(self, stage, key)
-
-    # --- the remote side ---------------------------------------------------------------------------------------
+        """Keeps snapshots of a running stage on a remote store; a local one needs none."""
+        return Mirror(self.far if self.remote else None, f"{stage}/{key}.partial", self.folder(stage, key))
 
     def _names(self, below: str) -> list[str]:
-        local = {p.name for p in (self.local / below).iterdir()} if (self.local / below).is_dir() else set()
-        if not self.remote:
-            return sorted(local)
-        filesystem, root = fsspec.core.url_to_fs(self.uri)
-        filesystem.invalidate_cache()
-        place = f"{root}/{below}".rstrip("/")
-        if not filesystem.exists(place):
-            return []
-        return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(place, detail=False)})
-
-    def _files(self, below: str) -> list[str]:
-        filesystem, root = fsspec.core.url_to_fs(self.uri)
-        filesystem.invalidate_cache()
-        place = f"{root}/{below}"
-        return [f[len(place) + 1 :] for f in filesystem.find(place)] if filesystem.exists(place) else []
-
-    def _get(self, remote: str, path: Path) -> None:
-        filesystem, root = fsspec.core.url_to_fs(self.uri)
-        part = path.with_name(f"{path.name}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            filesystem.get_file(f"{root}/{remote}", str(part))
-        except FileNotFoundError:
-            return
-        os.replace(part, path)
-
-    def _put(self, path: Path, remote: str) -> None:
-        filesystem, root = fsspec.core.url_to_fs(self.uri)
-        filesystem.put_file(str(path), f"{root}/{remote}")
-
-
-class Mirror:
-    """A thread that sends finished files of a running stage to the remote store now and then."""
-
-    def __init__(self, store: Store, stage: str, key: str) -> None:
-        self.store, self.place = store, f"{stage}/{key}.partial"
-        self.folder, self.over = store.folder(stage, key), threading.Event()
-        self.sent: dict[str, tuple[int, int]] = {}
-        self.thread = threading.Thread(target=self._run, daemon=True, name="store-mirror")
-
-    def __enter__(self) -> Mirror:
-        if self.store.remote:
-            self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        if self.thread.ident is not None:
-            self.thread.join()
-
-    def _run(self) -> None:
-        while not self.over.wait(MIRROR_SECONDS):
-            self.send()
-
-    def send(self) -> None:
-        """Send whole files that are new or changed; those in the making end in .tmp or .part, or lie in such."""
-        for path in sorted(self.folder.rglob("*")):
-            name = path.relative_to(self.folder).as_posix()
-            if not path.is_file() or any(p.endswith((".tmp", ".part")) for p in name.split("/")):
-                continue
-            try:
-                seen = (path.stat().st_size, path.stat().st_mtime_ns)
-                if self.sent.get(name) != seen:
-                    self.store._put(path, f"{self.place}/{name}")
-                    self.sent[name] = seen
-            except FileNotFoundError:
-                continue  # the stage removed or renamed it meanwhile
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, written aside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.tmp")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+        if self.remote:
+            return self.far.names(below)
+        folder = self.local / below
+        return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []

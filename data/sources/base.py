@@ -1,26 +1,100 @@
-"""What the sources share: their fields, their rows, and the record of a bad one."""
+"""What the sources share: their fields, their rows, the record of a bad one, and what they held when they were looked at."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any, Literal
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
 from gristmill.data.config import Config
+from gristmill.data.documents import atomic
 
 Row = dict[str, Any]
 Kind = Literal["prose", "code", "lessons"]
+RACY_NANOSECONDS = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that could not be read: in which file, at which line (from 1), why."""
+    """A record that could not be read: in which file, at which line or row (from 1), why.
 
+    `address` finds the file on this machine, for messages; `file` is its name inside the source, the same everywhere.
+    `empty` tells a record without text from one that cannot be read.
+    """
+
+    address: str
     file: str
     line: int
     reason: str
+    empty: bool = False
+
+
+class Contents:
+    """Hashes of local files, remembered by size and time of change, so that a file at rest is read once.
+
+    A file changed less than two seconds before it was hashed is not remembered: it could change again within the
+    file system's resolution of time and keep its size.
+    """
+
+    def __init__(self, cache: Path | None = None) -> None:
+        self.cache = cache
+        self.known: dict[str, list[Any]] = {}
+        self.changed = False
+        if cache is not None and cache.exists():
+            try:
+                self.known = json.loads(cache.read_text(encoding="utf-8"))
+            except ValueError:
+                self.known = {}  # only a cache: it is made again
+
+    def sha256(self, path: Path) -> str:
+        """Hash of a file.
+
+        Raises:
+            ValueError: it is being written while it is read.
+        """
+        before = path.stat()
+        stamp = [before.st_size, before.st_mtime_ns]
+        entry = self.known.get(str(path))
+        if entry and entry[:2] == stamp:
+            return entry[2]
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        after = path.stat()
+        if [after.st_size, after.st_mtime_ns] != stamp:
+            raise ValueError(f"{path} changes while it is read: run again when it is at rest")
+        if time.time_ns() - before.st_mtime_ns > RACY_NANOSECONDS:
+            self.known[str(path)] = [*stamp, digest]
+            self.changed = True
+        return digest
+
+    def save(self) -> None:
+        """Write the cache, if there is one and it has grown."""
+        if self.cache is not None and self.changed:
+            with atomic(self.cache) as part:
+                part.write_text(json.dumps(self.known, sort_keys=True), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a source held: the hash (or version, or revision) of each file, by its name inside the source."""
+
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """One hash of it all."""
+        return hash_of(*(part for name in sorted(self.files) for part in (name, self.files[name])))
+
+    def first_change(self, now: Held) -> str | None:
+        """The first file that another look shows to be new, gone or different."""
+        names = sorted(self.files.keys() | now.files.keys())
+        return next((n for n in names if self.files.get(n) != now.files.get(n)), None)
 
 
 class SourceBase(Config):
@@ -29,8 +103,19 @@ class SourceBase(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", title="Name", description="Names the token stream.")
     kind: Kind = Field(default="prose", title="Kind", description="Which filter profile its documents pass.")
     max_documents: int | None = Field(
-        default=None, ge=1, title="Most documents", description="The first so many are taken."
+        default=None, ge=1, title="Most documents", description="The first so many are taken, in the listing's order."
     )
+    max_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        title="Most text",
+        description="Bytes of text (UTF-8): documents are taken in the listing's order until the next would pass it.",
+    )
+
+    @property
+    def limited(self) -> bool:
+        """Whether only its beginning is taken."""
+        return self.max_documents is not None or self.max_bytes is not None
 
     def row(self, text: str, identifier: str, **metadata: Any) -> Row:
         """A datatrove document as a row."""
@@ -39,6 +124,28 @@ class SourceBase(Config):
             "id": f"{self.name}/{identifier}",
             "metadata": {"source": self.name, "kind": self.kind, **metadata},
         }
+
+
+class Reader(Protocol):
+    """What a source can do. Its parts are plain values; any worker reads a part and gets the same rows."""
+
+    name: str
+
+    @property
+    def limited(self) -> bool: ...
+    def check(self) -> None: ...
+    def held(self, contents: Contents) -> Held: ...
+    def parts(self, seed: int) -> list[Any]: ...
+    def read(self, part: Any, seed: int) -> Iterator[Row | BadRecord]: ...
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether a text holds half a surrogate pair, which JSON can escape and UTF-8 cannot write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def hash_of(*parts: bytes | str) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from gristmill.data.sources.base import BadRecord, Row, SourceBase, hash_of
+from gristmill.data.sources.base import BadRecord, Contents, Held, Row, SourceBase
+from gristmill.data.sources.records import Unreadable, text_of
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SAVED = ("dataset_info.json", "dataset_dict.json")  # what Dataset.save_to_disk and DatasetDict.save_to_disk leave
 
 
 class DatasetSource(SourceBase):
@@ -19,22 +25,33 @@ class DatasetSource(SourceBase):
     subset: str | None = Field(default=None, title="Subset", description="Configuration of the dataset.")
     split: str = Field(default="train", title="Split", description="Split to read.")
     text_field: str = Field(default="text", title="Text field", description="Column with the text.")
+    streaming: bool = Field(
+        default=True, title="Streaming", description="Read rows as they arrive, or fetch the whole dataset first."
+    )
     revision: str | None = Field(
         default=None,
         title="Revision",
         description="Commit of the hub's repository; needed there, since it enters the key.",
     )
 
+    @property
+    def local(self) -> bool:
+        """Whether it is a folder here."""
+        return Path(self.dataset).exists()
+
+    @property
+    def saved(self) -> bool:
+        """Whether it is a folder that `save_to_disk` wrote."""
+        return any((Path(self.dataset) / name).exists() for name in SAVED)
+
     def check(self) -> None:
-        """Refuse a local folder that is not there and a hub name without its revision.
+        """Refuse a local folder that is not there, a split that it lacks, and a hub name without its revision.
 
         Raises:
             ValueError: with the name and what to do.
         """
-        local = Path(self.dataset)
-        if local.exists():
-            if not any(p.is_file() and p.stat().st_size for p in local.rglob("*")):
-                raise ValueError(f"source {self.name!r}: the folder {self.dataset!r} holds no data: correct dataset")
+        if self.local:
+            self._check_local(Path(self.dataset))
         elif self.dataset.count("/") != 1 or self.dataset.startswith((".", "/")):
             raise ValueError(
                 f"source {self.name!r}: {self.dataset!r} is no folder and no hub name owner/name: correct it"
@@ -44,33 +61,66 @@ class DatasetSource(SourceBase):
                 f"source {self.name!r}: the hub dataset {self.dataset!r} has no revision: name a commit, so that "
                 f"the same recipe always reads the same data"
             )
+        elif not COMMIT.fullmatch(self.revision):
+            raise ValueError(
+                f"source {self.name!r}: revision {self.revision!r} can move: name a commit of {self.dataset!r}, 40 "
+                f"hexadecimal digits"
+            )
 
-    def fingerprint(self) -> str:
-        local = Path(self.dataset)
-        if not local.exists():
-            return hash_of(self.dataset, self.revision or "")
-        files = sorted(p for p in local.rglob("*") if p.is_file())
-        return hash_of(*(part for f in files for part in (f.relative_to(local).as_posix(), f.read_bytes())))
+    def _check_local(self, folder: Path) -> None:
+        if not any(p.is_file() and p.stat().st_size for p in folder.rglob("*")):
+            raise ValueError(f"source {self.name!r}: the folder {self.dataset!r} holds no data: correct dataset")
+        splits = folder / "dataset_dict.json"
+        if splits.exists() and self.split not in (known := json.loads(splits.read_text())["splits"]):
+            raise ValueError(f"source {self.name!r}: {self.dataset!r} has no split {self.split!r}, but {known}")
+
+    def held(self, contents: Contents) -> Held:
+        """Hashes of a local folder's files; the revision of a hub's dataset."""
+        if not self.local:
+            return Held({self.dataset: self.revision or ""})
+        folder = Path(self.dataset)
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        return Held({f.relative_to(folder).as_posix(): contents.sha256(f) for f in files})
 
     def parts(self, seed: int) -> list[str]:
         return [self.split]
 
     def read(self, part: str, seed: int) -> Iterator[Row | BadRecord]:
         for number, row in enumerate(self._rows(part)):
-            if self.max_documents and number >= self.max_documents:
-                return
-            text = row.get(self.text_field)
-            if isinstance(text, str) and text.strip():
-                yield self.row(text, str(number))
+            found = text_of(row, self.text_field)
+            if isinstance(found, Unreadable):
+                yield BadRecord(self.dataset, self.split, number + 1, found.reason, found.empty)
             else:
-                yield BadRecord(self.dataset, number + 1, f"field {self.text_field!r} holds no text")
+                yield self.row(found, str(number))
 
     def _rows(self, split: str) -> Iterator[dict[str, Any]]:
-        from datasets import load_dataset, load_from_disk
+        """The rows of a split.
 
-        local = Path(self.dataset)
-        if (local / "dataset_info.json").exists() or (local / "dataset_dict.json").exists():
-            loaded: Any = load_from_disk(self.dataset)
-            yield from loaded[split] if isinstance(loaded, dict) else loaded
-            return
-        yield from load_dataset(self.dataset, self.subset, split=split, revision=self.revision, streaming=True)
+        Raises:
+            ValueError: `datasets` cannot load it.
+        """
+        from datasets import Dataset, load_dataset, load_from_disk
+
+        number = 0
+        try:
+            if self.saved:
+                loaded: Any = load_from_disk(self.dataset)
+                rows = loaded if isinstance(loaded, Dataset) else loaded[split]
+            else:
+                rows = load_dataset(
+                    self.dataset,
+                    self.subset,
+                    split=split,
+                    revision=None if self.local else self.revision,
+                    streaming=self.streaming,
+                )
+            for row in rows:
+                number += 1
+                yield row
+        except (GeneratorExit, MemoryError):
+            raise
+        except Exception as error:  # each format, and the hub, has kinds of its own
+            raise ValueError(
+                f"source {self.name!r}: row {number + 1} of {self.dataset!r}, split {split!r}, cannot be loaded "
+                f"({type(error).__name__}: {error}): correct ingest.sources"
+            ) from error

@@ -4,205 +4,220 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
+import os
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import IO, Any, Literal
 
 import fsspec
 import zstandard
 from pydantic import Field
 
-from gristmill.data.sources.base import BadRecord, Row, SourceBase, hash_of
+from gristmill.data.documents import WholeZstd
+from gristmill.data.sources.base import BadRecord, Contents, Held, Row, SourceBase
+from gristmill.data.sources.records import Record, Unreadable, json_lines, parquet_rows, whole_text
 
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".ndjson")
-ROWS_AT_ONCE = 1024
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
+PART_BYTES = 32 << 20
+PART_FILES = 1000
+LOOKED_INTO = 20  # files of which the first records are read to see that a source holds any text
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file as it was listed: where it is, its name inside the source, its size in bytes, and what marks a change."""
+
+    address: str
+    name: str
+    size: int
+    stamp: str
 
 
 class FilesSource(SourceBase):
     """Files by path or pattern; a JSON or Parquet row gives a document, any other file is one document of text."""
 
     type: Literal["files"] = "files"
-    paths: list[str] = Field(min_length=1, title="Paths", description="Paths or patterns, local or s3://…")
+    paths: list[str] = Field(
+        min_length=1,
+        title="Paths",
+        description="Paths, folders or patterns, local or s3://…; all files below a folder.",
+    )
     text_field: str = Field(
         default="text", title="Text field", description="Field of a JSON or Parquet row with the text."
     )
 
     def check(self) -> None:
-        """Refuse what does not exist, holds nothing or cannot be reached.
+        """Refuse what does not exist, holds no text or cannot be reached.
 
         Raises:
             ValueError: with the path and what to do.
         """
-        sizes = [entry["size"] or 0 for _, entry in self._files()]
-        if not any(sizes):
-            raise ValueError(f"source {self.name!r}: all {len(sizes)} files of {self.paths} are empty: give it text")
+        entries = self.entries()
+        if not any(e.size for e in entries) or not self._some_text(entries):
+            raise ValueError(
+                f"source {self.name!r}: the {len(entries)} files of {self.paths} hold no text: give it some, or "
+                f"correct paths or text_field"
+            )
 
-    def fingerprint(self) -> str:
-        """Hash of the local files' contents, or of S3's version or etag of each."""
-        parts: list[str] = []
-        for path, entry in self._files():
-            parts += [path.rsplit("/", 1)[-1], str(entry["size"])]
-            remote = entry.get("VersionId") or entry.get("ETag")
-            parts.append(str(remote) if remote else _content(path))
-        return hash_of(*parts)
+    def held(self, contents: Contents) -> Held:
+        """Hash of each local file's content; elsewhere the store's version or etag."""
+        return Held(
+            {e.name: contents.sha256(Path(e.address)) if is_local(e.address) else e.stamp for e in self.entries()}
+        )
 
-    def parts(self, seed: int) -> list[str]:
-        return [path for path, _ in self._files()]
+    def parts(self, seed: int) -> list[list[Entry]]:
+        """Files in the order of their addresses, small ones together."""
+        parts: list[list[Entry]] = []
+        room = 0
+        for entry in self.entries():
+            if not parts or room < entry.size or len(parts[-1]) == PART_FILES:
+                parts.append([])
+                room = PART_BYTES
+            parts[-1].append(entry)
+            room -= entry.size
+        return parts
 
-    def read(self, part: str, seed: int) -> Iterator[Row | BadRecord]:
-        short = part.rsplit("/", 1)[-1]
-        for number, item in enumerate(self._records(part)):
-            if self.max_documents and number >= self.max_documents:
-                return
-            yield item if isinstance(item, BadRecord) else self.row(item[1], f"{short}#{item[0]}", file=short)
+    def read(self, part: list[Entry], seed: int) -> Iterator[Row | BadRecord]:
+        """The documents of some files.
 
-    def _files(self) -> list[tuple[str, dict[str, Any]]]:
-        """(address, listing) of every file, sorted."""
+        Raises:
+            ValueError: a file is no longer what it was when it was listed.
+        """
+        for entry in part:
+            self._refuse_changed(entry)
+            for number, found in self._records(entry):
+                if isinstance(found, str):
+                    place = f"{entry.name}#{number}" if is_rows(entry.address) else entry.name
+                    yield self.row(found, place, file=entry.name)
+                else:
+                    yield BadRecord(entry.address, entry.name, number, found.reason, found.empty)
+            self._refuse_changed(entry)
+
+    def entries(self) -> list[Entry]:
+        """Every file that the paths name, by address.
+
+        Raises:
+            ValueError: a path names no file, or cannot be reached.
+        """
         found: dict[str, dict[str, Any]] = {}
         for pattern in self.paths:
-            try:
-                filesystem, path = fsspec.core.url_to_fs(pattern)
-                if not glob_like(pattern) and filesystem.isdir(path):
-                    path = f"{path.rstrip('/')}/**"
-                listed = filesystem.glob(path, detail=True)
-            except FileNotFoundError:
-                listed = {}
-            except Exception as error:  # botocore has many kinds for missing or wrong credentials
-                raise ValueError(
-                    f"source {self.name!r}: {pattern!r} cannot be reached ({type(error).__name__}: {error}): check the "
-                    f"address and, for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-                ) from error
-            files = (
-                {filesystem.unstrip_protocol(p): e for p, e in listed.items() if e["type"] == "file"} if listed else {}
+            found |= self._listed(pattern)
+        addresses = sorted(found)
+        shared = common_folder(addresses)
+        return [Entry(a, a[len(shared) :], found[a]["size"] or 0, stamp_of(a, found[a])) for a in addresses]
+
+    def _listed(self, pattern: str) -> dict[str, dict[str, Any]]:
+        try:
+            filesystem, path = fsspec.core.url_to_fs(os.path.expanduser(pattern))
+            filesystem.invalidate_cache()  # a listing of before would hide a change
+            if not is_pattern(pattern) and filesystem.isdir(path):
+                path = f"{path.rstrip('/')}/**"
+            listed = filesystem.glob(path, detail=True) if is_pattern(path) else {path: filesystem.info(path)}
+        except FileNotFoundError:
+            listed = {}
+        except Exception as error:  # each kind of store has kinds of its own for missing or wrong credentials
+            raise ValueError(
+                f"source {self.name!r}: {pattern!r} cannot be reached ({type(error).__name__}: {error}): check the "
+                f"address and, for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            ) from error
+        files = {p: entry for p, entry in listed.items() if entry["type"] == "file"}
+        if not files:
+            raise ValueError(f"source {self.name!r}: {pattern!r} names no file: correct ingest.sources")
+        return {filesystem.unstrip_protocol(p).removeprefix("file://"): entry for p, entry in files.items()}
+
+    def _some_text(self, entries: list[Entry]) -> bool:
+        """Whether the first files' first records hold text, or something that is for the run to judge."""
+        local = [e for e in entries if is_local(e.address)]
+        for entry in local[:LOOKED_INTO]:
+            records = list(islice(self._records(entry), LOOKED_INTO))
+            if len(records) == LOOKED_INTO or any(isinstance(r, str) or not r.empty for _, r in records):
+                return True
+        return len(local) < len(entries) or len(local) > LOOKED_INTO
+
+    def _records(self, entry: Entry) -> Iterator[Record]:
+        with opened(entry.address) as raw:
+            if entry.address.endswith(".parquet"):
+                yield from parquet_rows(raw, self.text_field)
+            elif is_rows(entry.address):
+                yield from _until_damage(json_lines(raw, self.text_field))
+            else:
+                yield from _until_damage(whole_text(raw))
+
+    def _refuse_changed(self, entry: Entry) -> None:
+        try:
+            filesystem, path = fsspec.core.url_to_fs(entry.address)
+            filesystem.invalidate_cache()
+            found = filesystem.info(path)
+        except FileNotFoundError:
+            found = None
+        if found is None or (found["size"] or 0, stamp_of(entry.address, found)) != (entry.size, entry.stamp):
+            raise ValueError(
+                f"source {self.name!r}: {entry.address} {'changed' if found else 'went away'} while it was read: "
+                f"run again when it is at rest"
             )
-            if not files:
-                raise ValueError(f"source {self.name!r}: {pattern!r} names no file: correct ingest.sources")
-            found |= {p.removeprefix("file://"): e for p, e in files.items()}
-        return sorted(found.items())
-
-    def _records(self, path: str) -> Iterator[tuple[int, str] | BadRecord]:
-        if path.endswith(".parquet"):
-            yield from self._parquet(path)
-        elif path.endswith(JSON_LINES):
-            yield from self._json_lines(path)
-        else:
-            yield from _whole_text(path)
-
-    def _json_lines(self, path: str) -> Iterator[tuple[int, str] | BadRecord]:
-        number = 0
-        try:
-            with _opened(path) as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield self._json_record(path, number, line)
-        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-            yield BadRecord(path, number + 1, f"the file is cut short or damaged ({type(error).__name__}: {error})")
-
-    def _json_record(self, path: str, number: int, line: bytes) -> tuple[int, str] | BadRecord:
-        try:
-            text = json.loads(line.decode("utf-8"))[self.text_field]
-        except UnicodeDecodeError as error:
-            return BadRecord(path, number, f"invalid UTF-8 at byte {error.start}")
-        except json.JSONDecodeError as error:
-            return BadRecord(path, number, f"not JSON ({error.msg} at character {error.pos})")
-        except (KeyError, TypeError):
-            return BadRecord(path, number, f"no field {self.text_field!r}")
-        if not isinstance(text, str) or not text.strip():
-            return BadRecord(path, number, f"field {self.text_field!r} holds no text")
-        return number, text
-
-    def _parquet(self, path: str) -> Iterator[tuple[int, str] | BadRecord]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with _raw(path) as raw:
-                table = pq.ParquetFile(raw)
-                if self.text_field not in table.schema_arrow.names:
-                    yield BadRecord(path, 1, f"no column {self.text_field!r}")
-                    return
-                number = 0
-                for batch in table.iter_batches(ROWS_AT_ONCE, columns=[self.text_field]):
-                    for text in batch.column(0).to_pylist():
-                        number += 1
-                        good = isinstance(text, str) and text.strip()
-                        yield (
-                            (number, text) if good else BadRecord(path, number, f"{self.text_field!r} holds no text")
-                        )
-        except pa.ArrowInvalid as error:
-            yield BadRecord(path, 1, f"not a whole Parquet file ({error})")
 
 
-def glob_like(path: str) -> bool:
-    return any(c in path for c in "*?[")
+def _until_damage(records: Iterator[Record]) -> Iterator[Record]:
+    """The records before a compressed file's end that came too early, and then that end."""
+    number = 0
+    try:
+        for number, found in records:
+            yield number, found
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        yield number + 1, Unreadable(f"the file is cut short or damaged ({type(error).__name__}: {error})")
 
 
-def _raw(path: str) -> IO[bytes]:
-    filesystem, place = fsspec.core.url_to_fs(path)
-    return filesystem.open(place, "rb")
-
-
-def _opened(path: str) -> IO[bytes]:
-    raw = _raw(path)
-    if path.endswith(".gz"):
-        return gzip.open(raw)  # type: ignore[return-value]
-    if path.endswith(".zst"):
-        return io.BufferedReader(_WholeZstd(raw))
+def opened(address: str) -> IO[bytes]:
+    """A file's bytes, decompressed where its name says that they are compressed."""
+    filesystem, path = fsspec.core.url_to_fs(address)
+    raw = filesystem.open(path, "rb")
+    if address.endswith(".gz"):
+        return _Gzip(raw)
+    if address.endswith(".zst"):
+        return io.BufferedReader(WholeZstd(raw))
     return raw
 
 
-class _WholeZstd(io.RawIOBase):
-    """A Zstandard stream that notices when the file ends inside a frame, which the library's reader does not."""
+class _Gzip(gzip.GzipFile):
+    """A gzip file that closes what it reads from, which the library's does not."""
 
     def __init__(self, raw: IO[bytes]) -> None:
-        self.raw, self.waiting = raw, b""
-        self.frame = zstandard.ZstdDecompressor().decompressobj()
+        super().__init__(fileobj=raw, mode="rb")
+        self._whole = raw
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.waiting:
-            block = self.raw.read(1 << 16)
-            if not block:
-                if not self.frame.eof:
-                    raise EOFError("the Zstandard frame has no end")
-                return 0
-            self.waiting = self._decompressed(block)
-        size = min(len(buffer), len(self.waiting))
-        buffer[:size], self.waiting = self.waiting[:size], self.waiting[size:]
-        return size
-
-    def _decompressed(self, block: bytes) -> bytes:
-        out = b""
-        while block:
-            if self.frame.eof:
-                self.frame = zstandard.ZstdDecompressor().decompressobj()
-            out += self.frame.decompress(block)
-            block = self.frame.unused_data if self.frame.eof else b""
-        return out
+    def close(self) -> None:
+        super().close()
+        self._whole.close()
 
 
-def _whole_text(path: str) -> Iterator[tuple[int, str] | BadRecord]:
-    with _raw(path) as raw:
-        data = raw.read()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        yield BadRecord(path, data[: error.start].count(b"\n") + 1, f"invalid UTF-8 at byte {error.start}")
-        return
-    if text.strip():
-        yield 1, text
-    else:
-        yield BadRecord(path, 1, "the file is empty")
+def is_rows(address: str) -> bool:
+    """Whether a file holds rows, and not one text."""
+    return address.endswith((".parquet", *JSON_LINES))
 
 
-def _content(path: str) -> str:
-    import hashlib
+def is_local(address: str) -> bool:
+    return "://" not in address
 
-    digest = hashlib.sha256()
-    with _raw(path) as raw:
-        while block := raw.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+
+def is_pattern(path: str) -> bool:
+    """Whether it has a pattern's marks, and is not a file or folder that is called so."""
+    return any(c in path for c in "*?[") and not os.path.exists(path)
+
+
+def common_folder(addresses: list[str]) -> str:
+    """The folder, with its last slash, that all addresses share."""
+    shared = os.path.commonprefix([a.rpartition("/")[0] + "/" for a in addresses])
+    return shared.rpartition("/")[0] + "/" if "/" in shared else ""
+
+
+def stamp_of(address: str, entry: dict[str, Any]) -> str:
+    """What changes when a file does: its time of change on a disk, version or etag in an object store."""
+    if is_local(address):
+        return str(os.stat(address).st_mtime_ns)
+    found = next(
+        (entry[n] for n in ("VersionId", "ETag", "etag", "mtime", "LastModified", "created") if entry.get(n)), ""
+    )
+    return str(found).strip('"')

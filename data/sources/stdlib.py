@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
-import sys
+import io
+import platform
 import sysconfig
+import tokenize
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -12,27 +15,23 @@ from typing import Literal
 
 from pydantic import Field
 
-from gristmill.data.sources.base import BadRecord, Kind, Row, SourceBase, hash_of
+from gristmill.data.sources.base import BadRecord, Contents, Held, Kind, Row, SourceBase
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 FILES_A_PART = 150
+LEAST_WORDS = 40  # a shorter docstring says little without its function
 
 
 @cache
 def library_files() -> tuple[str, ...]:
     """Paths of the library's modules below its folder, sorted, tests left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    return tuple(
-        sorted(
-            p.relative_to(root).as_posix() for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts)
-        )
-    )
+    root = _root()
+    names = (p.relative_to(root) for p in root.rglob("*.py"))
+    return tuple(sorted(name.as_posix() for name in names if not LEFT_OUT & set(name.parts)))
 
 
-@cache
-def _library_hash() -> str:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    return hash_of(sys.version, *(part for f in library_files() for part in (f, (root / f).read_bytes())))
+def _root() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
 
 
 class StdlibSource(SourceBase):
@@ -44,44 +43,59 @@ class StdlibSource(SourceBase):
     docstrings: bool = Field(default=False, title="Docstrings", description="Take the docstrings instead of the code.")
 
     def check(self) -> None:
+        """Refuse a Python that came without its library's sources.
+
+        Raises:
+            ValueError: there are none.
+        """
         if not library_files():
             raise ValueError(
                 f"source {self.name!r}: this Python's standard library has no .py files: use another source"
             )
 
-    def fingerprint(self) -> str:
-        return _library_hash()
+    def held(self, contents: Contents) -> Held:
+        """Hashes of the modules, and the version of the Python that reads them."""
+        root = _root()
+        return Held({"python": platform.python_version()} | {f: contents.sha256(root / f) for f in library_files()})
 
     def parts(self, seed: int) -> list[tuple[int, int]]:
-        count = min(len(library_files()), self.max_documents or len(library_files()))
+        count = len(library_files())
         return [(first, min(first + FILES_A_PART, count)) for first in range(0, count, FILES_A_PART)]
 
     def read(self, part: tuple[int, int], seed: int) -> Iterator[Row | BadRecord]:
-        root = Path(sysconfig.get_paths()["stdlib"])
         for file in library_files()[part[0] : part[1]]:
             try:
-                text = (root / file).read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                continue  # a few modules of the library's own are written in other encodings on purpose
-            if not self.docstrings:
-                if text.strip():
-                    yield self.row(text, file)
-                continue
-            yield from (self.row(doc, f"{file}#{name}") for name, doc in _docstrings(text))
+                text = _decoded((_root() / file).read_bytes())
+                if not self.docstrings:
+                    if text.strip():  # a package's empty __init__ is no document, and not a bad one
+                        yield self.row(text, file)
+                    continue
+                yield from (self.row(doc, f"{file}#{name}") for name, doc in docstrings(text))
+            except (UnicodeDecodeError, SyntaxError) as error:
+                yield BadRecord(str(_root() / file), file, getattr(error, "lineno", None) or 1, f"not Python ({error})")
 
 
-def _docstrings(code: str) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of a module and what it defines, those of a few sentences and more."""
-    try:
+def _decoded(data: bytes) -> str:
+    """A module's text in the encoding that it declares."""
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+    return io.TextIOWrapper(io.BytesIO(data), encoding).read()
+
+
+def docstrings(code: str) -> Iterator[tuple[str, str]]:
+    """(qualified name, docstring) of a module and what it defines, those of a few sentences and more.
+
+    Raises:
+        SyntaxError: it is not this Python's.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on escapes in other people's strings
         tree = ast.parse(code)
-    except SyntaxError:
-        return
     waiting: list[tuple[str, ast.AST]] = [("module", tree)]
     while waiting:
         name, node = waiting.pop(0)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             doc = ast.get_docstring(node)
-            if doc and len(doc.split()) >= 40:
+            if doc and len(doc.split()) >= LEAST_WORDS:
                 yield name, doc
             waiting += [
                 (f"{name}.{child.name}@{child.lineno}", child)
