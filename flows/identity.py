@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.util
 import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel
-from pydantic_core import to_jsonable_python
 
 KEY_CHARACTERS = 16
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text, on every machine.
-
-    Raises:
-        ValueError: a number is not finite, or a value is none of JSON's.
-    """
-    try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    except TypeError as error:
-        raise ValueError(f"{error}: only JSON's own values can be hashed") from error
-
-
-def dumped(config: BaseModel) -> dict[str, Any]:
-    """A configuration in JSON's own values, defaults included; a set is a sorted list, so that its order is no accident."""
-    return {name: _plain(getattr(config, name)) for name in type(config).model_fields}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return dumped(value)
-    if isinstance(value, dict):
-        return {str(to_jsonable_python(k)): _plain(v) for k, v in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted((_plain(v) for v in value), key=canonical)
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return to_jsonable_python(value)
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def key_of(identity: dict[str, Any]) -> str:
@@ -60,62 +38,89 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def first_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first version, field, seed, source or input in which two identities differ, in words; none if equal.
-
-    A field is named as in a recipe, `rl.optimizer.adam_learning_rate 0.0001 → 0.0002`.
-    """
+    """The first field, input, source or version in which two identities differ, as a sentence; none if equal."""
     if before["version"] != now["version"]:
         return f"version {before['version']} → {now['version']}"
-    return _config_difference(before, now) or _origin_difference(before, now)
-
-
-def _config_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     old, new = flattened(before["config"]), flattened(now["config"])
-    for field in [*new, *(f for f in old if f not in new)]:
-        name = f"{now['stage']}.{field}"
-        if field not in old:
-            return f"{name} was not there → {shown(new[field])}"
-        if field not in new:
-            return f"{name} {shown(old[field])} → is not there"
-        if old[field] != new[field] or type(old[field]) is not type(new[field]):
-            return f"{name} {shown(old[field])} → {shown(new[field])}"
-    return None
-
-
-def _origin_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    if before["seed"] != now["seed"]:
-        return f"seed {before['seed']} → {now['seed']}"
-    for name, content in now["sources"].items():
-        if name not in before["sources"]:
-            return f"source {name} is new"
-        if before["sources"][name] != content:
+    for name in [*new, *(n for n in old if n not in new)]:
+        if name not in old:
+            return f"{name} was not there → {new[name]!r}"
+        if name not in new:
+            return f"{name} {old[name]!r} → is not there"
+        if old[name] != new[name]:
+            return f"{name} {old[name]!r} → {new[name]!r}"
+    if before.get("seed") != now.get("seed"):
+        return f"seed {before.get('seed')} → {now.get('seed')}"
+    for name, content in now.get("sources", {}).items():
+        if before.get("sources", {}).get(name) != content:
             return f"source {name} changed"
-    for name in before["sources"]:
-        if name not in now["sources"]:
+    for name in before.get("sources", {}):
+        if name not in now.get("sources", {}):
             return f"source {name} is gone"
-    if name := changed_input(before, now):
-        entry = now["inputs"][name]
-        return f"input {name} changed ({entry['stage']} {entry['key']})"
-    gone = [name for name in before["inputs"] if name not in now["inputs"]]
-    return f"input {gone[0]} is gone" if gone else None
-
-
-def changed_input(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first input that is another result than before; none where all are the same."""
     for name, entry in now["inputs"].items():
-        old = before["inputs"].get(name)
-        if old is None or (old["stage"], old["key"]) != (entry["stage"], entry["key"]):
-            return name
+        if before["inputs"].get(name, {}).get("key") != entry["key"]:
+            return f"input {name} changed ({entry['stage']} {entry['key']})"
     return None
 
 
 def likeness(before: dict[str, Any], now: dict[str, Any]) -> int:
     """How many fields, inputs and sources two identities have in common: the nearest earlier run has most."""
     old, new = flattened(before), flattened(now)
-    return sum(name in old and old[name] == value for name, value in new.items())
+    return sum(old.get(name) == value for name, value in new.items())
 
 
-def shown(value: Any) -> str:
-    """A value as it would be written in a recipe, shortened."""
-    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, float) else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+def fingerprint(function: Callable[..., Any]) -> str:
+    """A hash of the code behind a stage: its module and those of gristmill that it imports, and so on.
+
+    Comments, docstrings and layout do not count. It is recorded beside a result, never part of its key.
+    """
+    seen: dict[str, str] = {}
+    _gather(function.__module__, seen)
+    return hashlib.sha256(canonical(seen).encode()).hexdigest()[:KEY_CHARACTERS]
+
+
+def _gather(module: str, seen: dict[str, str]) -> None:
+    if module in seen or module.startswith("gristmill.flows"):
+        return
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+        return
+    tree = _tree(spec.origin, Path(spec.origin).stat().st_mtime_ns)
+    seen[module] = tree[0]
+    for name in tree[1]:
+        _gather(name, seen)
+
+
+@cache
+def _tree(path: str, _changed: int) -> tuple[str, tuple[str, ...]]:
+    """Hash of a file's code and the gristmill modules it imports or names as `module:function`."""
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    imports: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("gristmill."):
+            imports |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+        elif isinstance(node, ast.Import):
+            imports |= {a.name for a in node.names if a.name.startswith("gristmill.")}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_entry(node.value):
+            imports.add(node.value.partition(":")[0])
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(sorted(_existing(imports)))
+
+
+def _is_entry(text: str) -> bool:
+    module, colon, function = text.partition(":")
+    return bool(colon) and module.startswith("gristmill.") and function.isidentifier()
+
+
+def _existing(names: set[str]) -> list[str]:
+    found = []
+    for name in names:
+        try:
+            if importlib.util.find_spec(name) is not None:
+                found.append(name)
+        except ModuleNotFoundError:
+            continue  # `from module import name` where the name is no module
+    return found
