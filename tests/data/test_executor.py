@@ -10,11 +10,14 @@ import textwrap
 import time
 from pathlib import Path
 
+import cloudpickle
 import psutil
 import pytest
 
 from gristmill.data.executor import Task, close_cluster, cluster_client, run_tasks
 from gristmill.data.stage_types import silent
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
 
 def write(path: Path, text: str) -> None:
