@@ -7,12 +7,44 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import zstandard
 
 Row = dict[str, Any]
 LEVEL = 3
+
+
+class WholeZstd(io.RawIOBase):
+    """A Zstandard stream that notices when the file ends inside a frame, which the library's reader does not."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self.raw, self.waiting = raw, b""
+        self.frame = zstandard.ZstdDecompressor().decompressobj()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.waiting:
+            block = self.raw.read(1 << 16)
+            if not block:
+                if not self.frame.eof:
+                    raise EOFError("the Zstandard frame has no end")
+                return 0
+            self.waiting = self._decompressed(block)
+        size = min(len(buffer), len(self.waiting))
+        buffer[:size], self.waiting = self.waiting[:size], self.waiting[size:]
+        return size
+
+    def _decompressed(self, block: bytes) -> bytes:
+        out = b""
+        while block:
+            if self.frame.eof:
+                self.frame = zstandard.ZstdDecompressor().decompressobj()
+            out += self.frame.decompress(block)
+            block = self.frame.unused_data if self.frame.eof else b""
+        return out
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> int:
@@ -35,10 +67,10 @@ def read_rows(path: Path) -> Iterator[Row]:
         ValueError: the shard is cut short or not Zstandard.
     """
     try:
-        with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            for line in io.TextIOWrapper(stream, encoding="utf-8"):
+        with path.open("rb") as raw:
+            for line in io.TextIOWrapper(io.BufferedReader(WholeZstd(raw)), encoding="utf-8"):
                 yield json.loads(line)
-    except (zstandard.ZstdError, json.JSONDecodeError) as error:
+    except (EOFError, zstandard.ZstdError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole document shard ({error}): make its stage again") from error
 
 

@@ -13,6 +13,7 @@ import fsspec
 import zstandard
 from pydantic import Field
 
+from gristmill.data.documents import WholeZstd
 from gristmill.data.sources.base import BadRecord, Row, SourceBase, hash_of
 
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".ndjson")
@@ -148,40 +149,8 @@ def _opened(path: str) -> IO[bytes]:
     if path.endswith(".gz"):
         return gzip.open(raw)  # type: ignore[return-value]
     if path.endswith(".zst"):
-        return io.BufferedReader(_WholeZstd(raw))
+        return io.BufferedReader(WholeZstd(raw))
     return raw
-
-
-class _WholeZstd(io.RawIOBase):
-    """A Zstandard stream that notices when the file ends inside a frame, which the library's reader does not."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        self.raw, self.waiting = raw, b""
-        self.frame = zstandard.ZstdDecompressor().decompressobj()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.waiting:
-            block = self.raw.read(1 << 16)
-            if not block:
-                if not self.frame.eof:
-                    raise EOFError("the Zstandard frame has no end")
-                return 0
-            self.waiting = self._decompressed(block)
-        size = min(len(buffer), len(self.waiting))
-        buffer[:size], self.waiting = self.waiting[:size], self.waiting[size:]
-        return size
-
-    def _decompressed(self, block: bytes) -> bytes:
-        out = b""
-        while block:
-            if self.frame.eof:
-                self.frame = zstandard.ZstdDecompressor().decompressobj()
-            out += self.frame.decompress(block)
-            block = self.frame.unused_data if self.frame.eof else b""
-        return out
 
 
 def _whole_text(path: str) -> Iterator[tuple[int, str] | BadRecord]:
