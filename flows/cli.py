@@ -253,7 +253,7 @@ def guarded(command: Callable[[], Any]) -> int:
     except StageFailed as error:
         print(f"gristmill: {error}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, EOFError):
+    except (KeyboardInterrupt, EOFError, typer.Abort):
         print("gristmill: interrupted; what was finished is kept, the same command resumes", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -276,8 +276,6 @@ def main() -> None:
         failed = guarded(command)
     except typer.Exit as stopped:
         sys.exit(stopped.exit_code)
-    except typer.Abort:
-        sys.exit(130)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             print(f"gristmill: {error.format_message()}; see gristmill --help", file=sys.stderr)  # type: ignore[attr-defined]

@@ -91,7 +91,7 @@ def load_recipe(which: str, settings: list[str] | None = None) -> Recipe:
     Raises:
         UsageError: no such recipe, bad YAML, an unknown field, a value of the wrong type or out of bounds.
     """
-    values = _values(which, ())
+    values = _unshared(_values(which, ()))
     for setting in settings or []:
         _apply(values, setting)
     try:
@@ -132,6 +132,13 @@ def _text(which: str) -> tuple[str, str]:
         except UnicodeDecodeError as error:
             raise UsageError(f"recipe {which} is not UTF-8 text ({error}): save it as UTF-8") from error
     raise UsageError(f"there is no recipe {which!r}: {_near(which, shipped())}shipped are {', '.join(shipped())}")
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which an anchor that was used twice stands twice, so that setting one place leaves the other."""
+    if isinstance(value, dict):
+        return {k: _unshared(v) for k, v in value.items()}
+    return [_unshared(v) for v in value] if isinstance(value, list) else value
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -88,12 +88,13 @@ class Store:
 
     def manifests(self, stage: str) -> list[dict[str, Any]]:
         """Every finished result of a stage, oldest first."""
-        keys = self._names(stage)
+        keys = [key for key in self._names(stage) if "." not in key]  # a partial result is no result
         found = [m for key in keys if (m := self.manifest(stage, key)) is not None]
         return sorted(found, key=lambda m: m["started"])
 
     def stages(self) -> list[str]:
-        return [name for name in self._names("") if name not in ("runs",) and not name.startswith("lock")]
+        """Names of the stages that have a folder."""
+        return [name for name in self._names("") if name not in ("runs", "lock") and "." not in name]
 
     def partial(self, stage: str, key: str) -> bool:
         """Whether unfinished work of this stage can be taken up."""
