@@ -254,12 +254,16 @@ def guarded(command: Callable[[], Any]) -> int:
         print(f"gristmill: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, EOFError, typer.Abort):
-        print("gristmill: interrupted; what was finished is kept, the same command resumes", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _interrupted() -> int:
+    print("gristmill: interrupted; what was finished is kept, the same command resumes", file=sys.stderr)
+    return 130
 
 
 def main() -> None:
@@ -281,4 +285,5 @@ def main() -> None:
             print(f"gristmill: {error.format_message()}; see gristmill --help", file=sys.stderr)  # type: ignore[attr-defined]
             sys.exit(2)
         raise
-    sys.exit(failed or code)
+    # typer answers Ctrl-C with the exit code 130 instead of letting it through
+    sys.exit(_interrupted() if code == 130 else failed or code)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
+import posixpath
 import zlib
 from collections.abc import Iterator
 from typing import IO, Any, Literal
@@ -48,15 +50,20 @@ class FilesSource(SourceBase):
             parts.append(str(remote) if remote else _content(path))
         return hash_of(*parts)
 
-    def parts(self, seed: int) -> list[str]:
-        return [path for path, _ in self._files()]
+    def parts(self, seed: int) -> list[list[tuple[str, str]]]:
+        """Lists of (path, name below the folder that all have in common); one list where the source is cut short."""
+        paths = [path for path, _ in self._files()]
+        common = posixpath.commonpath([posixpath.dirname(p) for p in paths])
+        named = [(path, path[len(common) :].lstrip("/")) for path in paths]
+        return [named] if self.max_documents else [[one] for one in named]
 
-    def read(self, part: str, seed: int) -> Iterator[Row | BadRecord]:
-        short = part.rsplit("/", 1)[-1]
-        for number, item in enumerate(self._records(part)):
-            if self.max_documents and number >= self.max_documents:
-                return
-            yield item if isinstance(item, BadRecord) else self.row(item[1], f"{short}#{item[0]}", file=short)
+    def read(self, part: list[tuple[str, str]], seed: int) -> Iterator[Row | BadRecord]:
+        found = (
+            item if isinstance(item, BadRecord) else self.row(item[1], f"{name}#{item[0]}", file=name)
+            for path, name in part
+            for item in self._records(path)
+        )
+        return itertools.islice(found, self.max_documents)
 
     def _files(self) -> list[tuple[str, dict[str, Any]]]:
         """(address, listing) of every file, sorted."""
@@ -107,10 +114,16 @@ class FilesSource(SourceBase):
             return BadRecord(path, number, f"invalid UTF-8 at byte {error.start}")
         except json.JSONDecodeError as error:
             return BadRecord(path, number, f"not JSON ({error.msg} at character {error.pos})")
+        except (ValueError, RecursionError) as error:
+            return BadRecord(path, number, f"not JSON that can be read ({error})")
         except (KeyError, TypeError):
             return BadRecord(path, number, f"no field {self.text_field!r}")
         if not isinstance(text, str) or not text.strip():
             return BadRecord(path, number, f"field {self.text_field!r} holds no text")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return BadRecord(path, number, f"a lone surrogate at character {error.start}")
         return number, text
 
     def _parquet(self, path: str) -> Iterator[tuple[int, str] | BadRecord]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -53,10 +54,16 @@ class StdlibSource(SourceBase):
         return _library_hash()
 
     def parts(self, seed: int) -> list[tuple[int, int]]:
-        count = min(len(library_files()), self.max_documents or len(library_files()))
+        count = len(library_files())
+        if self.docstrings and self.max_documents:
+            return [(0, count)]  # how many docstrings a module has is seen on reading it
+        count = min(count, self.max_documents or count)
         return [(first, min(first + FILES_A_PART, count)) for first in range(0, count, FILES_A_PART)]
 
     def read(self, part: tuple[int, int], seed: int) -> Iterator[Row | BadRecord]:
+        return itertools.islice(self._rows(part), self.max_documents)
+
+    def _rows(self, part: tuple[int, int]) -> Iterator[Row | BadRecord]:
         root = Path(sysconfig.get_paths()["stdlib"])
         for file in library_files()[part[0] : part[1]]:
             try:
