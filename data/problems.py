@@ -52,7 +52,7 @@ class ProblemsConfig(Config):
         default=9, ge=2, le=49, title="Largest number", description="Largest number added or taken away."
     )
     words: float = Field(default=0.5, ge=0, le=1, title="In words", description="Share of problems put in words.")
-    styles: Styles = Field(default_factory=Styles, title="Styles", description="Cold-start ways of thinking.")
+    styles: Styles = Field(default_factory=Styles, title="Ways of thinking", description="In the cold start.")
     train_file: str | None = Field(
         default=None, title="Training file", description="GSM8K-format JSONL(.gz), family gsm8k."
     )

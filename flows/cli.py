@@ -253,13 +253,17 @@ def guarded(command: Callable[[], Any]) -> int:
     except StageFailed as error:
         print(f"gristmill: {error}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, EOFError):
-        print("gristmill: interrupted; what was finished is kept, the same command resumes", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, EOFError, typer.Abort):
+        return _interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _interrupted() -> int:
+    print("gristmill: interrupted; what was finished is kept, the same command resumes", file=sys.stderr)
+    return 130
 
 
 def main() -> None:
@@ -276,11 +280,10 @@ def main() -> None:
         failed = guarded(command)
     except typer.Exit as stopped:
         sys.exit(stopped.exit_code)
-    except typer.Abort:
-        sys.exit(130)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             print(f"gristmill: {error.format_message()}; see gristmill --help", file=sys.stderr)  # type: ignore[attr-defined]
             sys.exit(2)
         raise
-    sys.exit(failed or code)
+    # typer answers Ctrl-C with the exit code 130 instead of letting it through
+    sys.exit(_interrupted() if code == 130 else failed or code)

@@ -93,7 +93,7 @@ def load_recipe(which: str, settings: list[str] | None = None) -> Recipe:
     Raises:
         UsageError: no such recipe, bad YAML, an unknown field, a value of the wrong type or out of bounds.
     """
-    values = _values(which, ())
+    values = _unshared(_values(which, ()))
     for setting in settings or []:
         _apply(values, setting)
     for field, value in flattened(values).items():
@@ -145,6 +145,13 @@ def _text(which: str) -> tuple[str, str]:
         except OSError as error:
             raise UsageError(f"recipe {which} cannot be read ({error.strerror}): change its rights") from error
     raise UsageError(f"there is no recipe {which!r}: {_near(which, shipped())}shipped are {', '.join(shipped())}")
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which an anchor that was used twice stands twice, so that setting one place leaves the other."""
+    if isinstance(value, dict):
+        return {k: _unshared(v) for k, v in value.items()}
+    return [_unshared(v) for v in value] if isinstance(value, list) else value
 
 
 class _UniqueKeys(yaml.SafeLoader):

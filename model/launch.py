@@ -41,6 +41,7 @@ def launch(
 
     Raises:
         JobFailed: the process ended with an error.
+        KeyboardInterrupt: Ctrl-C, also where only the job's process was told of it.
     """
     log, work = out / "log", out / "work"
     log.mkdir(parents=True, exist_ok=True)
@@ -62,6 +63,8 @@ def launch(
             code = _follow(process, told, progress)
         finally:
             _end(process)
+    if code and _was_interrupted(log / "output.log", code):
+        raise KeyboardInterrupt
     if code or not metrics.exists():
         raise JobFailed(_sentence(failure, log / "output.log", code))
     return json.loads(metrics.read_text(encoding="utf-8"))
@@ -122,6 +125,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _sentence(failure: Path, output: Path, code: int) -> str:
     if failure.exists():
         return f"{json.loads(failure.read_text(encoding='utf-8'))['error']} (log: {output})"
-    with output.open(encoding="utf-8", errors="replace") as file:
-        last = next((line.strip() for line in reversed(deque(file, 40)) if line.strip()), "it printed nothing")
+    last = _last_line(output) or "nothing"
     return f"the job ended with exit code {code} and last printed {last!r}; its log is {output}"
+
+
+def _was_interrupted(output: Path, code: int) -> bool:
+    """Whether Ctrl-C ended the job: it goes to the whole process group, and torchrun says so in its last line."""
+    return code in (-signal.SIGINT, 128 + signal.SIGINT) or _last_line(output).endswith("got signal: 2")
+
+
+def _last_line(output: Path) -> str:
+    with output.open(encoding="utf-8", errors="replace") as file:
+        return next((line.strip() for line in reversed(deque(file, 40)) if line.strip()), "")

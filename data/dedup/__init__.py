@@ -26,12 +26,16 @@ EXAMPLES = 20
 
 
 class DedupConfig(Config):
-    """MinHash-LSH as in FineWeb (arXiv 2406.17557, section 3.4): 14 buckets of 8 rows over word 5-grams."""
+    """MinHash-LSH over word 5-grams, as FineWeb does it (arXiv 2406.17557, section 3.4), with more, shorter buckets.
+
+    A pair of similarity J becomes a candidate with probability 1 − (1 − J^rows)^buckets. FineWeb's 14 × 8 finds 77 %
+    of the pairs at 0.75; since every candidate is verified here, 24 × 6 can afford to find 99 %.
+    """
 
     ngram: int = Field(default=5, ge=1, le=50, title="Words a shingle", description="n of the word n-grams compared.")
-    buckets: int = Field(default=14, ge=1, le=256, title="Buckets", description="Bands of the signature.")
+    buckets: int = Field(default=24, ge=1, le=256, title="Buckets", description="Bands of the signature.")
     rows: int = Field(
-        default=8, ge=1, le=64, title="Rows", description="Minima a bucket; all must agree to make a candidate."
+        default=6, ge=1, le=64, title="Rows", description="Minima a bucket; all must agree to make a candidate."
     )
     threshold: float = Field(
         default=0.75,

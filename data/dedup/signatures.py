@@ -11,6 +11,7 @@ import os
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ class MinHash:
     buckets: int
     rows: int
 
+    @cached_property
     def permutations(self) -> tuple[np.ndarray, np.ndarray]:
         """Odd multipliers and offsets of the hash functions, fixed for all time."""
         rng = np.random.Generator(np.random.PCG64(20_240_605))
@@ -47,7 +49,7 @@ class MinHash:
         words = WORD.findall(text)
         hashes = np.array([_word_hash(w, known) for w in words], dtype=np.uint64)
         if len(hashes) < self.ngram:
-            return np.array([xxhash.xxh3_64_intdigest(" ".join(words).encode())], dtype=np.uint64)
+            return np.array([xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))], dtype=np.uint64)
         count = len(hashes) - self.ngram + 1
         mixed = np.zeros(count, dtype=np.uint64)
         for place in range(self.ngram):
@@ -56,7 +58,7 @@ class MinHash:
 
     def minima(self, shingles: np.ndarray) -> np.ndarray:
         """The signature, uint64 (buckets · rows)."""
-        multiplier, offset = self.permutations()
+        multiplier, offset = self.permutations
         least = np.full(len(multiplier), np.iinfo(np.uint64).max, dtype=np.uint64)
         for start in range(0, len(shingles), AT_ONCE):
             part = shingles[start : start + AT_ONCE, None]

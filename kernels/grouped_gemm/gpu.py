@@ -6,19 +6,22 @@ each expert's tile summing over the rows of its group in one fixed order, so two
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 BLOCK_ROWS, BLOCK_OUT, BLOCK_IN = 64, 64, 32
+WIDEN = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter's dot does not know bfloat16
 
 
 @triton.jit
 def _product(
     a_ptr, b_ptr, y_ptr, ends_ptr, inner, outer, groups,
     a_row, a_in, b_group, b_in, b_out, y_row,
-    ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
+    ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """y[rows of e] = a[rows of e] · B_e, where B_e[i, o] lies at b + e·b_group + i·b_in + o·b_out."""
     wanted, column = tl.program_id(0), tl.program_id(1)
@@ -49,6 +52,8 @@ def _product(
                 mask=(i[:, None] < inner) & (outs[None, :] < outer),
                 other=0.0,
             )
+            if WIDE:
+                a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(a, b, total, input_precision="ieee")
         where = y_ptr + rows[:, None] * y_row + outs[None, :]
         tl.store(where, total.to(y_ptr.dtype.element_ty), mask=(rows[:, None] < last) & (outs[None, :] < outer))
@@ -57,7 +62,7 @@ def _product(
 @triton.jit
 def _weight_gradient(
     grad_ptr, x_ptr, w_ptr, ends_ptr, outer, inner,
-    ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
+    ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """dw[e] = grad[rows of e]ᵀ · x[rows of e]; zero for a group without rows. grad and x are contiguous."""
     group = tl.program_id(0)
@@ -77,6 +82,8 @@ def _weight_gradient(
             mask=(rows[:, None] < end) & (ins[None, :] < inner),
             other=0.0,
         )
+        if WIDE:
+            grad, x = grad.to(tl.float32), x.to(tl.float32)
         total = tl.dot(grad, x, total, input_precision="ieee")
     where = w_ptr + group.to(tl.int64) * outer * inner + outs[:, None].to(tl.int64) * inner + ins[None, :]
     tl.store(where, total.to(w_ptr.dtype.element_ty), mask=(outs[:, None] < outer) & (ins[None, :] < inner))
@@ -92,7 +99,7 @@ def product(a_NI: Tensor, w: Tensor, ends_E: Tensor, outer: int, w_in: int, w_ou
         _product[grid](
             a_NI, w, y, ends_E, a_NI.shape[1], outer, groups,
             a_NI.stride(0), a_NI.stride(1), w.stride(0), w_in, w_out, y.stride(0),
-            ROWS=BLOCK_ROWS, OUT=BLOCK_OUT, IN=BLOCK_IN,
+            ROWS=BLOCK_ROWS, OUT=BLOCK_OUT, IN=BLOCK_IN, WIDE=WIDEN,
         )  # fmt: skip
     return y
 
@@ -113,5 +120,7 @@ class TritonGroupedGemm(torch.autograd.Function):
         grad_x = product(grad_NM, w_EMK, ends_E, inner, w_EMK.stride(1), w_EMK.stride(2))
         grad_w = torch.empty(w_EMK.shape, dtype=w_EMK.dtype, device=w_EMK.device)
         grid = (groups, triton.cdiv(outer, BLOCK_OUT), triton.cdiv(inner, BLOCK_OUT))
-        _weight_gradient[grid](grad_NM, x_NK, grad_w, ends_E, outer, inner, ROWS=BLOCK_IN, OUT=BLOCK_OUT, IN=BLOCK_OUT)
+        _weight_gradient[grid](
+            grad_NM, x_NK, grad_w, ends_E, outer, inner, ROWS=BLOCK_IN, OUT=BLOCK_OUT, IN=BLOCK_OUT, WIDE=WIDEN
+        )
         return grad_x, grad_w, None

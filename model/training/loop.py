@@ -202,10 +202,10 @@ def _record_time(out: Path, step: int, seconds: float) -> None:
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    """JSON lines, atomically; floats keep seven digits, the precision they were computed in."""
+    """JSON lines, atomically, keys sorted as a checkpoint sorts them; floats keep the seven digits they have."""
     part = path.with_suffix(".part")
     with part.open("w", encoding="utf-8") as file:
         for row in rows:
             short = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in row.items()}
-            file.write(json.dumps(short, ensure_ascii=False) + "\n")
+            file.write(json.dumps(short, ensure_ascii=False, sort_keys=True) + "\n")
     part.replace(path)

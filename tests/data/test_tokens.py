@@ -21,8 +21,10 @@ from gristmill.data.tokenize import TokenizeConfig, tokenize
 
 PROSE = (
     "The committee met on Tuesday to talk about the budget for the coming year, and it was agreed that the plan "
-    "should be read again by the people who wrote it. They had asked for more time, and that was given to them. "
-) * 3
+    "should be read again by the people who wrote it. They had asked for more time, and that was given to them. Some "
+    "of those who were there thought otherwise, because a year had already gone by with nothing to show for it; but in "
+    "the end nobody wanted to be the one to say so aloud, with the chair looking at the clock and the door still open. "
+)
 
 
 def corpus_rows(path: Path, count: int) -> list[dict]:

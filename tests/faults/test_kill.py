@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 COMMAND = [str(Path(sys.executable).with_name("gristmill"))]
-STAGES = [
-    "ingest", "problems", "dedup", "filter", "tokenize", "pretrain", "cold_start", "rl_zero", "rl", "evaluate",
+STAGES = [  # in the order in which they run
+    "ingest", "dedup", "filter", "tokenize", "problems", "pretrain", "rl_zero", "cold_start", "rl", "evaluate",
     "export", "report",
 ]  # fmt: skip
 CHECKPOINTED = {"pretrain", "rl_zero", "rl"}

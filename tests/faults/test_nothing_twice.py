@@ -68,7 +68,7 @@ def test_interrupted_leaves_a_resumable_store_and_nobody_behind(tmp_path: Path) 
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=40)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert "the same command resumes" in said
     left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(store).encode() in _read(p)]
     assert left == []
