@@ -108,8 +108,8 @@ def _on_dask(missing: list[Task], client: Any, progress: Progress, done: int, to
                 future.result()
             except KilledWorker as error:
                 raise RuntimeError(
-                    f"the task for {made[future].result} ended its worker {error.allowed_failures + 1} times; the usual "
-                    f"cause is memory above {MEMORY_LIMIT} a worker: make the documents per shard fewer"
+                    f"the task for {made[future].result} ended its worker {error.allowed_failures + 1} times; the "
+                    f"usual cause is memory above {MEMORY_LIMIT} a worker: make the documents per shard fewer"
                 ) from error
             done += 1
             progress(done, total)

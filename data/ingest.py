@@ -163,7 +163,7 @@ def _refused_or_kept(record: BadRecord, source: str, on_bad: str) -> Row:
 
 
 def _number_shards(work: Path, out: Path, counts: list[dict[str, int]]) -> None:
-    """Move the shards to documents/, numbered through, and the bad records to quarantine/; goes on where it was ended."""
+    """Move the shards to documents/, numbered through, and bad records to quarantine/; goes on where it was ended."""
     (out / "documents").mkdir(exist_ok=True)
     moves = []
     for part, count in enumerate(counts):

@@ -7,5 +7,17 @@ class UsageError(ValueError):
     """Bad input, found before anything ran or was written: exit code 2 and one sentence."""
 
 
+class StoreInUse(UsageError):
+    """Another run holds the store; the message names it."""
+
+
 class StageFailed(RuntimeError):
     """A stage raised; the message says which, why, where its log lies and how to resume."""
+
+    def __init__(self, message: str, stage: str = "") -> None:
+        super().__init__(message)
+        self.stage = stage
+
+
+class StoreDamaged(RuntimeError):
+    """What the store holds is not what its manifests say; the message names the file."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gristmill.flows.runners import Planned
+from gristmill.flows.plan import Planned
 
 BYTES_A_PARAMETER = 4 * 4  # float32 weights, gradients and two moments
 ACTIVATIONS_A_TOKEN = 34 * 4  # bytes a token, layer and unit of width: arXiv 2205.05198, equation 2, in float32
@@ -18,15 +18,22 @@ def estimated_seconds(stage: Planned, recipe: Any) -> float | None:
     tokens = _trained_tokens(stage.call.config)
     if tokens is None:
         return None
-    from gristmill.infra.planner import estimate
+    from gristmill.infra.planner import HardwareError, estimate, find_device
 
+    execution = recipe.execution
+    try:
+        device = find_device(execution.device_name)
+    except HardwareError:
+        return None  # an accelerator that the table does not have
     parameters = _parameters(recipe.pretrain.model, recipe.tokenize.vocab_size)
-    devices = recipe.execution.threads if recipe.execution.hardware == "cpu-core" else recipe.execution.ranks
-    return estimate(6 * parameters * tokens, 0, recipe.execution.hardware, count=devices, precision="fp32").seconds
+    count = execution.ranks if device.kind == "gpu" else execution.ranks * execution.threads
+    return estimate(6 * parameters * tokens, 0, device, count=count, precision="fp32").seconds
 
 
 def estimated_memory(stage: Planned, recipe: Any) -> int | None:
-    """Bytes of a training stage's process: weights, moments, and the activations of a step; none for other stages."""
+    """Bytes that the nearest earlier run held at most; else those of a training stage's process, none for others."""
+    if stage.estimate.memory_bytes is not None:
+        return stage.estimate.memory_bytes
     config: Any = stage.call.config
     if not hasattr(config, "batch_sequences"):
         return None

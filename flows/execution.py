@@ -10,7 +10,9 @@ from functools import cache
 from importlib import metadata
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from gristmill.infra.planner import find_device
 
 RECORDED = ("torch", "deepspeed", "triton", "numpy", "tokenizers", "datatrove", "dask", "transformers")
 
@@ -56,6 +58,12 @@ class Execution(BaseModel):
     watts: float | None = Field(
         default=None, ge=0, title="Power", description="Watts a device, in place of the table's."
     )
+
+    @field_validator("hardware")
+    @classmethod
+    def _in_the_table(cls, name: str) -> str:
+        find_device(name)
+        return name
 
     @property
     def device_name(self) -> str:

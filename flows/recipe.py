@@ -70,6 +70,13 @@ class Recipe(BaseModel):
                 f"evaluate.problems {self.evaluate.problems} is more than the {self.problems.test} of problems.test: "
                 f"lower one or raise the other"
             )
+        sources = [source.name for source in self.ingest.sources]
+        for name in self.pretrain.mixture:
+            if name not in sources:
+                raise ValueError(
+                    f"pretrain.mixture names {name!r}, which is no source of ingest.sources ({', '.join(sources)}): "
+                    f"{_near(name, sources)}give weights of those, or {{}} to take them by size"
+                )
         ranks = self.execution.ranks
         for name in ("pretrain", "cold_start"):
             sequences = getattr(self, name).batch_sequences
@@ -93,7 +100,7 @@ def load_recipe(which: str, settings: list[str] | None = None) -> Recipe:
     Raises:
         UsageError: no such recipe, bad YAML, an unknown field, a value of the wrong type or out of bounds.
     """
-    values = _unshared(_values(which, ()))
+    values = _values(which, ())
     for setting in settings or []:
         _apply(values, setting)
     for field, value in flattened(values).items():
@@ -147,13 +154,6 @@ def _text(which: str) -> tuple[str, str]:
     raise UsageError(f"there is no recipe {which!r}: {_near(which, shipped())}shipped are {', '.join(shipped())}")
 
 
-def _unshared(value: Any) -> Any:
-    """A copy in which an anchor that was used twice stands twice, so that setting one place leaves the other."""
-    if isinstance(value, dict):
-        return {k: _unshared(v) for k, v in value.items()}
-    return [_unshared(v) for v in value] if isinstance(value, list) else value
-
-
 class _UniqueKeys(yaml.SafeLoader):
     """YAML without the silent loss of a key that is written twice."""
 
@@ -177,11 +177,16 @@ def _unshared(value: Any) -> Any:
     return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _merged(base: dict[str, Any], over: dict[str, Any], model: Any = Recipe) -> dict[str, Any]:
+    """One recipe over another: sections are laid over each other, any other value (a mixture, a list) is replaced."""
     both = dict(base)
     for name, value in over.items():
+        section = model.model_fields[name].annotation if name in model.model_fields else None
+        inner = isinstance(section, type) and issubclass(section, BaseModel)
         old = both.get(name)
-        both[name] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        both[name] = (
+            _merged(old, value, section) if inner and isinstance(old, dict) and isinstance(value, dict) else value
+        )
     return both
 
 

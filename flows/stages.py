@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from gristmill.data.dedup import deduplicate
 from gristmill.data.filters import filter_documents
-from gristmill.data.ingest import check_sources, fingerprint_sources
+from gristmill.data.ingest import IngestConfig, check_sources, fingerprint_sources
 from gristmill.data.ingest import ingest as ingest_documents
 from gristmill.data.problems import ProblemsConfig, make_problems, problem_files
 from gristmill.data.tokenize import tokenize as tokenize_documents
@@ -18,6 +19,8 @@ from gristmill.model.hub import export as export_model
 from gristmill.model.pretrain import pretrain as pretrain_model
 from gristmill.model.rl.grpo import reinforce
 from gristmill.model.sft import fine_tune
+
+HASHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gristmill" / "hashes.json"
 
 
 def _problem_sources(config: ProblemsConfig) -> dict[str, str]:
@@ -32,7 +35,11 @@ def _check_problems(config: ProblemsConfig) -> None:
             )
 
 
-ingest = stage("ingest", version=1, title="Documents from sources", sources=fingerprint_sources, check=check_sources)(
+def _ingest_sources(config: IngestConfig) -> dict[str, str]:
+    return fingerprint_sources(config, HASHES)
+
+
+ingest = stage("ingest", version=1, title="Documents from sources", sources=_ingest_sources, check=check_sources)(
     ingest_documents
 )
 problems = stage(

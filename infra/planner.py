@@ -7,6 +7,7 @@ traffic) at the share of the peak that training reaches in practice, never a pro
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -130,7 +131,7 @@ def find_device(name: str, path: Path = TABLE) -> Device:
     asked = name.lower().strip()
     if asked in known:
         return known[asked]
-    standing = [label for label in known if label in asked]
+    standing = [label for label in known if re.search(rf"(?<!\w){re.escape(label)}(?!\w)", asked)]
     if standing:
         return known[max(standing, key=len)]
     near = difflib.get_close_matches(asked, known, n=1, cutoff=0.0)

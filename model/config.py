@@ -179,6 +179,11 @@ class PretrainConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        for source, weight in self.mixture.items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"mixture gives {source!r} the weight {weight}: give each source a number from 0")
+        if self.mixture and not any(self.mixture.values()):
+            raise ValueError("mixture gives every source the weight 0: give at least one more")
         if self.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"sequence_length {self.sequence_length} is longer than the position limit "

@@ -1,4 +1,4 @@
-"""What the sources share: their fields, their rows, the record of a bad one, and what they held when they were looked at."""
+"""What the sources share: their fields, rows, the record of a bad one, and what they held when they were looked at."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,6 +18,7 @@ from gristmill.data.documents import atomic
 
 Row = dict[str, Any]
 Kind = Literal["prose", "code", "lessons"]
+REMEMBERED_BYTES = 8 << 20  # smaller files are read as fast as a cache of many of them
 RACY_NANOSECONDS = 2_000_000_000
 
 
@@ -68,15 +70,15 @@ class Contents:
         after = path.stat()
         if [after.st_size, after.st_mtime_ns] != stamp:
             raise ValueError(f"{path} changes while it is read: run again when it is at rest")
-        if time.time_ns() - before.st_mtime_ns > RACY_NANOSECONDS:
+        if before.st_size >= REMEMBERED_BYTES and time.time_ns() - before.st_mtime_ns > RACY_NANOSECONDS:
             self.known[str(path)] = [*stamp, digest]
             self.changed = True
         return digest
 
     def save(self) -> None:
-        """Write the cache, if there is one and it has grown."""
+        """Write the cache, if there is one and it has grown. One that cannot be written is done without."""
         if self.cache is not None and self.changed:
-            with atomic(self.cache) as part:
+            with suppress(OSError), atomic(self.cache) as part:
                 part.write_text(json.dumps(self.known, sort_keys=True), encoding="utf-8")
 
 

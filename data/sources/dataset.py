@@ -105,7 +105,7 @@ class DatasetSource(SourceBase):
         try:
             if self.saved:
                 loaded: Any = load_from_disk(self.dataset)
-                rows = loaded if isinstance(loaded, Dataset) else loaded[split]
+                rows: Any = loaded if isinstance(loaded, Dataset) else loaded[split]
             else:
                 rows = load_dataset(
                     self.dataset,

@@ -8,7 +8,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -175,7 +175,7 @@ def opened(address: str) -> IO[bytes]:
     filesystem, path = fsspec.core.url_to_fs(address)
     raw = filesystem.open(path, "rb")
     if address.endswith(".gz"):
-        return _Gzip(raw)
+        return io.BufferedReader(_Gzip(raw))
     if address.endswith(".zst"):
         return io.BufferedReader(WholeZstd(raw))
     return raw
@@ -209,8 +209,10 @@ def is_pattern(path: str) -> bool:
 
 def common_folder(addresses: list[str]) -> str:
     """The folder, with its last slash, that all addresses share."""
-    shared = os.path.commonprefix([a.rpartition("/")[0] + "/" for a in addresses])
-    return shared.rpartition("/")[0] + "/" if "/" in shared else ""
+    folders = [a.rpartition("/")[0].split("/") for a in addresses]
+    levels = zip(*folders, strict=False)
+    shared = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)]
+    return "/".join([*shared, ""]) if shared else ""
 
 
 def stamp_of(address: str, entry: dict[str, Any]) -> str:

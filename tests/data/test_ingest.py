@@ -94,11 +94,11 @@ def test_files_on_s3(tmp_path: Path, s3: str) -> None:
 BAD = {
     "truncated gz": ("bad.jsonl.gz", gzip.compress("\n".join(LINES * 50).encode())[:-20], "cut short or damaged"),
     "truncated zst": ("bad.jsonl.zst", zstandard.compress("\n".join(LINES * 50).encode())[:-8], "cut short or damaged"),
-    "invalid utf-8 line": ("bad.jsonl", LINES[0].encode() + b'\n{"text": "\xff\xfe"}\n', "record 2: invalid UTF-8"),
-    "invalid utf-8 text": ("bad.txt", b"good line\nbad \xff line\n", "record 2: invalid UTF-8 at byte 14"),
-    "no text": ("bad.jsonl", b'{"text": "fine"}\n{"body": "x"}\n', "record 2: no field 'text'"),
-    "empty text": ("bad.jsonl", b'{"text": "fine"}\n{"text": "  "}\n', "record 2: field 'text' holds no text"),
-    "not json": ("bad.jsonl", b'{"text": "fine"}\nnot json\n', "record 2: not JSON"),
+    "invalid utf-8 line": ("bad.jsonl", LINES[0].encode() + b'\n{"text": "\xff\xfe"}\n', "line 2: invalid UTF-8"),
+    "invalid utf-8 text": ("bad.txt", b"good line\nbad \xff line\n", "line 2: invalid UTF-8 at byte 14"),
+    "no text": ("bad.jsonl", b'{"text": "fine"}\n{"body": "x"}\n', "line 2: no field 'text'"),
+    "empty text": ("bad.jsonl", b'{"text": "fine"}\n{"text": "  "}\n', "line 2: field 'text' holds no text"),
+    "not json": ("bad.jsonl", b'{"text": "fine"}\nnot json\n', "line 2: not JSON"),
     "not parquet": ("bad.parquet", b"PAR1 and then nothing", "not a whole Parquet file"),
 }
 

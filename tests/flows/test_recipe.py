@@ -60,9 +60,16 @@ RECIPE_ERRORS = {
     "past the position limit": ("pretrain: {sequence_length: 1024}", "1024 is longer than the position limit"),
     "cold start past the limit": ("cold_start: {sequence_length: 1024}", "cold_start.sequence_length 1024 is longer"),
     "missing source": (
-        "ingest: {sources: [{type: files, name: mine, paths: [nowhere.txt]}]}",
+        "ingest: {sources: [{type: files, name: mine, paths: [nowhere.txt]}]}\npretrain: {mixture: {}}",
         "'nowhere.txt' names no file",
     ),
+    "mixture of another source": (
+        "pretrain: {mixture: {lesson: 1}}",
+        "'lesson', which is no source.*did you mean 'lessons'",
+    ),
+    "negative weight": ("pretrain: {mixture: {lessons: -1}}", r"pretrain: mixture gives 'lessons' the weight -1"),
+    "unknown hardware": ("execution: {hardware: H1000}", r"execution.hardware: device 'H1000' is not in hardware.yaml"),
+    "no number": ("rl: {temperature: .nan}", r"rl\.temperature is nan, which is no number"),
     "no sources": ("ingest: {sources: []}", r"ingest\.sources is \[\], which will not do"),
     "key twice": ("rl: {steps: 1}\nrl: {steps: 2}", "the key 'rl' stands twice"),
     "not yaml": ("rl: [", "is not valid YAML"),
@@ -92,7 +99,7 @@ def test_bad_recipes_are_one_sentence(case: str, tmp_path: Path, capsys, monkeyp
         (["run", "no/such.yaml"], "there is no recipe file 'no/such.yaml'"),
         (["run", "smoke", "--until", "pretrian"], "did you mean 'pretrain'?"),
         (["run", "smoke", "--from", "report2"], "did you mean 'report'?"),
-        (["run", "smoke", "--set", "rl.steps"], "has no `=`"),
+        (["run", "smoke", "--set", "rl.steps"], "is no setting: write it as section.field=value"),
         (["run", "smoke", "--set", "seed.x=1"], "seed is a value, not a section"),
         (["run", "smoke", "--store", "s3://no-credentials-here/store"], "cannot be reached"),
         (["run", "smoke", "--store", "README"], "is a file, not a folder"),
@@ -136,10 +143,12 @@ def test_an_empty_source_is_refused(tmp_path: Path, capsys, monkeypatch) -> None
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text("")
     source = {"type": "files", "name": "mine", "paths": ["empty.txt"]}
-    Path("mine.yaml").write_text(yaml.safe_dump({"extends": "smoke", "ingest": {"sources": [source]}}))
+    Path("mine.yaml").write_text(
+        yaml.safe_dump({"extends": "smoke", "ingest": {"sources": [source]}, "pretrain": {"mixture": {}}})
+    )
     code, said = run_cli("plan", "mine.yaml", capsys=capsys)
     assert code == 2
-    assert "are empty: give it text" in said
+    assert "hold no text: give it some" in said
 
 
 def test_a_port_in_use_is_refused(capsys, tmp_path: Path, monkeypatch) -> None:
