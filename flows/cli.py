@@ -131,18 +131,22 @@ def runs(store: StoreOption = DEFAULT_STORE) -> None:
     """List the runs of a store, newest last."""
     from datetime import datetime
 
+    from gristmill.flows.inspection import state_of
+    from gristmill.flows.lock import holder_of
     from gristmill.flows.store import Store
 
+    place = Store(store)
+    running = bool(holder_of(place))
     rows = [
         [
             r["run"],
             r["recipe"],
-            r["state"],
+            state_of(r, running),
             datetime.fromtimestamp(r["started"]).isoformat(sep=" ", timespec="seconds"),
             duration(r.get("seconds", 0.0)),
             f"{sum(s['state'] == 'cached' for s in r['stages'])} of {len(r['stages'])} cached",
         ]
-        for r in Store(store).runs()
+        for r in place.runs()
     ]
     print_table(f"runs in {store}", ["run", "recipe", "state", "started", "took", "stages"], rows)
 
@@ -163,6 +167,26 @@ def show(
         print(json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False))
     else:
         print(describe_run(found) if kind == "run" else describe_stage(place, found))
+
+
+@app.command("lineage")
+def lineage_(
+    what: Annotated[str, typer.Argument(help="A stage (its result in the latest run) or a result's key.")],
+    store: StoreOption = DEFAULT_STORE,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object: made_of and used_for.")] = False,
+) -> None:
+    """Show what a result was made of, and what was made of it."""
+    from gristmill.flows.inspection import describe_lineage, find_result
+    from gristmill.flows.lineage import descendants, lineage
+    from gristmill.flows.store import Store
+
+    place = Store(store)
+    found = find_result(place, what)
+    if as_json:
+        both = {"made_of": lineage(place, found["key"]), "used_for": descendants(place, found["key"])}
+        print(json.dumps(both, indent=1, sort_keys=True))
+    else:
+        print(describe_lineage(place, found))
 
 
 @app.command()

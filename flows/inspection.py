@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.flows.errors import UsageError
+from gristmill.flows.lineage import descendants, lineage
+from gristmill.flows.manifest import Manifest
 from gristmill.flows.runners import known
 from gristmill.flows.store import Store
 from gristmill.flows.terminal import duration, size
@@ -46,6 +48,20 @@ def find(store: Store, what: str) -> tuple[str, dict[str, Any]]:
     names = sorted({e["stage"] for r in runs for e in r["stages"]})
     known(what, names, "show")
     raise UsageError(f"stage {what!r} has no finished result in store {store.uri!r}: run it first")
+
+
+def find_result(store: Store, what: str) -> Manifest:
+    """The manifest of a stage's result in the latest run that has one, or of a result by its key.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if (manifest := store.find(what)) is not None:
+        return manifest
+    kind, found = find(store, what)
+    if kind == "run":
+        raise UsageError(f"{what!r} is a run: name one of its stages, see `gristmill show {what}`")
+    return found
 
 
 def describe_run(record: dict[str, Any]) -> str:
@@ -92,6 +108,28 @@ def describe_stage(store: Store, manifest: dict[str, Any]) -> str:
 def _short(value: Any, characters: int = 100) -> str:
     text = " ⏎ ".join(str(value).split("\n"))
     return text if len(text) <= characters else f"{text[:characters]}…"
+
+
+def describe_lineage(store: Store, manifest: Manifest) -> str:
+    """What a result was made of, down to what its sources held, and what was made of it."""
+    lines = [f"{manifest['stage']} {manifest['key']} was made of"]
+    for node in lineage(store, manifest["key"])[1:]:
+        gone = "  (removed from the store)" if node.get("removed") else ""
+        lines.append(f"  {node['stage']:<11} {node['key']}  content {node['content_hash'][:16]}{gone}")
+        lines += [f"    source {name} {held[:16]}" for name, held in node["sources"].items()]
+    lines += [f"  source {name} {held[:16]}" for name, held in manifest["sources"].items()]
+    after = descendants(store, manifest["key"])
+    lines.append("and was used for" if after else "and was used for nothing")
+    return "\n".join([*lines, *(f"  {d['stage']:<11} {d['key']}" for d in after)])
+
+
+def state_of(record: dict[str, Any], running: bool) -> str:
+    """A run's state; one that says it runs while nobody holds the store was killed.
+
+    Args:
+        running: whether somebody holds the store.
+    """
+    return "killed" if record["state"] == "running" and not running else record["state"]
 
 
 def verify_store(store: Store) -> dict[str, Any]:

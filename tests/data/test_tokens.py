@@ -16,6 +16,7 @@ from gristmill.data.executor import close_cluster
 from gristmill.data.filters import FilterConfig, filter_documents, first_failure
 from gristmill.data.filters.rules import Profile, build, identify
 from gristmill.data.shards import ShardError, TokenShards, write_index, write_shard
+from gristmill.data.sources import StdlibSource
 from gristmill.data.stage_types import silent
 from gristmill.data.tokenize import TokenizeConfig, tokenize
 
@@ -39,12 +40,25 @@ def row(text: str, name: str, kind: str = "prose", source: str = "s") -> dict:
 # --- filters
 
 
-def test_verdicts_are_datatroves_own(shared_data: Path) -> None:
+def library_docstrings() -> list[dict]:
+    """Text that is on every machine."""
+    source = StdlibSource(name="docstrings", docstrings=True)
+    return [r for r in source.read(source.parts(0)[0], 0) if isinstance(r, dict)][:100]
+
+
+def test_verdicts_on_docstrings_are_datatroves_own() -> None:
+    compare_with_datatrove(library_docstrings())
+
+
+def test_verdicts_on_articles_are_datatroves_own(shared_data: Path) -> None:
+    rows = corpus_rows(shared_data / "corpus" / "wikitext2.jsonl.gz", 30)
+    compare_with_datatrove(rows + corpus_rows(shared_data / "corpus" / "peps.jsonl.gz", 10))
+
+
+def compare_with_datatrove(rows: list[dict]) -> None:
     from datatrove.data import Document
     from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
 
-    rows = corpus_rows(shared_data / "corpus" / "wikitext2.jsonl.gz", 30)
-    rows += corpus_rows(shared_data / "corpus" / "peps.jsonl.gz", 10)
     ours = {
         "gopher_quality": build(Profile(least_characters=0, gopher_quality=True)),
         "gopher_repetition": build(Profile(least_characters=0, gopher_repetition=True)),

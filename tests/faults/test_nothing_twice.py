@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -32,6 +33,23 @@ def test_a_second_run_is_all_cached_and_quick(smoke_folder: Path, smoke_hashes: 
     states = [line.split()[1] for line in said.stdout.splitlines() if line.split()[0] in smoke_hashes]
     assert set(states[: len(smoke_hashes)]) == {"cached"}
     assert "\x1b" not in said.stdout  # no control characters where there is no terminal
+
+
+def test_lineage_reaches_the_sources(smoke_folder: Path, smoke_hashes: dict[str, str]) -> None:
+    said = subprocess.run(
+        [*COMMAND, "lineage", "rl", "--json"], capture_output=True, text=True, cwd=smoke_folder, check=True
+    )
+    both = json.loads(said.stdout)
+    assert {n["stage"] for n in both["made_of"]} == set(smoke_hashes) - {"rl_zero", "evaluate", "export", "report"}
+    assert {n["stage"] for n in both["used_for"]} == {"evaluate", "export", "report"}
+    assert set(next(n for n in both["made_of"] if n["stage"] == "ingest")["sources"]) == {
+        "stdlib",
+        "docstrings",
+        "lessons",
+    }
+    said = subprocess.run([*COMMAND, "lineage", "ingest"], capture_output=True, text=True, cwd=smoke_folder, check=True)
+    assert "source lessons" in said.stdout
+    assert "  report " in said.stdout
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from gristmill.flows.server import free_port
+from tests.flows.browser import browser
 
 COMMAND = [str(Path(sys.executable).with_name("gristmill"))]
 
@@ -147,39 +148,29 @@ def test_cancelled_and_resumed(served: tuple[Api, Path, str]) -> None:
 
 @pytest.mark.ui
 def test_the_page_shows_the_run(served: tuple[Api, Path, str], tmp_path: Path) -> None:
-    """In headless Chromium: the flow's run, its tasks by name, and the picture in a stage's card."""
+    """In headless Chromium: the flow's run, its tasks by name, and the picture in a stage's card.
+
+    With GRISTMILL_PICTURES the pictures are kept in that folder.
+    """
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     assert chromium, "make test-ui needs a chromium on the PATH"
     api, _, url = served
     run = started(api, "smoke")
     assert api.wait(run, {"COMPLETED", "FAILED", "CRASHED"}, 300)["state"]["type"] == "COMPLETED"
-    (card,) = [
-        a
-        for a in api("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}, "limit": 100})
-        if a["key"] == "pretrain"
-    ]
+    found = api("artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run]}}, "limit": 100})
+    (card,) = [a for a in found if a["key"] == "pretrain"]
+    (deployment,) = [d for d in api("deployments/filter", {}) if d["name"] == "smoke"]
     pages = {
         "runs": (f"{url}/runs", "smoke"),
         "run": (f"{url}/runs/flow-run/{run}?tab=Task%20Runs", "pretrain-"),
         "card": (f"{url}/artifacts/artifact/{card['id']}", "data:image/png;base64,"),
+        "form": (f"{url}/deployments/deployment/{deployment['id']}/run", "from_stage"),
     }
-    for name, (address, wanted) in pages.items():
-        dom = browse(chromium, address, tmp_path / name)
-        assert wanted in dom, f"{name}: {wanted!r} is not on {address}"
-        assert (tmp_path / name / "page.png").stat().st_size > 10_000
-
-
-def browse(chromium: str, address: str, folder: Path) -> str:
-    """The page's DOM once it has settled, and its picture in folder/page.png."""
-    folder.mkdir()
-    flags = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--window-size=1400,1200", "--virtual-time-budget=20000", f"--user-data-dir={folder / 'profile'}",
-    ]  # fmt: skip
-    picture = [chromium, *flags, f"--screenshot={folder / 'page.png'}", address]
-    subprocess.run(picture, check=True, capture_output=True, timeout=120)
-    said = subprocess.run(
-        [chromium, *flags, "--dump-dom", address], check=True, capture_output=True, text=True, timeout=120
-    )
-    return said.stdout
+    with browser(chromium, tmp_path) as page:
+        for name, (address, wanted) in pages.items():
+            page.open(address, wanted)
+            page.picture(tmp_path / f"ui-{name}.png")
+            assert (tmp_path / f"ui-{name}.png").stat().st_size > 10_000
+    if keep := os.environ.get("GRISTMILL_PICTURES"):
+        for picture in tmp_path.glob("ui-*.png"):
+            shutil.copy(picture, keep)
