@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from gristmill.flows.errors import StageFailed, UsageError
 from gristmill.flows.terminal import duration, key_metric, print_table, size, watcher
 
 DEFAULT_STORE = ".gristmill/store"
+PATIENCE_SECONDS = 30.0
 
 app = typer.Typer(
     help="Raw text to a reasoning model: the DeepSeek-V3 / R1 recipe as a resumable, observable pipeline.",
@@ -263,8 +265,21 @@ def schema() -> None:
     print(json.dumps(recipe_schema(), indent=1))
 
 
-def _terminated(_signal: int, _frame: object) -> None:
+def _interrupt(_signal: int, _frame: object) -> None:
+    """Ctrl-C or a request to end: an orderly end, and a hard one where that takes too long.
+
+    What a stage was doing may swallow the exception or wait for ever; its processes end with this one.
+    """
+    timer = threading.Timer(PATIENCE_SECONDS, _give_up)
+    timer.daemon = True
+    timer.start()
     raise KeyboardInterrupt
+
+
+def _give_up() -> None:
+    print(f"gristmill: still not at an end after {PATIENCE_SECONDS:.0f} s; ended at once", file=sys.stderr, flush=True)
+    _interrupted()
+    os._exit(130)
 
 
 def guarded(command: Callable[[], Any]) -> int:
@@ -286,13 +301,14 @@ def guarded(command: Callable[[], Any]) -> int:
 
 
 def _interrupted() -> int:
-    print("gristmill: interrupted; what was finished is kept, the same command resumes", file=sys.stderr)
+    print("gristmill: interrupted; what was finished is kept, the same command resumes", file=sys.stderr, flush=True)
     return 130
 
 
 def main() -> None:
     """Entry point."""
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
     code = 0
 
     def command() -> None:
