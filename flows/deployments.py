@@ -45,29 +45,30 @@ class Stage(StrEnum):
 
 @flow(name="r1", flow_run_name="r1-{recipe.name}", persist_result=False)
 def r1_flow(
-    recipe: Recipe,
     from_stage: Stage | None = None,
     until_stage: Stage | None = None,
+    *,
+    recipe: Recipe,
     store: str = ".gristmill/store",
 ) -> None:
     """Raw text to an evaluated, exported reasoning model. What is in the store already is not computed again.
 
     Args:
-        recipe: What is asked of each stage.
         from_stage: Run this stage, and all that follows from it, again.
         until_stage: Run no further than this stage needs.
+        recipe: What is asked of each stage.
         store: Where results lie: a folder or s3://bucket/prefix.
     """
     _run(r1, recipe, from_stage, until_stage, store)
 
 
 @flow(name="corpus", flow_run_name="corpus-{recipe.name}", persist_result=False)
-def corpus_flow(recipe: Recipe, from_stage: Stage | None = None, store: str = ".gristmill/store") -> None:
+def corpus_flow(from_stage: Stage | None = None, *, recipe: Recipe, store: str = ".gristmill/store") -> None:
     """Sources to token shards: the nightly refresh of the corpus.
 
     Args:
-        recipe: What is asked of the corpus stages; the others are not looked at.
         from_stage: Run this stage, and all that follows from it, again.
+        recipe: What is asked of the corpus stages; the others are not looked at.
         store: Where results lie: a folder or s3://bucket/prefix.
     """
     _run(corpus, recipe, from_stage, None, store)

@@ -12,6 +12,7 @@ from gristmill.flows.execution import Execution
 from gristmill.flows.runners import Pipeline, Plain, Planned, PlanResult, Watcher
 from gristmill.flows.stage import RUNNER, Artifact, Call
 from gristmill.flows.store import Store
+from gristmill.flows.terminal import stage_line
 
 PROGRESS_SECONDS = 3.0
 
@@ -138,6 +139,7 @@ class _Reporting:
         if self.artifact is not None and state == "done":
             self._update(100.0)
         self.inner.stage(name, state, **values)
+        self._log(stage_line(name, state, **values))
 
     def progress(self, name: str, done: int, total: int, **values: float) -> None:
         self.inner.progress(name, done, total, **values)
@@ -163,6 +165,14 @@ class _Reporting:
 
     def say(self, text: str) -> None:
         self.inner.say(text)
+        self._log(text)
+
+    def _log(self, text: str) -> None:
+        """The same line in the log of the flow run, which the UI shows."""
+        if _inside_flow():
+            from prefect import get_run_logger
+
+            get_run_logger().info(text)
 
 
 def artifact_key(stage: str) -> str:

@@ -56,6 +56,16 @@ def key_metric(manifest: dict[str, Any]) -> str:
     return f"{name} {metrics[name]:,}" if name in metrics else ""
 
 
+def stage_line(name: str, state: str, **values: Any) -> str:
+    """What a log says of a stage that changed its state; the values are those of `Watcher.stage`."""
+    manifest = values.get("manifest")
+    if state == "done" and manifest:
+        text = f"{duration(manifest['seconds'])}, {key_metric(manifest)}".rstrip(", ")
+    else:
+        text = str(values.get("error") or values.get("reason") or "")
+    return f"{name:<11} {state:<8} {text}".rstrip()
+
+
 class Lines:
     """One line for each thing that happens, without control characters."""
 
@@ -63,14 +73,7 @@ class Lines:
         self.out, self.last = out, time.monotonic()
 
     def stage(self, name: str, state: str, **values: Any) -> None:
-        manifest, reason = values.get("manifest"), values.get("reason")
-        if state == "done" and manifest:
-            text = f"{duration(manifest['seconds'])}, {key_metric(manifest)}".rstrip(", ")
-        elif state == "failed":
-            text = str(values.get("error", ""))
-        else:
-            text = reason or ""
-        self.say(f"{name:<11} {state:<8} {text}".rstrip())
+        self.say(stage_line(name, state, **values))
         self.last = time.monotonic()
 
     def progress(self, name: str, done: int, total: int, **values: float) -> None:

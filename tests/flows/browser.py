@@ -50,18 +50,32 @@ class Page:
         time.sleep(2.0)  # charts draw themselves in
         return html
 
-    def picture(self, path: Path) -> None:
+    def click(self, text: str, wanted: str, seconds: float = 30.0) -> None:
+        """Click the innermost element on which just this text stands, and wait for a link with the wanted one."""
+        alike = f"[...document.querySelectorAll('*')].filter(e => e.innerText && e.innerText.trim() === {text!r})"
+        self.value(f"{alike}.pop().click()")
+        follows = f"[...document.querySelectorAll('a')].some(e => e.innerText.includes({wanted!r}))"
+        until = time.monotonic() + seconds
+        while not self.value(follows):
+            assert time.monotonic() < until, f"no link {wanted!r} comes after a click on {text!r}"
+            time.sleep(0.5)
+        time.sleep(2.0)
+
+    def picture(self, path: Path, height: int = 1000) -> None:
+        """A PNG of the page's first `height` pixels."""
+        self.call("Emulation.setDeviceMetricsOverride", width=1400, height=height, deviceScaleFactor=1, mobile=False)
+        time.sleep(1.0)
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
 
 @contextmanager
-def browser(chromium: str, folder: Path, width: int = 1400, height: int = 1000) -> Iterator[Page]:
+def browser(chromium: str, folder: Path) -> Iterator[Page]:
     """A browser of our own, with its profile in `folder`, for as long as the context lasts."""
     profile = folder / "profile"
     flags = [
         "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-port=0",
-        "--remote-allow-origins=*", f"--window-size={width},{height}", f"--user-data-dir={profile}",
+        "--remote-allow-origins=*", "--window-size=1400,1000", f"--user-data-dir={profile}",
     ]  # fmt: skip
     with (folder / "chromium.log").open("wb") as log:
         process = subprocess.Popen([chromium, *flags, "about:blank"], stdout=log, stderr=log)
