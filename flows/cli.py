@@ -99,7 +99,6 @@ def plan(
     strict: Annotated[bool, typer.Option("--strict", help="Refuse results whose code changed since.")] = False,
 ) -> None:
     """Say what would run and why; nothing is executed or written."""
-    from gristmill.flows.estimates import estimated_memory, estimated_seconds
     from gristmill.flows.r1 import r1
     from gristmill.flows.recipe import load_recipe
     from gristmill.flows.runners import Plan
@@ -109,19 +108,22 @@ def plan(
     found = Plan(Store(store)).run(r1, asked, until, from_)
     rows = []
     for stage in found.stages:
-        seconds = estimated_seconds(stage, asked) if stage.runs else 0.0
-        memory = estimated_memory(stage, asked) if stage.runs else None
+        seconds, memory = stage.estimate.seconds, stage.estimate.memory_bytes
         rows.append(
             [
                 stage.call.stage.name,
                 stage.call.key,
                 stage.state,
                 "" if not stage.runs else "?" if seconds is None else f"about {duration(seconds)}",
-                "" if memory is None else f"about {size(memory)}",
+                "" if memory is None or not stage.runs else f"about {size(memory)}",
                 stage.reason,
             ]
         )
     print_table(f"plan of {asked.name} in {store}", ["stage", "key", "state", "time", "memory", "why"], rows)
+    if not found.cached:
+        total = "unknown" if found.seconds is None else f"about {duration(found.seconds)}"
+        memory = "" if found.memory_bytes is None else f", at most about {size(found.memory_bytes)} of memory"
+        print(f"time to run: {total}{memory}, about {size(found.disk_bytes)} of disk")
     for warning in found.warnings:
         print(f"warning: {warning}")
     if strict and found.warnings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from contextlib import ExitStack
@@ -50,6 +51,7 @@ class Orchestrated(Plain):
                     plain.note = {"prefect": str(error)}
                     return plain.run(pipeline, recipe, until, from_)
             os.environ["PREFECT_API_URL"] = url
+            stack.callback(_flush_logs)  # before the server that takes them is stopped
             return super().run(pipeline, recipe, until, from_)
 
     def execute(self, pipeline: Pipeline, recipe: Any) -> None:
@@ -185,6 +187,13 @@ def plan_markdown(plan: PlanResult) -> str:
     rows = [f"| {s.call.stage.name} | `{s.call.key}` | {s.state} | {s.reason} |" for s in plan.stages]
     warnings = [f"\n> **Warning.** {w}\n" for w in plan.warnings]
     return "\n".join(["# Plan", "", "| stage | key | state | why |", "| --- | --- | --- | --- |", *rows, *warnings])
+
+
+def _flush_logs() -> None:
+    """Wait until the server has the log lines that are still on their way."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        for handler in logging.getLogger(name).handlers:
+            handler.flush()
 
 
 def _inside_flow() -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from gristmill.flows.errors import StoreDamaged, UsageError
 from gristmill.flows.fingerprint import drifted
@@ -114,6 +114,7 @@ class Plan:
         """
         self.store, self.verify = store, verify
         self.calls: list[Call] = []
+        self.recipe: Any = None
         self._sources = sources or Sources()
 
     def sources(self, stage: Stage, config: BaseModel) -> dict[str, str]:
@@ -137,7 +138,7 @@ class Plan:
         Raises:
             UsageError: `until` or `from_` names no stage; a stage refuses its configuration; a source is missing.
         """
-        self.calls = []
+        self.calls, self.recipe = [], recipe
         token = RUNNER.set(self)
         try:
             pipeline(recipe)
@@ -172,15 +173,15 @@ class Plan:
             manifest, wrong = None, [str(error)]
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            return Planned(call, "damaged", f"{wrong[0]}{more}", manifest, estimate=_taken(manifest, call))
+            return Planned(call, "damaged", f"{wrong[0]}{more}", manifest, estimate=self._taken(manifest, call))
         if manifest is not None:
             code_changed = drifted(manifest["fingerprint"], call.stage.fingerprint)
             return Planned(call, "cached", "its result is there", manifest, code_changed)
         earlier = self._nearest(call)
         reason = self._cause(call, earlier)
         if self.store.partial(name, key):
-            return Planned(call, "partial", f"{reason}; unfinished work is there", estimate=_taken(earlier, call))
-        return Planned(call, "run", reason, estimate=_taken(earlier, call))
+            return Planned(call, "partial", f"{reason}; unfinished work is there", estimate=self._taken(earlier, call))
+        return Planned(call, "run", reason, estimate=self._taken(earlier, call))
 
     def _forced(self, call: Call, from_: str) -> Planned:
         try:
@@ -188,7 +189,7 @@ class Plan:
         except StoreDamaged:
             manifest = None
         reason = "asked for by --from" if call.stage.name == from_ else f"follows from {from_} (--from)"
-        return Planned(call, "forced", reason, manifest, estimate=_taken(manifest or self._nearest(call), call))
+        return Planned(call, "forced", reason, manifest, estimate=self._taken(manifest or self._nearest(call), call))
 
     def _nearest(self, call: Call) -> Manifest | None:
         """The earlier result of the same stage that has most in common with this call; the newest of equals."""
@@ -225,6 +226,21 @@ class Plan:
             return self._input_cause(earlier, now, inner)
         return cause if cause.startswith(f"{artifact.stage}.") else f"{artifact.stage} {cause}"
 
+    def _taken(self, earlier: Manifest | None, call: Call) -> Estimate:
+        """What the nearest earlier run took, scaled to this configuration; a guess where there was none."""
+        guess = _guessed(call.stage, call.config, self.recipe)
+        if earlier is None:
+            return guess
+        before = _guessed(call.stage, _config(call.stage, earlier), self.recipe)
+        seconds = earlier.get("work_seconds", earlier["seconds"])
+        size = sum(f["bytes"] for f in earlier["files"])
+        peak = earlier.get("peak_bytes")
+        return Estimate(
+            seconds * _ratio(guess.seconds, before.seconds),
+            None if peak is None else int(peak * _ratio(guess.memory_bytes, before.memory_bytes)),
+            int(size * _ratio(guess.disk_bytes, before.disk_bytes)),
+        )
+
     def _ancestors(self, name: str) -> set[str]:
         needed = {name}
         for call in reversed(self.calls):
@@ -240,12 +256,21 @@ class Plan:
         return after
 
 
-def _taken(earlier: Manifest | None, call: Call) -> Estimate:
-    """What the nearest earlier run took; what the stage itself estimates where there was none."""
-    if earlier is not None:
-        size = sum(f["bytes"] for f in earlier["files"])
-        return Estimate(earlier.get("work_seconds", earlier["seconds"]), earlier.get("peak_bytes"), size)
-    return call.stage.estimate(call.config) if call.stage.estimate else Estimate()
+def _guessed(stage: Stage, config: BaseModel | None, recipe: Any) -> Estimate:
+    """What the stage itself says of a configuration, if it says anything."""
+    return stage.estimate(config, recipe) if stage.estimate is not None and config is not None else Estimate()
+
+
+def _config(stage: Stage, manifest: Manifest) -> BaseModel | None:
+    """The configuration of an earlier run; none where the stage's fields are other ones by now."""
+    try:
+        return stage.config_type.model_validate(identity_of(manifest)["config"])
+    except ValidationError:
+        return None
+
+
+def _ratio(now: float | None, before: float | None) -> float:
+    return now / before if now and before else 1.0
 
 
 def known(name: str, names: list[str], option: str) -> str:

@@ -112,7 +112,7 @@ class Stage:
         title: str,
         sources: Callable[[Any], dict[str, str]] | None = None,
         check: Callable[[Any], None] | None = None,
-        estimate: Callable[[Any], Estimate] | None = None,
+        estimate: Callable[[Any, Any], Estimate] | None = None,
     ) -> None:
         self.function, self.name, self.version, self.title = function, name, version, title
         self.sources, self.check, self.estimate = sources, check, estimate
@@ -208,7 +208,7 @@ def stage(
     title: str = "",
     sources: Callable[[Any], dict[str, str]] | None = None,
     check: Callable[[Any], None] | None = None,
-    estimate: Callable[[Any], Estimate] | None = None,
+    estimate: Callable[[Any, Any], Estimate] | None = None,
 ) -> Callable[[Callable[..., dict[str, Any]]], Stage]:
     """Declare a stage around a plain function `(config, *inputs, out[, seed], *, services) -> metrics`.
 
@@ -218,7 +218,8 @@ def stage(
         title: what people read.
         sources: content hashes of what the stage reads from outside the store; they enter the key.
         check: refuses (ValueError) a configuration that cannot work here, before anything runs.
-        estimate: what the stage may take, for the plan of one that never ran.
+        estimate: `(config, recipe)` → what the stage may take; for the plan of one that never ran, and to scale what
+            an earlier run with another configuration took.
 
     Raises:
         TypeError: the function is not of the contract's form; the message says what to change.

@@ -12,6 +12,7 @@ from gristmill.data.ingest import IngestConfig, check_sources, fingerprint_sourc
 from gristmill.data.ingest import ingest as ingest_documents
 from gristmill.data.problems import ProblemsConfig, make_problems, problem_files
 from gristmill.data.tokenize import tokenize as tokenize_documents
+from gristmill.flows import estimates
 from gristmill.flows.report import make_report
 from gristmill.flows.stage import stage
 from gristmill.model.evaluate import evaluate as evaluate_models
@@ -39,23 +40,69 @@ def _ingest_sources(config: IngestConfig) -> dict[str, str]:
     return fingerprint_sources(config, HASHES)
 
 
-ingest = stage("ingest", version=1, title="Documents from sources", sources=_ingest_sources, check=check_sources)(
-    ingest_documents
-)
+ingest = stage(
+    "ingest",
+    version=1,
+    title="Documents from sources",
+    sources=_ingest_sources,
+    check=check_sources,
+    estimate=estimates.of_corpus(rate=4.0e6, kept=0.25),
+)(ingest_documents)
 problems = stage(
     "problems",
     version=1,
     title="Problems and chains of thought",
     sources=_problem_sources,
     check=_check_problems,
+    estimate=estimates.of_problems,
 )(make_problems)
-dedup = stage("dedup", version=1, title="Exact and near-duplicate removal")(deduplicate)
-filter_ = stage("filter", version=1, title="Quality filters")(filter_documents)
-tokenize = stage("tokenize", version=1, title="Tokenizer and token shards")(tokenize_documents)
-pretrain = stage("pretrain", version=1, title="Pretraining of the base model")(pretrain_model)
-cold_start = stage("cold_start", version=1, title="Cold start: fine-tuning on chains of thought")(fine_tune)
-rl_zero = stage("rl_zero", version=1, title="R1-Zero: reinforcement learning from the base")(reinforce)
-rl = stage("rl", version=1, title="Reinforcement learning from the cold start")(reinforce)
-evaluate = stage("evaluate", version=1, title="Evaluation on held-out problems")(evaluate_models)
-export = stage("export", version=1, title="Export to Hugging Face")(export_model)
-report = stage("report", version=1, title="Report")(make_report)
+dedup = stage(
+    "dedup",
+    version=1,
+    title="Exact and near-duplicate removal",
+    estimate=estimates.of_corpus(rate=1.8e6, kept=0.25),
+)(deduplicate)
+filter_ = stage(
+    "filter",
+    version=1,
+    title="Quality filters",
+    estimate=estimates.of_corpus(rate=2.2e6, kept=0.25),
+)(filter_documents)
+tokenize = stage(
+    "tokenize",
+    version=1,
+    title="Tokenizer and token shards",
+    estimate=estimates.of_corpus(rate=1.1e6, kept=0.9),
+)(tokenize_documents)
+pretrain = stage(
+    "pretrain",
+    version=1,
+    title="Pretraining of the base model",
+    estimate=estimates.of_training,
+)(pretrain_model)
+cold_start = stage(
+    "cold_start",
+    version=1,
+    title="Cold start: fine-tuning on chains of thought",
+    estimate=estimates.of_training,
+)(fine_tune)
+rl_zero = stage(
+    "rl_zero",
+    version=1,
+    title="R1-Zero: reinforcement learning from the base",
+    estimate=estimates.of_reinforcement,
+)(reinforce)
+rl = stage(
+    "rl",
+    version=1,
+    title="Reinforcement learning from the cold start",
+    estimate=estimates.of_reinforcement,
+)(reinforce)
+evaluate = stage(
+    "evaluate",
+    version=1,
+    title="Evaluation on held-out problems",
+    estimate=estimates.of_evaluation,
+)(evaluate_models)
+export = stage("export", version=1, title="Export to Hugging Face", estimate=estimates.of_export)(export_model)
+report = stage("report", version=1, title="Report", estimate=estimates.of_report)(make_report)

@@ -82,6 +82,12 @@ class DatasetSource(SourceBase):
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         return Held({f.relative_to(folder).as_posix(): contents.sha256(f) for f in files})
 
+    def expected_bytes(self) -> int | None:
+        """The size of a local folder's files; none of a hub's dataset, unless the source is bounded."""
+        if not self.local:
+            return self.max_bytes
+        return self.bounded(sum(f.stat().st_size for f in Path(self.dataset).rglob("*") if f.is_file()))
+
     def parts(self, seed: int) -> list[str]:
         return [self.split]
 

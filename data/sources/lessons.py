@@ -11,6 +11,7 @@ from gristmill.data.arithmetic import lesson
 from gristmill.data.sources.base import BadRecord, Contents, Held, Kind, Row, SourceBase
 
 LESSONS_A_PART = 2500
+BYTES_A_LESSON = 370  # mean over those of `tiny`
 
 
 class LessonsSource(SourceBase):
@@ -31,6 +32,10 @@ class LessonsSource(SourceBase):
     def held(self, contents: Contents) -> Held:
         """Nothing from outside enters them."""
         return Held({"lessons": "generated"})
+
+    def expected_bytes(self) -> int | None:
+        """About the mean size of a lesson times their count."""
+        return self.bounded(BYTES_A_LESSON * min(self.count, self.max_documents or self.count))
 
     def parts(self, seed: int) -> list[tuple[int, int]]:
         count = min(self.count, self.max_documents or self.count)

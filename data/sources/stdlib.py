@@ -58,6 +58,11 @@ class StdlibSource(SourceBase):
         root = _root()
         return Held({"python": platform.python_version()} | {f: contents.sha256(root / f) for f in library_files()})
 
+    def expected_bytes(self) -> int | None:
+        """The sizes of the modules; docstrings are about a tenth of them."""
+        size = sum((_root() / f).stat().st_size for f in library_files())
+        return self.bounded(size // 10 if self.docstrings else size)
+
     def parts(self, seed: int) -> list[tuple[int, int]]:
         count = len(library_files())
         return [(first, min(first + FILES_A_PART, count)) for first in range(0, count, FILES_A_PART)]

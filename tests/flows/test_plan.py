@@ -192,7 +192,7 @@ def test_drift_warns_and_strict_refuses(store: Store) -> None:
 
 
 def test_estimates_come_from_earlier_runs_or_from_the_stage(store: Store) -> None:
-    def guess(config: Frozen) -> Estimate:
+    def guess(config: Frozen, recipe: Toy) -> Estimate:
         return Estimate(seconds=5.0, memory_bytes=7, disk_bytes=9)
 
     counted = stage("count", version=1, estimate=guess)(count_characters)
@@ -211,7 +211,7 @@ def test_estimates_come_from_earlier_runs_or_from_the_stage(store: Store) -> Non
 
 
 def test_a_store_too_full_for_the_plan_is_refused(store: Store) -> None:
-    huge = stage("count", version=1, estimate=lambda config: Estimate(disk_bytes=10**18))(count_characters)
+    huge = stage("count", version=1, estimate=lambda config, recipe: Estimate(disk_bytes=10**18))(count_characters)
 
     def pipeline(recipe: Toy) -> Artifact:
         return huge(recipe.count, joined=toys.join(recipe.join, parts=write(recipe.write, seed=recipe.seed)))
