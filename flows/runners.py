@@ -69,11 +69,12 @@ class Plain:
         before = self._planned(pipeline, recipe, until, from_, verify=False)  # refuses bad input before it locks
         self.store.check_usable(before.disk_bytes)
         with StoreLock(self.store, wait=self.wait, say=self.watcher.say) as self.lock:
+            started = time.time()
             self.store.sweep()
             self.plan = self._planned(pipeline, recipe, until, from_, verify=True)
             for warning in self.plan.warnings:
                 self.watcher.say(f"warning: {warning}")
-            self.record = {**new_record(recipe, self.plan, until, from_), **self.note}
+            self.record = {**new_record(recipe, self.plan, started, until, from_), **self.note}
             self.store.record_run(self.record)
             for planned in self.plan.stages:
                 if planned.state == "forced":
@@ -201,9 +202,8 @@ class Plain:
         self.watcher.say(f"stage {planned.name}: made again with other bytes than before ({why})")
 
 
-def new_record(recipe: Any, plan: PlanResult, until: str | None, from_: str | None) -> dict[str, Any]:
-    """The beginning of a run's record."""
-    started = time.time()
+def new_record(recipe: Any, plan: PlanResult, started: float, until: str | None, from_: str | None) -> dict[str, Any]:
+    """The beginning of a run's record; `started` in seconds since the epoch, before what is there was checked."""
     stamp = datetime.fromtimestamp(started, UTC).strftime("%Y%m%dT%H%M%S")
     return {
         "run": f"{stamp}-{uuid.uuid4().hex[:6]}",

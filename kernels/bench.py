@@ -38,8 +38,13 @@ def seconds(ours: Callable[[], Any], theirs: Callable[[], Any], device: str) -> 
 
 
 def both_ways(function: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], Any]:
-    """Forward, and the gradients of the sum."""
-    return lambda: torch.autograd.grad(function(*leaves).sum(), leaves)
+    """Forward, and the gradients of the sum; by a gradient held whole, which torch's grouped product needs."""
+
+    def work() -> Any:
+        out = function(*leaves)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    return work
 
 
 def grouped(device: str, experts: int, rows: int, inner: int, outer: int) -> dict[str, Any]:
