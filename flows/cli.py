@@ -254,6 +254,10 @@ def ui(
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Start the Prefect server and serve the deployments, until Ctrl-C."""
+    from gristmill.flows import server
+
+    server.check_port(port)
+    server.HOME.mkdir(parents=True, exist_ok=True)  # Prefect looks for it as soon as it is imported
     from gristmill.flows.deployments import serve_ui
 
     serve_ui(port, store)

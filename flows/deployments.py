@@ -114,21 +114,18 @@ def deployments(store: str) -> list[RunnerDeployment]:
 
 
 def serve_ui(port: int, store: str) -> None:
-    """Start the server, serve the deployments, say where, and stop both on Ctrl-C.
-
-    Raises:
-        UsageError: the port is in use.
-    """
-    server.check_port(port)
+    """Start the server on a free port, serve the deployments, say where, and stop both on Ctrl-C."""
     note = server.HOME / "server.json"
     with server.started(port) as url:
         note.write_text(json.dumps({"url": url, "pid": os.getpid()}), encoding="utf-8")
         os.environ["PREFECT_API_URL"] = url
-        print(f"Prefect UI: {url.removesuffix('/api')}  (Ctrl-C stops it)", flush=True)
         try:
             from prefect.settings import PREFECT_API_URL, temporary_settings
 
             with temporary_settings({PREFECT_API_URL: url}):
-                serve(*deployments(store), pause_on_shutdown=False, print_starting_message=False, limit=1)
+                served = deployments(store)
+                names = ", ".join(f"{d.flow_name}/{d.name}{' (paused)' if d.paused else ''}" for d in served)
+                print(f"Prefect UI: {url.removesuffix('/api')}  (Ctrl-C stops it)\ndeployments: {names}", flush=True)
+                serve(*served, pause_on_shutdown=False, print_starting_message=False, limit=1)
         finally:
             note.unlink(missing_ok=True)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 CHUNK_LOGITS = {"cpu": 1 << 20, "gpu": 1 << 26}  # on a CPU a chunk stays in the cache, on a GPU it fills the device
+LEAST_ROWS = 128  # with fewer, a product spends its time on reading the weights
 
 
 def chunks(rows: int, vocab_size: int, implementation: str) -> Iterator[slice]:
-    """Slices of rows whose logits fit a chunk, at least 16 rows each."""
-    size = max(16, CHUNK_LOGITS[implementation] // vocab_size)
+    """Slices of rows whose logits fit a chunk, but at least `LEAST_ROWS` of them."""
+    size = max(LEAST_ROWS, CHUNK_LOGITS[implementation] // vocab_size)
     for start in range(0, rows, size):
         yield slice(start, start + size)
 

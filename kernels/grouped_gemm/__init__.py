@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor
 
 from gristmill.kernels.dispatch import chosen, require
@@ -48,17 +50,8 @@ def _check(x: Tensor, w: Tensor, ends: Tensor) -> None:
         (w.shape[0],),
     )
     if ends.device.type == "cpu" and ends.numel():
-        require(
-            bool((ends.diff() >= 0).all()) and int(ends[0]) >= 0,
-            ValueError,
-            "grouped_gemm: ends_E",
-            ends.tolist(),
-            "ascending ends",
-        )
-        require(
-            int(ends[-1]) == x.shape[0],
-            ValueError,
-            "grouped_gemm: last of ends_E",
-            int(ends[-1]),
-            f"the {x.shape[0]} rows of x_NK",
-        )
+        places = ends.tolist()
+        ascending = places[0] >= 0 and all(a <= b for a, b in pairwise(places))
+        require(ascending, ValueError, "grouped_gemm: ends_E", places, "ascending ends")
+        rows = x.shape[0]
+        require(places[-1] == rows, ValueError, "grouped_gemm: last of ends_E", places[-1], f"the {rows} rows of x_NK")

@@ -1,6 +1,6 @@
 """The grouped product on a CPU: one library product a group, written straight into its rows.
 
-It takes any floating dtype and any layout of gradients, and is as fast as torch's own grouped product (BENCHMARKS.md).
+It takes any floating dtype and any layout of gradients, about as fast as torch's own grouped product (BENCHMARKS.md).
 A group's product is one call with a fixed order of sums, so two runs with as many threads give equal bits.
 """
 
