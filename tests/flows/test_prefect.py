@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ COMMAND = [str(Path(sys.executable).with_name("gristmill"))]
 
 
 class Api:
-    """Prefect's REST API."""
+    """Prefect's REST API. A busy server answers 503, and is asked again, as Prefect's own client does."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -31,9 +32,16 @@ class Api:
     def __call__(self, path: str, body: Any = None, method: str | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         asked = urllib.request.Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(asked, timeout=30) as answer:
-            text = answer.read()
-            return json.loads(text) if text else None
+        until = time.monotonic() + 30
+        while True:
+            try:
+                with urllib.request.urlopen(asked, timeout=30) as answer:
+                    text = answer.read()
+                    return json.loads(text) if text else None
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or time.monotonic() > until:
+                    raise
+                time.sleep(1.0)
 
     def wait(self, run: str, states: set[str], seconds: float) -> dict[str, Any]:
         until = time.monotonic() + seconds
@@ -175,5 +183,6 @@ def test_the_page_shows_the_run(served: tuple[Api, Path, str], tmp_path: Path) -
                 page.click("Task Runs", "pretrain-")
                 page.picture(tmp_path / "ui-tasks.png")
     if keep := os.environ.get("GRISTMILL_PICTURES"):
+        Path(keep).mkdir(parents=True, exist_ok=True)
         for picture in tmp_path.glob("ui-*.png"):
             shutil.copy(picture, keep)
