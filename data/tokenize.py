@@ -157,20 +157,39 @@ def _write_streams(
             entry = (d["order"], number, place, start, d["tokens"], d["bytes"])
             streams.setdefault((d["split"], d["source"]), []).append(entry)
             start += d["tokens"]
+    _leave_none_empty(streams)
     shutil.rmtree(folder, ignore_errors=True)
     written: dict[tuple[str, str], tuple[list[ShardEntry], int]] = {}
     for (split, source), entries in sorted(streams.items()):
         made: list[ShardEntry] = []
         held: list[np.ndarray] = []
+        filled = 0
         for _, number, _, start, count, _ in sorted(entries):
             held.append(tokens[number][start : start + count])
-            if sum(map(len, held)) >= shard_tokens:
+            filled += count
+            if filled >= shard_tokens:
                 made.append(write_shard(folder, split, source, len(made), held, dtype))
-                held = []
+                held, filled = [], 0
         if held:
             made.append(write_shard(folder, split, source, len(made), held, dtype))
         written[split, source] = (made, sum(e[5] for e in entries))
     return written
+
+
+def _leave_none_empty(streams: dict[tuple[str, str], list[tuple[int, int, int, int, int, int]]]) -> None:
+    """A source of few documents may have them all on one side by chance: the first of its order goes to the other.
+
+    Training comes first: a source with one document holds nothing out.
+    """
+    for source in {source for _, source in streams}:
+        for empty, full in (("train", "held_out"), ("held_out", "train")):
+            there = streams.get((full, source), [])
+            if (empty, source) not in streams and len(there) > (empty == "held_out"):
+                moved = min(there)
+                there.remove(moved)
+                streams[empty, source] = [moved]
+                if not there:
+                    del streams[full, source]
 
 
 def _metrics(streams: dict[tuple[str, str], tuple[list[ShardEntry], int]], vocab_size: int) -> Metrics:

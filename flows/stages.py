@@ -100,7 +100,7 @@ rl = stage(
 )(reinforce)
 evaluate = stage(
     "evaluate",
-    version=1,
+    version=2,
     title="Evaluation on held-out problems",
     estimate=estimates.of_evaluation,
 )(evaluate_models)

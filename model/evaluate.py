@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from gristmill.model.config import EvaluateConfig
@@ -40,6 +39,4 @@ def evaluate(
         "models": {name: str(folder) for name, folder in models.items()},
         "seed": seed,
     }
-    metrics = launch("gristmill.model.evaluation:run", job, out, threads=threads, device=device, progress=progress)
-    shutil.rmtree(out / "work")
-    return metrics
+    return launch("gristmill.model.evaluation:run", job, out, threads=threads, device=device, progress=progress)

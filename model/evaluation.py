@@ -15,13 +15,16 @@ import zstandard
 from gristmill.model.chat import Chat
 from gristmill.model.config import EvaluateConfig, RewardConfig
 from gristmill.model.generate import Sampling, sample, thought_tokens
-from gristmill.model.rl.rewards import judge, reference_answer, split_response
+from gristmill.model.rl.rewards import judge, reference_answer, same_answer, split_response
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import numpy_generator, torch_seed
 from gristmill.model.training.checkpoints import load_model
 from gristmill.model.training.loop import Row, write_rows
 
 RESAMPLINGS = 2000
+CONTEXT = 40  # characters around a place, for what stands right before and after it
+SUM_BEFORE = re.compile(r"\d[+-]\d+=-?\d+ $")
+SUM_AFTER = re.compile(r" -?\d+(?:[+-]\d+)+=")
 
 
 def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress) -> Metrics:
@@ -102,7 +105,7 @@ def _result(name: str, rows: list[Row], problems: list[Row], config: EvaluateCon
     draws = numpy_generator(seed, "bootstrap", name).integers(0, len(each), (RESAMPLINGS, len(each)))
     means = each[draws].mean(1)
     means.sort()
-    agreed = [majority(r["finals"]) == r["reference"] for r in rows]
+    agreed = [same_answer(majority(r["finals"]), r["reference"]) for r in rows]
 
     def mean(field: str) -> float:
         return round(sum(sum(r[field]) for r in rows) / (len(rows) * config.samples), 4)
@@ -122,16 +125,23 @@ def _result(name: str, rows: list[Row], problems: list[Row], config: EvaluateCon
 
 
 def majority(finals: list[str]) -> str:
-    """The most frequent answer (cons@k); of equally frequent ones the first given; nothing where none was given."""
-    counts = Counter(f for f in finals if f)
-    return counts.most_common(1)[0][0] if counts else ""
+    """The most frequent answer (cons@k); of equally frequent ones the first given; nothing where none was given.
+
+    Answers that are equal as numbers are one: 1080 and 1,080 vote together.
+    """
+    votes: Counter[str] = Counter()
+    for final in filter(None, finals):
+        votes[next((known for known in votes if same_answer(final, known)), final)] += 1
+    return votes.most_common(1)[0][0] if votes else ""
 
 
 def seen_in_training(problems: list[Row], folder: Path, documents: Path) -> set[str]:
     """Ids of problems whose question, or whose whole worked solution, stands in the corpus or a training set."""
-    questions = {_plain(row["question"]) for n in ("cold_start", "train") for row in _read(folder / f"{n}.jsonl")}
-    seen = {p["id"] for p in problems if _plain(p["question"]) in questions}
-    needles = {p["id"]: [_plain(p["question"]), _plain(p["answer"].rsplit("####", 1)[0])] for p in problems}
+    needles = {p["id"]: [_plain(p["question"]), _plain(_worked(p))] for p in problems}
+    known: set[str] = set()
+    for row in (r for name in ("cold_start", "train") for r in _read(folder / f"{name}.jsonl")):
+        known |= {_plain(row["question"]), _plain(_worked(row)), _plain(row.get("thought", ""))}
+    seen = {key for key, parts in needles.items() if any(part in known for part in parts if part)}
     for shard in sorted((documents / "documents").glob("*.jsonl.zst")):
         text = _plain("\n".join(_texts(shard)))
         for key, parts in needles.items():
@@ -140,12 +150,24 @@ def seen_in_training(problems: list[Row], folder: Path, documents: Path) -> set[
     return seen
 
 
+def _worked(problem: Row) -> str:
+    """The worked solution of a GSM8K-format problem, without its final answer."""
+    return problem["answer"].rsplit("####", 1)[0]
+
+
 def _stands_in(needle: str, text: str) -> bool:
-    """Whether the needle stands in the text by itself: 1+2 does not stand in 11+2."""
+    """Whether the needle stands in the text by itself: 1+2 does not stand in 11+2.
+
+    Nor do the sums of a short chain stand in those of a longer one, which is another problem: no further sum may come
+    right before or right after them.
+    """
     at = text.find(needle)
     while at >= 0:
-        before, after = text[at - 1 : at], text[at + len(needle) : at + len(needle) + 1]
-        if not (before.isalnum() or (before in "+-" and before)) and not (after.isalnum() and needle[-1:].isalnum()):
+        end = at + len(needle)
+        before, after = text[max(0, at - CONTEXT) : at], text[end : end + CONTEXT]
+        touches = before[-1:].isalnum() or before[-1:] in ("+", "-") or (after[:1].isalnum() and needle[-1:].isalnum())
+        sums = needle[-1:].isdigit() and "=" in needle and (SUM_BEFORE.search(before) or SUM_AFTER.match(after))
+        if not touches and not sums:
             return True
         at = text.find(needle, at + 1)
     return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from gristmill.model.config import ExportConfig
@@ -25,6 +24,4 @@ def export(
         JobFailed: the model has no Hugging Face form, or `transformers` computes other logits from the folder.
     """
     job = {"config": config.model_dump(mode="json"), "model": str(model), "tokenizer": str(tokenizer)}
-    metrics = launch("gristmill.model.conversion:run", job, out, threads=threads, device="cpu", progress=progress)
-    shutil.rmtree(out / "work")
-    return metrics
+    return launch("gristmill.model.conversion:run", job, out, threads=threads, device="cpu", progress=progress)

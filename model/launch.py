@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,9 +36,10 @@ def launch(
     progress: Progress,
     ranks: int | None = None,
 ) -> Metrics:
-    """Run `entry` ("module:function" of gristmill.model) on `job` and return the metrics it wrote.
+    """Run `entry` ("module:function" of gristmill.model) on `job`, remove out/work and return the metrics it wrote.
 
-    With `ranks` the job is started by torchrun with that many processes, otherwise as one plain process.
+    With `ranks` the job is started by torchrun with that many processes, otherwise as one plain process. A job that
+    had ended when its launcher was killed is not run again.
 
     Raises:
         JobFailed: the process ended with an error.
@@ -47,6 +49,8 @@ def launch(
     log.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     told, failure, metrics = log / "progress.jsonl", log / "error.json", work / "metrics.json"
+    if (ended := _ended(metrics)) is not None:
+        return _cleared(work, metrics, ended)
     for stale in (told, failure, metrics):
         stale.unlink(missing_ok=True)
     described = {"entry": entry, "job": job, "out": str(out), "threads": threads, "device": device}
@@ -65,9 +69,35 @@ def launch(
             _end(process)
     if code and _was_interrupted(log / "output.log", code):
         raise KeyboardInterrupt
-    if code or not metrics.exists():
+    ended = None if code else _ended(metrics)
+    if ended is None:
         raise JobFailed(_sentence(failure, log / "output.log", code))
-    return json.loads(metrics.read_text(encoding="utf-8"))
+    return _cleared(work, metrics, ended)
+
+
+def boot() -> str:
+    """What changes when the machine starts again, and files that were never flushed may hold anything."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text(encoding="ascii").strip() if path.exists() else ""
+
+
+def _ended(metrics: Path) -> Metrics | None:
+    """The metrics of a job that has written all that it makes, since the machine's last start."""
+    if not metrics.exists():
+        return None
+    written = json.loads(metrics.read_text(encoding="utf-8"))
+    return written["metrics"] if written["boot"] == boot() else None
+
+
+def _cleared(work: Path, metrics: Path, ended: Metrics) -> Metrics:
+    """Remove work/, the word that the job has ended last: killed in between, the next start goes on removing."""
+    for path in sorted(work.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path != metrics:
+            path.unlink()
+    shutil.rmtree(work)
+    return ended
 
 
 def _command(described: Path, ranks: int | None) -> list[str]:

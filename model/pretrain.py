@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from gristmill.model.config import PretrainConfig
@@ -27,7 +26,7 @@ def pretrain(
         JobFailed: the training process ended badly (NaN loss, shards that do not fit, a signal).
     """
     job = {"config": config.model_dump(mode="json"), "tokens": str(tokens), "seed": seed}
-    metrics = launch(
+    return launch(
         "gristmill.model.training.pretraining:run",
         job,
         out,
@@ -36,5 +35,3 @@ def pretrain(
         progress=progress,
         ranks=ranks,
     )
-    shutil.rmtree(out / "work")
-    return metrics

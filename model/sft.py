@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from gristmill.model.config import SFTConfig
@@ -35,7 +34,7 @@ def fine_tune(
         "tokenizer": str(tokenizer),
         "seed": seed,
     }
-    metrics = launch(
+    return launch(
         "gristmill.model.training.fine_tuning:run",
         job,
         out,
@@ -44,5 +43,3 @@ def fine_tune(
         progress=progress,
         ranks=ranks,
     )
-    shutil.rmtree(out / "work")
-    return metrics

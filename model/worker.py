@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from gristmill.model.launch import boot
+
 WATCH_SECONDS = 0.5
 TELL_SECONDS = 0.2
 
@@ -75,7 +77,7 @@ def main(described: Path) -> int:
         raise
     if rank == 0:
         part = out / "work" / "metrics.tmp"
-        part.write_text(json.dumps(metrics, sort_keys=True), encoding="utf-8")
+        part.write_text(json.dumps({"metrics": metrics, "boot": boot()}, sort_keys=True), encoding="utf-8")
         part.replace(out / "work" / "metrics.json")
     return 0
 

@@ -49,6 +49,7 @@ def softmax_slope_(logits_RV: Tensor, target_R: Tensor, weight_R: Tensor, temper
 
 
 def _launch(logits: Tensor, target: Tensor, weight: Tensor, temperature: float, write: bool) -> Tensor:
+    target, weight = target.contiguous(), weight.contiguous()  # the kernel reads them by place
     loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
         _slope[(logits.shape[0],)](

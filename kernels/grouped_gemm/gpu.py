@@ -109,6 +109,7 @@ class TritonGroupedGemm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_NK: Tensor, w_EMK: Tensor, ends_E: Tensor) -> Tensor:
+        ends_E = ends_E.contiguous()  # the kernels read it by place
         ctx.save_for_backward(x_NK, w_EMK, ends_E)
         return product(x_NK, w_EMK, ends_E, w_EMK.shape[1], w_EMK.stride(2), w_EMK.stride(1))
 

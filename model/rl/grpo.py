@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from gristmill.model.config import GRPOConfig
@@ -34,6 +33,4 @@ def reinforce(
         "tokenizer": str(tokenizer),
         "seed": seed,
     }
-    metrics = launch("gristmill.model.rl.training:run", job, out, threads=threads, device=device, progress=progress)
-    shutil.rmtree(out / "work")
-    return metrics
+    return launch("gristmill.model.rl.training:run", job, out, threads=threads, device=device, progress=progress)

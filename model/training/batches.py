@@ -22,12 +22,17 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """One rank's share of a step: inputs, targets one and two tokens ahead, and the weight of each position."""
+    """One rank's share of a step: inputs, targets one and two tokens ahead, and the weight of each position.
+
+    `share` is this rank's part of the step's whole weight, times the ranks: a rank's loss is the mean over its own
+    positions, and the mean of the ranks' losses times their shares is the mean over all positions of the step.
+    """
 
     inputs: Batch
     target_BS: Tensor
     next_target_BS: Tensor | None
     weight_BS: Tensor
+    share: float = 1.0
 
 
 class Batches(Protocol):
@@ -115,6 +120,14 @@ def _streams(
     shards: TokenShards, split: str, mixture: dict[str, float], length: int
 ) -> list[tuple[str, TokenStream, float]]:
     there = shards.streams(split)
+    if split == "held_out":  # a small source may have nothing, or too little, to hold out: the others stand for it
+        there = [name for name in there if len(shards.stream(split, name)) >= length + 2]
+        mixture = {name: weight for name, weight in mixture.items() if name in there}
+        if not there or (mixture and not any(mixture.values())):
+            raise ValueError(
+                f"no source holds out as many tokens as one sequence of {length} and the two after it: give more text, "
+                f"raise tokenize.held_out or lower sequence_length"
+            )
     unknown = sorted(set(mixture) - set(there))
     if unknown:
         raise ValueError(
@@ -175,12 +188,15 @@ class ConversationBatches:
         self.plan = _plan(np.array([len(self.packs)]), np.ones(1), sequences * steps, seed)[:, 1]
 
     def step(self, step: int, rank: int, ranks: int) -> TrainingBatch:
-        share = self.sequences // ranks
-        first = step * self.sequences + rank * share
-        rows = [self._row(self.packs[i]) for i in self.plan[first : first + share]]
+        first, count = step * self.sequences, self.sequences // ranks
+        places = self.plan[first : first + self.sequences]
+        responses = [sum(len(self.conversations[c].response) for c in self.packs[i]) for i in places]
+        mine = slice(rank * count, (rank + 1) * count)
+        share = sum(responses[mine]) * ranks / sum(responses)
+        rows = [self._row(self.packs[i]) for i in places[mine]]
         token, target, document = (torch.from_numpy(np.stack(part)).to(self.device) for part in zip(*rows, strict=True))
         inputs = Batch(token, positions_within(document), document_mask(document))
-        return TrainingBatch(inputs, target, None, (target != IGNORED).float())
+        return TrainingBatch(inputs, target, None, (target != IGNORED).float(), share)
 
     def _row(self, pack: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         token = np.full(self.length, self.pad, dtype=np.int64)

@@ -20,7 +20,11 @@ KEPT = 2
 
 
 def save_model(folder: Path, model: Transformer) -> None:
-    """Write `config.json` and `model.safetensors` (parameters and expert biases) into `folder`, atomically."""
+    """Write `config.json` and `model.safetensors` (parameters and expert biases) into `folder`, atomically.
+
+    Raises:
+        FloatingPointError: a weight is infinite or not a number.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     described = {**model.config.model_dump(mode="json"), "vocab_size": model.vocab_size}
     _write_json(folder / "config.json", described)
@@ -60,6 +64,9 @@ def save_checkpoint(
     """Keep everything a run needs to go on after `step` steps; older checkpoints but one are removed.
 
     `further` names more files of tensors, a reference policy's for instance.
+
+    Raises:
+        FloatingPointError: a weight or the optimizer's state is infinite or not a number; the earlier ones are kept.
     """
     part, final = work / f"checkpoint-{step:08d}.tmp", work / f"checkpoint-{step:08d}"
     shutil.rmtree(part, ignore_errors=True)
@@ -68,7 +75,8 @@ def save_checkpoint(
     _write_tensors(part / "optimizer.safetensors", optimizer.named_state())
     for name, tensors in (further or {}).items():
         _write_tensors(part / name, tensors)
-    _write_json(part / "state.json", {**state, "step": step, "optimizer_steps": optimizer.steps_done})
+    files = sorted(p.name for p in part.iterdir())
+    _write_json(part / "state.json", {**state, "step": step, "optimizer_steps": optimizer.steps_done, "files": files})
     shutil.rmtree(final, ignore_errors=True)
     os.replace(part, final)
     for old in checkpoints(work)[:-KEPT]:
@@ -76,8 +84,16 @@ def save_checkpoint(
 
 
 def checkpoints(work: Path) -> list[Path]:
-    """Whole checkpoints, oldest first; `state.json` is the last file of one that is copied file by file."""
-    return sorted(p for p in work.glob("checkpoint-*") if p.suffix != ".tmp" and (p / "state.json").exists())
+    """Whole checkpoints, oldest first: one that was killed while it was copied or removed lacks a file."""
+    return sorted(p for p in work.glob("checkpoint-*") if p.suffix != ".tmp" and _is_whole(p))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """`state.json` is the last file that is written or copied, and names the others."""
+    state = checkpoint / "state.json"
+    if not state.exists():
+        return False
+    return all((checkpoint / name).exists() for name in json.loads(state.read_text(encoding="utf-8"))["files"])
 
 
 def load_checkpoint(work: Path, model: Transformer, optimizer: MuonAdamW) -> dict[str, Any] | None:
@@ -93,6 +109,11 @@ def load_checkpoint(work: Path, model: Transformer, optimizer: MuonAdamW) -> dic
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    if wrong := [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
+        raise FloatingPointError(
+            f"{wrong[0]} (and {len(wrong) - 1} more) is not finite: lower the learning rates and resume from the last "
+            f"checkpoint"
+        )
     part = path.with_suffix(".part")
     save_file({name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}, part)
     _sync_and_rename(part, path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -55,6 +56,8 @@ class Objective(nn.Module):
         self.routing = Routing()
         next_target = batch.next_target_BS if self.mtp_loss_weight else None
         main, ahead = self.model.losses(batch.inputs, batch.target_BS, next_target, batch.weight_BS, self.routing)
+        if batch.share != 1.0:
+            main, ahead = main * batch.share, None if ahead is None else ahead * batch.share
         total, parts = main, {"main_loss": main.detach()}
         if ahead is not None:
             total = total + self.mtp_loss_weight * ahead
@@ -94,7 +97,7 @@ def train(
     `held_out(step)` gives further numbers for the rows of some steps.
 
     Raises:
-        FloatingPointError: the loss was not finite; the last checkpoint is kept.
+        FloatingPointError: the loss, its gradient or the weights were not finite; the last checkpoint is kept.
         ValueError: the batch does not divide among the ranks.
     """
     import deepspeed
@@ -119,13 +122,10 @@ def train(
         engine.train()
         loss, parts = engine(batches.step(step, rank, ranks))
         row = _agreed(parts, ranks)
-        if not all(torch.isfinite(torch.tensor(list(row.values())))):
-            raise FloatingPointError(
-                f"the loss is not finite at step {step} ({row}); the last good checkpoint is of step "
-                f"{step // training.checkpoint_every * training.checkpoint_every}: lower the rates and resume"
-            )
+        _refuse_not_finite(row, step, training)
         engine.backward(loss)
         norm = nn.utils.clip_grad_norm_(model.parameters(), training.optimizer.gradient_clip, foreach=True)
+        _refuse_not_finite({"grad_norm": float(norm)}, step, training)
         optimizer.scale = factor(training.schedule, step, training.steps)
         engine.step()
         violation, load = _balance(model, objective.routing, ranks)
@@ -147,6 +147,19 @@ def train(
                 checkpoints.save_checkpoint(out / "work", done, model, optimizer, {"curves": curves, "loads": loads})
         progress(done, training.steps, loss=row["main_loss"], grad_norm=row["grad_norm"])
     return curves, loads
+
+
+def _refuse_not_finite(row: Row, step: int, training: Training) -> None:
+    """Stop before a step that would spoil the weights, and with them the next checkpoint.
+
+    Raises:
+        FloatingPointError: a loss or the gradient is infinite or not a number.
+    """
+    if not all(math.isfinite(value) for value in row.values()):
+        raise FloatingPointError(
+            f"the loss or its gradient is not finite at step {step} ({row}); the last good checkpoint is of step "
+            f"{step // training.checkpoint_every * training.checkpoint_every}: lower the rates and resume"
+        )
 
 
 def _engine_config(training: Training, ranks: int) -> dict[str, Any]:

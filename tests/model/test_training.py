@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,10 @@ from gristmill.model.launch import JobFailed
 from gristmill.model.pretrain import pretrain
 from gristmill.model.sft import fine_tune
 from gristmill.model.stage_types import silent
-from gristmill.model.training.batches import TokenBatches, pack_whole
+from gristmill.model.training.batches import Conversation, ConversationBatches, TokenBatches, pack_whole
+from gristmill.model.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from gristmill.model.training.loop import Objective
+from gristmill.model.training.optimizers import MuonAdamW
 from gristmill.model.transformer import Transformer
 
 SMALL = ModelConfig(
@@ -131,10 +135,75 @@ def test_nan_stops_the_stage_and_keeps_the_checkpoint(tokens: Path, tmp_path: Pa
         }
     )
     with pytest.raises(
-        JobFailed, match=r"the loss is not finite at step \d+ .*the last good checkpoint is of step \d+"
+        JobFailed, match=r"not finite at step \d+ .*the last good checkpoint is of step \d+|not finite: lower"
     ):
         trained(tokens, tmp_path / "out", wild)
-    assert any((tmp_path / "out" / "work").glob("checkpoint-????????/state.json"))
+    kept = sorted((tmp_path / "out" / "work").glob("checkpoint-????????"))
+    assert kept
+    for name in ("model", "optimizer"):
+        tensors = load_file(kept[-1] / f"{name}.safetensors")
+        assert all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
+
+
+def test_killed_while_its_work_is_removed_it_is_not_trained_again(
+    base: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The removal stops after one file of the last checkpoint: that the job had ended is still known."""
+    out = tmp_path / "out"
+
+    def killed(folder: Path, *_: object, **__: object) -> None:
+        (folder / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gristmill.model.launch.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tokens, out)
+    assert (out / "work").exists()
+    assert trained(tokens, out)["steps"] == CONFIG.steps
+    assert len((out / "log" / "starts.jsonl").read_text().splitlines()) == 1
+    assert not (out / "work").exists()
+    assert content(out) == content(base)
+
+
+def test_a_checkpoint_that_lacks_a_file_is_no_checkpoint(tmp_path: Path) -> None:
+    model = Transformer(SMALL, 64)
+    model.initialise(0)
+    optimizer = MuonAdamW(model.named_parameters(), OptimizerConfig())
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, model, optimizer, {"curves": []}, {"reference.safetensors": model.state_dict()})
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-00000002", "checkpoint-00000004"]
+    (tmp_path / "checkpoint-00000004" / "reference.safetensors").unlink()
+    state = load_checkpoint(tmp_path, model, optimizer)
+    assert state is not None
+    assert state["step"] == 2
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = math.nan
+    with pytest.raises(FloatingPointError, match=r"lm_head.weight .*is not finite"):
+        save_checkpoint(tmp_path, 6, model, optimizer, {"curves": []})
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-00000002"]
+
+
+def test_ranks_share_the_responses_of_a_step() -> None:
+    """The mean of the ranks' losses is the mean over all response tokens, however unevenly these fall."""
+    talks = [Conversation([5, 6, 7], list(range(8, 8 + n))) for n in (2, 20, 3, 25, 4, 18, 2, 9)]
+    made: dict[str, Any] = {"sequences": 4, "length": 32, "steps": 1, "seed": 0, "pad": 0}
+    batches = ConversationBatches(talks, **made, device=torch.device("cpu"))
+    torch.manual_seed(0)
+    model = Transformer(SMALL, 64)
+    model.initialise(0)
+
+    def gradient(ranks: int) -> torch.Tensor:
+        model.zero_grad()
+        for rank in range(ranks):
+            loss, _ = Objective(model, 0.0)(batches.step(0, rank, ranks))
+            (loss / ranks).backward()
+        assert model.lm_head.weight.grad is not None
+        return model.lm_head.weight.grad.clone()
+
+    # The head's gradient has no part in the balance loss; float32 sums of some dozens of terms in another order.
+    for ranks in (2, 4):
+        torch.testing.assert_close(gradient(ranks), gradient(1), rtol=1e-4, atol=1e-6)
 
 
 def test_shards_that_do_not_fit_are_refused(tokens: Path, tmp_path: Path) -> None:
