@@ -208,6 +208,23 @@ def test_problem_sets_share_no_question(tmp_path: Path) -> None:
     assert all(r["answer"].endswith(f"#### {r['final']}") for r in read["cold_start"])
 
 
+def test_problems_stopped_in_the_middle_end_in_the_same_bytes(tmp_path: Path) -> None:
+    config = ProblemsConfig(cold_start=40, train=40, test=20)
+
+    def stop(done: int, total: int, **_: float) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        make_problems(config, tmp_path / "broken", 0, progress=stop)
+    (tmp_path / "broken" / "train.jsonl").write_text("half a li")
+    made = [make_problems(config, tmp_path / name, 0, progress=silent) for name in ("whole", "broken")]
+    assert made[0] == made[1]
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "broken")]
+    assert files[0] == files[1]
+
+
 def test_gsm8k_files_take_their_place(tmp_path: Path, shared_data: Path) -> None:
     config = ProblemsConfig(
         family="gsm8k",
