@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import orjson
 import zstandard
 
 Row = dict[str, Any]
@@ -40,18 +42,40 @@ def atomic(path: Path) -> Iterator[Path]:
             left.unlink(missing_ok=True)
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> int:
-    """Write a shard atomically; the number of rows."""
-    count = 0
+class RowWriter:
+    """Writes a shard row by row, holding none; made by `open_rows`."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.count = 0
+
+    def write(self, row: Row) -> None:
+        self._stream.write(encoded(row))
+        self.count += 1
+
+
+def encoded(row: Row) -> bytes:
+    """A row as one line of JSON, keys sorted: equal rows give equal bytes. orjson is many times faster than json."""
+    return orjson.dumps(row, option=orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
+
+
+@contextmanager
+def open_rows(path: Path) -> Iterator[RowWriter]:
+    """A shard to write row by row; it appears at `path` when the block ends well."""
     with (
         atomic(path) as part,
         part.open("wb") as raw,
         zstandard.ZstdCompressor(level=LEVEL).stream_writer(raw) as stream,
     ):
+        yield RowWriter(stream)
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> int:
+    """Write a shard atomically; the number of rows."""
+    with open_rows(path) as shard:
         for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n")
-            count += 1
-    return count
+            shard.write(row)
+    return shard.count
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -63,7 +87,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     try:
         with path.open("rb") as raw:
             for line in io.BufferedReader(WholeZstd(raw), BLOCK):
-                yield json.loads(line)
+                yield orjson.loads(line)
     except (zstandard.ZstdError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole document shard ({error}): make its stage again") from error
 
@@ -110,9 +134,9 @@ class WholeZstd(io.RawIOBase):
         return out
 
 
-def shards(folder: Path) -> list[Path]:
-    """The document shards of a stage's folder, in order."""
-    return sorted((folder / "documents").glob("*.jsonl.zst"))
+def shards(folder: Path, kind: str = "documents") -> list[Path]:
+    """The shards of a stage's folder, in order; `kind` is documents, removed or changed (see `sieve.py`)."""
+    return sorted((folder / kind).glob("*.jsonl.zst"))
 
 
 def write_json_lines(path: Path, rows: Iterable[Row]) -> None:
@@ -120,6 +144,17 @@ def write_json_lines(path: Path, rows: Iterable[Row]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
     with atomic(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def id_hash(identifier: str) -> int:
+    """A document's id as an unsigned 64-bit number: how indexes beside shards (`*.ids`, little-endian) name it."""
+    return int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8], "little")
+
+
+def fresh(path: Path) -> Path:
+    """`path`, where no file is: one that a killed attempt left is removed."""
+    path.unlink(missing_ok=True)
+    return path
 
 
 def excerpt(text: str, characters: int = 240) -> str:
