@@ -1,7 +1,8 @@
 """The card of a stage: the Markdown that Prefect shows as the artifact of a finished stage.
 
-Everything comes from the manifest and from the conventions on files (`curves.jsonl`, `samples.jsonl`), so a
-new stage has a card without a line of code; what a stage shows beyond that stands in `extras.py`.
+Everything comes from the manifest and from the conventions on files (`curves.jsonl`, `samples.jsonl`, and those of the
+corpus in `corpus.py`), so a new stage has a card without a line of code; what a stage shows beyond that stands in
+`extras.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.flows.cards import charts, figures, text
+from gristmill.flows.cards.corpus import corpus_parts, holds_decisions
 from gristmill.flows.cards.extras import EXTRAS
 from gristmill.flows.cards.folder import Row, StageFolder
 
@@ -32,6 +34,7 @@ def card_markdown(manifest: dict[str, Any], folder: Path) -> str:
         _summary(stage),
         *_metrics(stage.metrics),
         *[part for extra in EXTRAS.get(stage.name, ()) for part in extra(stage)],
+        *corpus_parts(stage),
         *_curves(stage),
         *_samples(stage),
         *_lineage(stage),
@@ -83,7 +86,7 @@ def _curves(stage: StageFolder) -> list[str]:
 
 def _samples(stage: StageFolder) -> list[str]:
     rows = stage.rows("samples.jsonl", SAMPLES)
-    if not rows:
+    if not rows or holds_decisions(stage):
         return []
     columns = list(dict.fromkeys(name for row in rows for name in row))
     return ["## Samples", text.table(columns, [[row.get(c) for c in columns] for row in rows])]

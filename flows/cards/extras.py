@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gristmill.flows.cards import charts, figures, text
+from gristmill.flows.cards import charts, figures
 from gristmill.flows.cards.folder import StageFolder, is_number
 
 if TYPE_CHECKING:
@@ -27,23 +27,6 @@ def removal_tables(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def _picture(title: str, figure: Figure | None, dpi: int = 100) -> list[str]:
     return [] if figure is None else [f"![{title}]({charts.png_uri(figure, dpi)})"]
-
-
-def _removed(stage: StageFolder) -> list[str]:
-    parts = []
-    for name, table in removal_tables(stage.metrics).items():
-        if sum(table.values()):
-            parts += _picture(name, figures.counts(table, name.replace("_", " ")))
-    return ["## What was removed", *parts] if parts else []
-
-
-def _pairs(stage: StageFolder) -> list[str]:
-    """A few removed duplicates: what they are a copy of, where they differ, and their text."""
-    parts = []
-    for row in stage.rows("samples.jsonl", 3):
-        facts = " · ".join(f"{k} {text.cell(v)}" for k, v in row.items() if k != "text")
-        parts += [facts, text.code(str(row.get("text", ""))[:600])]
-    return ["## Duplicates", *parts] if parts else []
 
 
 def _experts(stage: StageFolder) -> list[str]:
@@ -76,8 +59,6 @@ def _accuracy(stage: StageFolder) -> list[str]:
 
 
 EXTRAS: dict[str, tuple[Extra, ...]] = {
-    "dedup": (_removed, _pairs),
-    "filter": (_removed,),
     "pretrain": (_experts,),
     "rl_zero": (_thinking,),
     "rl": (_thinking,),

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 CELL = 240  # characters of a table's cell; longer ones are cut, with a mark
+OPENS, CLOSES = "⟦", "⟧"  # around what is to be seen in a sample's text
+HAIR = "\u200a"  # a space beside a mark of bold, without which Markdown reads it as stars in some places
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A cell's value in which what stands between ⟦ and ⟧ is to be bold."""
+
+    value: Any
+    characters: int = CELL
 
 
 def number(value: Any) -> str:
@@ -67,12 +78,39 @@ def times(factor: float) -> str:
 
 def cell(value: Any) -> str:
     """A value as one cell of a Markdown table: on one line, cut at `CELL`, its marks escaped."""
-    text = number(value).replace("\r", "").strip()
-    if len(text) > CELL:
-        text = text[: CELL - 1] + "…"
+    if isinstance(value, Marked):
+        return marked(value)
+    return escaped(number(value).replace("\r", "").strip(), CELL) or " "
+
+
+def marked(value: Marked) -> str:
+    """A cell in which what stands between ⟦ and ⟧ is bold; an opening mark without its end is text."""
+    if not isinstance(value.value, str):
+        return cell(value.value)
+    text = value.value.replace("\r", "").strip()
+    if len(text) > value.characters:
+        text = text[: value.characters - 1] + "…"
+        if text.rfind(OPENS) > text.rfind(CLOSES):
+            text += CLOSES
+    first, *rest = text.split(OPENS)
+    parts = [escaped(first, len(first))]
+    for piece in rest:
+        inner, closed, after = piece.partition(CLOSES)
+        bold = escaped(inner, len(inner)).strip()
+        if not closed:
+            parts.append(OPENS + escaped(piece, len(piece)))
+        else:
+            parts.append(f"{HAIR}**{bold or '␣'}**{HAIR}{escaped(after, len(after))}")
+    return "".join(parts) or " "
+
+
+def escaped(text: str, characters: int) -> str:
+    """A text on one line, cut after so many characters, that Markdown shows as it is."""
+    if len(text) > characters:
+        text = text[: characters - 1] + "…"
     for mark in "\\`*_[]|~#":
         text = text.replace(mark, "\\" + mark)
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", " ⏎ ") or " "
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", " ⏎ ")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[int] = ()) -> str:

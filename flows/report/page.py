@@ -112,9 +112,13 @@ def _ways(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 def _removed_examples(folders: Mapping[str, StageFolder], count: int) -> dict[str, list[Row]]:
     """A few rows of the samples of dedup and filter, long texts cut."""
     return {
-        name: [{k: _cut(v) for k, v in _flat(row).items()} for row in folders[name].rows("samples.jsonl", count)]
+        name: [{k: _cut(v) for k, v in _flat(row).items() if k != "outcome"} for row in _removed(folders[name])[:count]]
         for name in ("dedup", "filter")
     }
+
+
+def _removed(stage: StageFolder) -> list[Row]:
+    return [row for row in stage.rows("samples.jsonl") if row.get("outcome") == "removed"]
 
 
 def _flat(row: Row, before: str = "") -> Row:

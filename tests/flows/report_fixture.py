@@ -182,42 +182,87 @@ TEXT = (
 
 
 def _dedup(folder: Path, removed: bool) -> dict[str, Any]:
+    exact, near = (141, 322) if removed else (0, 0)
     pairs = [
         {
             "removed": f"stdlib/test{i}.py/1",
             "kept": "stdlib/contextlib.py/3",
-            "reason": "near",
             "similarity": round(0.76 + i / 50, 2),
-            "differs": "−thing +file … −_Closing(thing) +_Closing(file)",
-            "text": TEXT.replace("thing", "file"),
+            "diff": f"-{TEXT.splitlines()[0]}\n+{TEXT.splitlines()[0].replace('thing', 'file')}\n     ```not a fence```",
         }
         for i in range(3)
     ]
-    write_rows(folder / "samples.jsonl", pairs if removed else [])
-    exact, near = (141, 322) if removed else (0, 0)
+    write_rows(folder / "pairs.jsonl", pairs if removed else [])
+    _decided(
+        folder, 5230, {"exact duplicate": exact, "near duplicate": near}, {"duplicate_of": "stdlib/contextlib.py/3"}
+    )
     return {
         "documents_in": 5230,
         "documents_out": 5230 - exact - near,
         "bytes_out": 12_600_000,
-        "exact": exact,
-        "near": near,
         "clusters": (exact + near) // 2,
+        "removed_by_reason": {"exact duplicate": exact, "near duplicate": near} if removed else {},
         "removed_by_source": {"stdlib": exact + near} if removed else {},
     }
 
 
+def _decided(folder: Path, documents: int, reasons: dict[str, int], because: dict[str, Any]) -> None:
+    """The tables of a stage that judges documents: funnel, histograms, samples."""
+    gone = {r: n for r, n in reasons.items() if n}
+    funnel = [("kept", "", documents - sum(gone.values())), *(("removed", r, n) for r, n in gone.items())]
+    write_rows(
+        folder / "funnel.jsonl",
+        [
+            {
+                "source": source,
+                "outcome": outcome,
+                "reason": reason,
+                "documents": share * n // 10,
+                "bytes_in": share * n * 250,
+                "bytes_out": share * n * 250 if outcome == "kept" else 0,
+            }
+            for outcome, reason, n in funnel
+            for source, share in (("stdlib", 7), ("docstrings", 3))
+        ],
+    )
+    rng = np.random.default_rng(5)
+    write_rows(
+        folder / "histograms.jsonl",
+        [
+            {"name": name, "outcome": outcome, "low": low, "documents": int(rng.integers(1, 400))}
+            for outcome in ("kept", *(["removed"] if gone else []))
+            for name, lows in (("characters", [2.0**p for p in range(6, 14)]), ("duplicate_lines", [0.0, 0.05, 0.6]))
+            for low in lows
+        ],
+    )
+    rows = [
+        {
+            "outcome": "removed",
+            "reason": r,
+            "source": "stdlib",
+            "id": f"stdlib/{r}/{i}",
+            **because,
+            "text": "a ⟦-- --⟧| *b*",
+        }
+        for i in range(4)
+        for r in gone
+    ]
+    kept = {"outcome": "kept", "reason": "", "source": "stdlib", "id": "stdlib/contextlib.py/3", "text": TEXT}
+    write_rows(folder / "samples.jsonl", [*rows, kept])
+
+
 def _filter(folder: Path, removed: bool) -> dict[str, Any]:
-    reasons = {"too short": 118, "repeated lines": 61, "symbols to words": 44, "language": 33}
+    reasons = {"too short": 118, "repeated lines": 61, "symbols to words": 44, "language": 33} if removed else {}
     rows = [{"reason": r, "id": f"stdlib/{i}", "text": "-- -- --\n" * 6} for i, r in enumerate(reasons)]
-    write_rows(folder / "samples.jsonl", rows if removed else [])
-    write_rows(folder / "removed" / "00000.jsonl.zst", rows if removed else [])
-    gone = sum(reasons.values()) if removed else 0
+    write_rows(folder / "removed" / "00000.jsonl.zst", rows)
     documents = 4767 if removed else 5230
+    _decided(folder, documents, reasons, {})
+    gone = sum(reasons.values())
     return {
         "documents_in": documents,
         "documents_out": documents - gone,
         "bytes_out": 12_100_000,
-        "removed_by_reason": reasons if removed else {},
+        "removed_by_reason": reasons,
         "removed_by_source": {"stdlib": gone} if removed else {},
     }
 

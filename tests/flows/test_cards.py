@@ -56,16 +56,8 @@ def test_pictures_are_where_there_is_something_to_draw(folders) -> None:
     assert len(pictures(card(folders["pretrain"]))) == 2  # load of the experts, curves
     assert len(pictures(card(folders["rl"]))) == 2  # reward and length, curves
     assert len(pictures(card(folders["evaluate"]))) == 1
-    assert len(pictures(card(folders["filter"]))) == 2  # by reason, by source
+    assert len(pictures(card(folders["filter"]))) == 3  # by source, by reason, histograms
     assert pictures(card(folders["ingest"])) == []
-
-
-def test_dedup_card_shows_what_was_a_copy_of_what(folders) -> None:
-    shown = card(folders["dedup"])
-    assert "## Duplicates" in shown
-    assert "return _Closing(file)" in shown
-    assert "kept stdlib/contextlib.py/3" in shown
-    assert shown.count("```") % 2 == 0
 
 
 def test_a_new_stage_has_a_card_without_a_line_of_code(tmp_path: Path) -> None:

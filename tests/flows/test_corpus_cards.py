@@ -1,0 +1,116 @@
+"""The card of a corpus stage: the funnel adds up, what decided is bold, pairs are diffs, and no content breaks it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gristmill.flows.cards import card_markdown, text
+from gristmill.flows.funnel import by_reason, by_source, joined_histograms
+from tests.flows.report_fixture import make_run, write_rows
+
+FUNNEL = [
+    {"source": "web", "outcome": "kept", "reason": "", "documents": 90, "bytes_in": 900, "bytes_out": 900},
+    {"source": "web", "outcome": "removed", "reason": "too short", "documents": 10, "bytes_in": 20, "bytes_out": 0},
+    {"source": "code", "outcome": "changed", "reason": "e-mail", "documents": 5, "bytes_in": 60, "bytes_out": 55},
+    {"source": "code", "outcome": "removed", "reason": "too short", "documents": 1, "bytes_in": 2, "bytes_out": 0},
+]
+
+
+def card(folder: Path, **manifest: Any) -> str:
+    return card_markdown({"stage": "sieve", **manifest}, folder)
+
+
+def section(shown: str, title: str) -> str:
+    """The lines from a heading to the next of the same depth."""
+    after = shown.split(f"{title}\n", 1)[1]
+    depth = title.split(" ", 1)[0]
+    return after.split(f"\n{depth} ", 1)[0]
+
+
+def test_the_funnel_adds_up_by_source_and_by_reason(tmp_path: Path) -> None:
+    write_rows(tmp_path / "funnel.jsonl", FUNNEL)
+    shown = card(tmp_path)
+    assert "| source | documents in | kept | changed | removed | bytes in | bytes out |" in shown
+    assert "| web | 100 | 90 | 0 | 10 | 920 B | 900 B |" in shown
+    assert "| all | 106 | 90 | 5 | 11 | 982 B | 955 B |" in shown
+    assert "| removed | too short | 11 | 22 B | 0 B | 10.38% |" in shown
+    assert shown.count("data:image/png") == 2
+    assert [row["source"] for row in by_source(FUNNEL)] == ["web", "code", "all"]
+    assert sum(row["documents"] for row in by_reason(FUNNEL)) == 16
+
+
+def test_tokens_are_shown_where_a_stage_counts_them(tmp_path: Path) -> None:
+    write_rows(tmp_path / "funnel.jsonl", [{**row, "tokens_in": 7, "tokens_out": 3} for row in FUNNEL])
+    assert "| web | 100 | 90 | 0 | 10 | 920 B | 900 B | 14 | 6 |" in card(tmp_path)
+
+
+def test_changed_documents_count_as_kept_in_a_histogram() -> None:
+    rows = [
+        {"name": "characters", "outcome": o, "low": 64.0, "documents": n}
+        for o, n in (("kept", 3), ("changed", 2), ("removed", 1))
+    ]
+    assert joined_histograms(rows) == {"characters": {"kept": {64.0: 5}, "removed": {64.0: 1}}}
+
+
+def test_what_decided_is_bold_and_nothing_else_is_a_mark(tmp_path: Path) -> None:
+    nasty = "a|b ⟦<b>*c*</b>⟧ ⟦ d ⟧`e`⟦⟧ ⟦f"
+    write_rows(tmp_path / "samples.jsonl", [{"outcome": "removed", "reason": "r", "source": "s", "text": nasty}])
+    row = next(line for line in card(tmp_path).splitlines() if line.startswith("| r | s |"))
+    assert "a\\|b \u200a**&lt;b&gt;\\*c\\*&lt;/b&gt;**\u200a \u200a**d**\u200a\\`e\\`\u200a**␣**\u200a ⟦f" in row
+    assert row.replace("\\|", "").count("|") == 4
+
+
+def test_a_cut_inside_a_mark_closes_it() -> None:
+    assert text.cell(text.Marked("⟦" + "x" * 50, 10)) == "\u200a**xxxxxxxx…**\u200a"
+
+
+@pytest.mark.parametrize("outcome", ["removed", "kept"])
+def test_at_most_twenty_samples_of_each_outcome(tmp_path: Path, outcome: str) -> None:
+    rows = [{"outcome": outcome, "reason": "r", "id": f"id-{i}", "text": "t"} for i in range(30)]
+    write_rows(tmp_path / "samples.jsonl", rows)
+    assert card(tmp_path).count("| id-") == 20
+
+
+def test_pairs_are_diffs_that_no_text_can_leave(tmp_path: Path) -> None:
+    diff = "- a\n+ b\n```\n# not a title"
+    write_rows(tmp_path / "pairs.jsonl", [{"removed": "x/1", "kept": "x/2", "similarity": 0.91, "diff": diff}])
+    shown = section(card(tmp_path), "## Duplicates, as diffs")
+    assert "removed x/1 · kept x/2 · similarity 0.91" in shown
+    assert f"````diff\n{diff}\n````" in shown
+
+
+def test_long_diffs_are_cut_and_say_so(tmp_path: Path) -> None:
+    write_rows(tmp_path / "pairs.jsonl", [{"removed": "x", "kept": "y", "diff": "\n".join(["+ l" * 200] * 99)}])
+    shown = card(tmp_path)
+    assert "… 59 lines more" in shown
+    assert len(shown) < 12_000
+
+
+def test_a_mixture_is_shown_before_and_after(tmp_path: Path) -> None:
+    metrics = {"tokens_before": {"web": 300, "code": 100}, "tokens_after": {"web": 150, "code": 150}}
+    shown = card(tmp_path, metrics=metrics)
+    assert "| web | 300 | 75.0% | 150 | 50.0% | 0.50 × |" in shown
+    assert "| code | 100 | 25.0% | 150 | 50.0% | 1.50 × |" in shown
+
+
+@pytest.mark.parametrize("file", ["repeats.jsonl", "matches.jsonl", "compression.jsonl"])
+def test_tables_of_other_stages_are_shown(tmp_path: Path, file: str) -> None:
+    write_rows(tmp_path / file, [{"what": "of ⟦this⟧ span", "times": 12}])
+    assert "| of \u200a**this**\u200a span | 12 |" in card(tmp_path)
+
+
+def test_a_whole_card_stays_small(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)["dedup"]
+    long = [
+        {"outcome": o, "reason": f"rule {i}", "source": "web", "id": "i" * 200, "text": "⟦w⟧ " * 80}
+        for o in ("removed", "kept", "changed")
+        for i in range(20)
+    ]
+    write_rows(folder / "samples.jsonl", long)
+    shown = card_markdown(json.loads((folder / "manifest.json").read_text()), folder)
+    assert len(shown) < 400_000
+    assert shown.count("data:image/png") == 3
