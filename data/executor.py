@@ -1,33 +1,58 @@
 """Runs independent shard tasks on Dask, and runs again only what is not on disk yet.
 
 A task is a plain function of picklable arguments that writes one marker file when it is done, atomically; which
-worker runs it, and in which order, changes no byte. A worker that dies is replaced and its tasks run again.
+worker runs it, and in which order, changes no byte. A worker that dies is replaced and its tasks run again. Where the
+tasks run (`data/cluster.py`) is not a stage's concern: whoever calls the stage says it, by `running_on`.
 """
 
 from __future__ import annotations
 
 import atexit
+import errno
 import importlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gristmill.data.cluster import (
+    MEMORY_LIMIT,
+    SCHEDULER,
+    THREAD_COUNTS,
+    asked_for,
+    described,
+    described_cluster,
+    local_cluster,
+    read_cluster,
+    unchanged_environment,
+)
+from gristmill.data.dispatch import ClusterLost, Job, WorkerDied, dispatch
 from gristmill.data.stage_types import Progress
 
-THREAD_COUNTS = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "NUMBA_NUM_THREADS",
-    "RAYON_NUM_THREADS",
-    "POLARS_MAX_THREADS",
-)
-MEMORY_LIMIT = "2GiB"  # a worker above it is ended and its task run again: one task's shards, numba's compiler at most
-SCHEDULER = "DASK_SCHEDULER_ADDRESS"
+__all__ = [
+    "MEMORY_LIMIT",
+    "SCHEDULER",
+    "THREAD_COUNTS",
+    "ClusterLost",
+    "Task",
+    "WorkerDied",
+    "close_cluster",
+    "cluster_client",
+    "run_tasks",
+    "running_on",
+]
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SETTLE_SECONDS = 90.0  # a file that another machine wrote may be seen so much later (NFS keeps "not there" for 60 s)
+CONNECT_SECONDS = 30.0
+
+_PLACE: ContextVar[str | None] = ContextVar("cluster", default=None)
 
 
 @dataclass(frozen=True)
@@ -44,11 +69,11 @@ class Task:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a cluster must be like to be used again: its workers, or its scheduler's address."""
+    """What a cluster must be like to be used again: its workers, or where it is."""
 
     workers: int
     threads_per_worker: int
-    address: str | None
+    place: str | None
 
 
 class _Cluster:
@@ -58,6 +83,22 @@ class _Cluster:
     client: Any = None
     is_like: _Wanted | None = None
     closed_at_exit = False
+
+
+@contextmanager
+def running_on(cluster: str | None) -> Iterator[None]:
+    """In this block (and thread), tasks run on this cluster: an address, or the path of a description; None: here.
+
+    Raises:
+        ValueError: `cluster` is neither; at the door, before any work.
+    """
+    if cluster:
+        read_cluster(cluster)
+    token = _PLACE.set(cluster)
+    try:
+        yield
+    finally:
+        _PLACE.reset(token)
 
 
 def run_tasks(
@@ -75,49 +116,85 @@ def run_tasks(
     Args:
         done_before, total: where these tasks stand in the stage's whole, for its progress.
         threads_per_worker: threads that the libraries inside one worker may use; a worker runs one task at a time.
-        cluster: address of a Dask scheduler to use in place of processes here; DASK_SCHEDULER_ADDRESS by default.
+        cluster: where to run in place of processes here: a scheduler's address, or the path of a description
+            (`data/cluster.py`); by default what `running_on` says, else DASK_SCHEDULER_ADDRESS.
 
     Raises:
         Exception: what a task raised; the others are ended, and this process's workers with them.
-        RuntimeError: a task left no result behind, or ended its worker again and again.
+        OSError: the disk is full (its errno says so); run again when there is room.
+        ClusterLost: the scheduler is gone; run again when it is back.
+        WorkerDied: a task ended its worker again and again.
+        RuntimeError: a task left no result behind.
     """
     whole = total or len(tasks)
     missing = [t for t in tasks if not t.result.exists()]
     done = done_before + len(tasks) - len(missing)
     progress(done, whole)
-    if workers == 0 or not missing:
+    if not missing:
+        return
+    if workers == 0:
         for task in missing:
-            task.function(*task.arguments)
+            _here(task)
             done += 1
             progress(done, whole)
     else:
-        _on_dask(missing, cluster_client(workers, threads_per_worker, cluster), progress, done, whole)
-    for task in missing:
-        if not task.result.exists():
-            raise RuntimeError(f"the task for {task.result} ended without writing it")
+        place = asked_for(cluster or _PLACE.get())
+        _on_dask(missing, cluster_client(workers, threads_per_worker, place), place, workers, progress, done, whole)
 
 
-def _on_dask(missing: list[Task], client: Any, progress: Progress, done: int, total: int) -> None:
-    from distributed import KilledWorker, as_completed
-
-    # A task that raises is not tried again (bad input stays bad); one whose worker died is, three times.
-    made = {client.submit(_run, *_name(t.function), t.arguments, pure=False): t for t in missing}
+def _here(task: Task) -> None:
     try:
-        for future in as_completed(made):
-            try:
-                future.result()
-            except KilledWorker as error:
+        task.function(*task.arguments)
+    except OSError as error:
+        raise _explained(error, task) from error
+    _require(task.result)
+
+
+def _on_dask(
+    missing: Sequence[Task], client: Any, place: str | None, workers: int, progress: Progress, done: int, total: int
+) -> None:
+    # A task that raises is not tried again (bad input stays bad); one whose worker died is.
+    by_name = {str(t.result): t for t in missing}
+    jobs = (Job(str(t.result), _run, (*_name(t.function), t.arguments, t.result)) for t in missing)
+    running = dispatch(client, jobs, None if place else 2 * workers, memory="" if place else MEMORY_LIMIT)
+    try:
+        for job, error in running:
+            if error is not None:
+                raise _explained(error, by_name[job.name]) from error.__cause__
+            if not _seen(by_name[job.name].result, SETTLE_SECONDS if place else 0):
                 raise RuntimeError(
-                    f"the task for {made[future].result} ended its worker {error.allowed_failures + 1} times; the "
-                    f"usual cause is memory above {MEMORY_LIMIT} a worker: make the documents per shard fewer"
-                ) from error
+                    f"a worker wrote {job.name}, which is not to be seen from here: workers and the process that "
+                    "starts the run need one shared filesystem, mounted at the same path"
+                )
             done += 1
             progress(done, total)
     except BaseException:
         # Cancelling leaves running tasks at work, and whoever tries this stage again would meet them: end them.
-        client.cancel(list(made), force=True)
+        running.close()
         close_cluster()
         raise
+
+
+def _seen(path: Path, seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.5)
+        if path.parent.is_dir():
+            os.listdir(path.parent)  # makes a network filesystem ask its server again
+    return True
+
+
+def _explained(error: BaseException, task: Task) -> BaseException:
+    """A full disk in words; everything else as it is."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return OSError(
+            error.errno,
+            f"{os.strerror(error.errno or 0)}: no room for the task for {task.result}. Make room and run the same "
+            "command again: what is done is kept, and only the rest is made",
+        )
+    return error
 
 
 def _name(function: Callable[..., Any]) -> tuple[str, str]:
@@ -132,65 +209,57 @@ def _name(function: Callable[..., Any]) -> tuple[str, str]:
     return module, name
 
 
-def _run(module: str, name: str, arguments: tuple[Any, ...]) -> None:
-    """On a worker: one task. What it returns stays there; its result is its file."""
-    getattr(importlib.import_module(module), name)(*arguments)
+def _run(module: str, name: str, arguments: tuple[Any, ...], result: Path) -> None:
+    """One task, on a worker; what it returns stays there, its result is its file.
+
+    A task that was done while its worker was taken for dead is not done a second time.
+    """
+    if not result.exists():
+        getattr(importlib.import_module(module), name)(*arguments)
+        _require(result)
+
+
+def _require(result: Path) -> None:
+    if not result.exists():
+        raise RuntimeError(f"the task for {result} ended without writing it")
 
 
 def cluster_client(workers: int, threads_per_worker: int = 1, cluster: str | None = None) -> Any:
-    """The client of this process's cluster: started on first use, and anew when something else is asked for."""
+    """The client of this process's cluster: started on first use, and anew when something else is asked for.
+
+    Raises:
+        ValueError: `cluster` names no cluster.
+        ClusterLost: nobody answers at the scheduler's address.
+    """
     from distributed import Client
 
     logging.getLogger("distributed").setLevel(logging.ERROR)  # what a task raises reaches the caller by itself
-    address = cluster or os.environ.get(SCHEDULER)
-    wanted = _Wanted(workers, threads_per_worker, None) if not address else _Wanted(0, 1, address)
+    asked = asked_for(cluster)
+    place = read_cluster(asked) if asked else None
+    wanted = _Wanted(0 if place else workers, threads_per_worker, described(place) if place else None)
     with _Cluster.lock:
         if _Cluster.client is not None and (_Cluster.is_like != wanted or _Cluster.client.status != "running"):
             close_cluster()
         if _Cluster.client is None:
-            _Cluster.client = Client(address or _local_cluster(workers, threads_per_worker))
+            with unchanged_environment():
+                if isinstance(place, str):
+                    target = place
+                elif place is not None:
+                    target = described_cluster(place, threads_per_worker)
+                else:
+                    target = local_cluster(workers, threads_per_worker)
+                try:
+                    _Cluster.client = Client(target, timeout=CONNECT_SECONDS)
+                except OSError as error:
+                    raise ClusterLost(
+                        f"no Dask scheduler answers at {asked} ({error}): start it, or correct the address, and run "
+                        "again"
+                    ) from error
             _Cluster.is_like = wanted
             if not _Cluster.closed_at_exit:
                 atexit.register(close_cluster)  # after Dask's import, and so before Dask's own way out
                 _Cluster.closed_at_exit = True
         return _Cluster.client
-
-
-def _local_cluster(workers: int, threads_per_worker: int) -> Any:
-    from distributed import LocalCluster
-
-    scratch = Path(".gristmill/dask").absolute()
-    scratch.mkdir(parents=True, exist_ok=True)
-    before = dict(os.environ)
-    try:
-        return LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            memory_limit=MEMORY_LIMIT,
-            local_directory=str(scratch),
-            env={name: str(threads_per_worker) for name in THREAD_COUNTS} | {"TOKENIZERS_PARALLELISM": "false"},
-            silence_logs=logging.ERROR,
-            preload=["gristmill.data.worker_watch"],
-            # No dashboard; what is left of its HTTP server takes any free port, and not a fixed one with a warning.
-            scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
-        )
-    finally:
-        _restore_environment(before)
-
-
-def _restore_environment(before: dict[str, str]) -> None:
-    """Undo what Dask set for its workers in our own environment.
-
-    MALLOC_TRIM_THRESHOLD_ is among it, which halves the speed of a training process that inherits it. Only what changed
-    is touched, since other threads read the environment meanwhile.
-    """
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
-    for name, value in before.items():
-        if os.environ.get(name) != value:
-            os.environ[name] = value
 
 
 def close_cluster() -> None:
