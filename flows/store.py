@@ -41,7 +41,10 @@ from gristmill.flows.remote import Remote
 
 LEDGER = "ledger.jsonl"
 TRASH = ".trash"
-SHOWN = ("view/", "samples.jsonl", "curves.jsonl", "results.jsonl", "report.json", "log/timings.jsonl")
+SHOWN = (
+    *("view/", "samples.jsonl", "curves.jsonl", "results.jsonl", "report.json", "log/timings.jsonl"),
+    *("funnel.jsonl", "histograms.jsonl", "pairs.jsonl", "repeats.jsonl", "matches.jsonl", "compression.jsonl"),
+)
 KEY = re.compile(r"[0-9a-f]{16}")
 
 
@@ -200,21 +203,35 @@ class Store:
         """
         if not self.remote:
             return []
-        name, wrong = f"{manifest['stage']}/{manifest['key']}", []
-        for file in manifest["files"]:
-            if shown_only and not file["path"].startswith(SHOWN):
-                continue
-            path = self.local / name / file["path"]
-            if path.is_file() and path.stat().st_size == file["bytes"] and sha256(path) == file["sha256"]:
-                continue
-            try:
-                self.far.get(f"{name}/{file['path']}", path)
-            except FileNotFoundError:
-                wrong.append(f"{name}/{file['path']} is missing")
-                continue
-            if sha256(path) != file["sha256"]:
-                wrong.append(f"{name}/{file['path']} has other bytes than when it was made")
-        return wrong
+        chosen = [f for f in manifest["files"] if not shown_only or f["path"].startswith(SHOWN)]
+        return [wrong for file in chosen if (wrong := self._fetched(manifest, file))]
+
+    def file(self, manifest: Manifest, path: str) -> Path:
+        """The local path of one file of a result; of a remote store it is fetched.
+
+        Raises:
+            StoreDamaged: it is missing, or has other bytes than when it was made (asked of a remote store alone).
+        """
+        local = self.folder(manifest["stage"], manifest["key"]) / path
+        if self.remote:
+            file = next(f for f in manifest["files"] if f["path"] == path)
+            if wrong := self._fetched(manifest, file):
+                raise StoreDamaged(wrong)
+        elif not local.is_file():
+            raise StoreDamaged(f"{manifest['stage']}/{manifest['key']}/{path} is missing")
+        return local
+
+    def _fetched(self, manifest: Manifest, file: dict[str, Any]) -> str:
+        """Fetch a file that is not here as it should be; what is wrong with it then."""
+        name = f"{manifest['stage']}/{manifest['key']}"
+        path = self.local / name / file["path"]
+        if path.is_file() and path.stat().st_size == file["bytes"] and sha256(path) == file["sha256"]:
+            return ""
+        try:
+            self.far.get(f"{name}/{file['path']}", path)
+        except FileNotFoundError:
+            return f"{name}/{file['path']} is missing"
+        return "" if sha256(path) == file["sha256"] else f"{name}/{file['path']} has other bytes than when it was made"
 
     def verify(self) -> dict[str, Any]:
         """Re-hash everything in the store.

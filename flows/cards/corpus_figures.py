@@ -21,9 +21,11 @@ STEP = 0.05  # width of a bin of values
 
 def funnel(sources: Sequence[Mapping[str, Any]]) -> Figure | None:
     """A bar a source: which share of its documents went on, went on changed, or was removed."""
-    shown = [row for row in sources if row["documents in"]][-MOST_SOURCES - 1 :]
+    shown = [row for row in sources if row["documents in"]]
     if not shown:
         return None
+    if len(shown) > MOST_SOURCES:
+        shown = [*shown[: MOST_SOURCES - 1], shown[-1]]  # the last is the sum of all
     with charts.house_style():
         figure, (ax,) = charts.panels(1, 1, WIDE, 0.75 + 0.33 * len(shown))
         places = list(range(len(shown)))[::-1]
