@@ -5,30 +5,38 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from itertools import chain, islice
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from gristmill.data.config import Config
-from gristmill.data.documents import excerpt, read_rows, write_json_lines, write_rows
+from gristmill.data.documents import Row, excerpt, read_rows, write_json_lines
 from gristmill.data.executor import Task, run_tasks
+from gristmill.data.intake import TOMBSTONES, Intake, read_part, shard_name
 from gristmill.data.sources import (
-    BadRecord,
     Contents,
     DatasetSource,
+    DumpSource,
     FilesSource,
     Held,
     LessonsSource,
     Reader,
     StdlibSource,
+    TreeSource,
+    WarcSource,
 )
 from gristmill.data.stage_types import Metrics, Progress
+from gristmill.data.unique_ids import REASON, find_repeats, unique, without_repeats
 
-Source = Annotated[StdlibSource | LessonsSource | FilesSource | DatasetSource, Field(discriminator="type")]
-Row = dict[str, Any]
+Source = Annotated[
+    StdlibSource | LessonsSource | FilesSource | DatasetSource | WarcSource | DumpSource | TreeSource,
+    Field(discriminator="type"),
+]
+SAMPLES_A_SOURCE = 5
+MOST_KEPT, MOST_BAD = 40, 10  # samples of each outcome
 
 
 class IngestConfig(Config):
@@ -45,6 +53,13 @@ class IngestConfig(Config):
         ge=1,
         title="Documents a shard",
         description="After so many documents a new shard begins; later stages work on shards side by side.",
+    )
+    max_record_bytes: int = Field(
+        default=64 << 20,
+        ge=1024,
+        le=1 << 30,
+        title="Largest record",
+        description="Bytes of a line, page or file that is still read; a larger one is bad. A worker holds it 8 times.",
     )
 
 
@@ -79,28 +94,65 @@ def fingerprint_sources(config: IngestConfig, cache: Path | None = None) -> dict
 
 
 def ingest(config: IngestConfig, out: Path, seed: int, *, workers: int, progress: Progress) -> Metrics:
-    """Write documents/*.jsonl.zst, and quarantine/*.jsonl where records were bad.
+    """Write documents/*.jsonl.zst with ids/*.ids beside them, and quarantine/*.jsonl where records were bad.
 
-    A task reads a part of a source into shards below work/; when all are there they get their numbers. A source of
-    which only the beginning is taken is one part, since where that ends is known only by reading it.
+    A task reads a part of a source into shards below work/ (see `intake.py`); when all are there they get their
+    numbers. A source of which only the beginning is taken is one part, since where that ends is known only by reading
+    it. Documents that tombstones.json in `out` names are left out, and counted.
 
     Raises:
-        ValueError: a bad record (file, line, reason) where `on_bad` refuses; a file changed while it was read.
+        ValueError: a bad record (file, record, reason) where `on_bad` refuses; a file changed while it was read.
     """
+    work = out / "work"
+    final = work / "final.json"
+    if not final.exists():
+        done = _read_sources(config, out, seed, workers, progress)
+        _take_out_repeats(config, done, work, workers, progress)
+        metrics = _metrics([s.name for s in config.sources], done)
+        write_json_lines(final, [{"metrics": metrics, **_places(work, done)}])
+    finished = json.loads(final.read_text(encoding="utf-8"))
+    for name, place in finished["moves"]:
+        if (work / name).exists():
+            (out / place).parent.mkdir(exist_ok=True)
+            os.replace(work / name, out / place)
+    write_json_lines(
+        out / "samples.jsonl", [*_kept_samples(out, finished["shards"]), *_bad_samples(out / "quarantine")]
+    )
+    for path in sorted(work.iterdir()):
+        if path != final:  # the last to go: with it, a stop from here on repeats no reading
+            path.unlink()
+    shutil.rmtree(work)
+    return finished["metrics"]
+
+
+def _read_sources(config: IngestConfig, out: Path, seed: int, workers: int, progress: Progress) -> list[_Part]:
     work = out / "work"
     parts = [(s, group) for s in config.sources for group in _groups(s, seed)]
     _refuse_changed(config.sources, work / "held.json", out)
+    settings = (config.on_bad, config.documents_per_shard, config.max_record_bytes)
     tasks = [
-        Task(_read_part, (source, group, work, number, config, seed), work / f"{number:05d}.json")
+        Task(read_part, (source, group, work, number, settings, seed), work / f"{number:05d}.json")
         for number, (source, group) in enumerate(parts)
     ]
     run_tasks(tasks, workers, progress)
-    counts = [json.loads(task.result.read_text(encoding="utf-8")) for task in tasks]
-    metrics = _metrics([s.name for s in config.sources], [s.name for s, _ in parts], counts)
-    _number_shards(work, out, counts)
-    write_json_lines(out / "samples.jsonl", _samples(out, [s.name for s in config.sources]))
-    shutil.rmtree(work)
-    return metrics
+    return [
+        _Part(number, source, Intake(**json.loads(task.result.read_text(encoding="utf-8"))))
+        for number, ((source, _), task) in enumerate(zip(parts, tasks, strict=True))
+    ]
+
+
+@dataclass
+class _Part:
+    """A part that is read: its place in the order, its source, and what it gave."""
+
+    number: int
+    source: Any
+    intake: Intake
+
+    def names(self) -> list[tuple[int, str]]:
+        """(number within the part, name) of its shards that hold documents."""
+        free = {*self.intake.emptied, *self.intake.rowless}
+        return [(n, shard_name(self.number, n)) for n in range(self.intake.shards) if n not in free]
 
 
 def _groups(source: Reader, seed: int) -> list[list[Any]]:
@@ -109,9 +161,11 @@ def _groups(source: Reader, seed: int) -> list[list[Any]]:
 
 
 def _refuse_changed(sources: list[Any], path: Path, out: Path) -> None:
-    """Hold what the sources hold against what they held when this work was begun."""
+    """Hold what the sources hold, and the tombstones, against what they held when this work was begun."""
     contents = Contents()
     now = {source.name: source.held(contents) for source in sources}
+    stones = out / TOMBSTONES
+    now["tombstones"] = Held({TOMBSTONES: contents.sha256(stones)} if stones.exists() else {})
     if not path.exists():
         write_json_lines(path, [{name: held.files for name, held in now.items()}])
         return
@@ -124,90 +178,134 @@ def _refuse_changed(sources: list[Any], path: Path, out: Path) -> None:
             )
 
 
-def _read_part(source: Any, group: list[Any], work: Path, number: int, config: IngestConfig, seed: int) -> None:
-    """Read a part into shards work/<part>-<shard>, set bad records aside, and count all in work/<part>.json."""
-    bad: list[Row] = []
-    count = {"documents": 0, "bytes": 0, "shards": 0}
+def _take_out_repeats(config: IngestConfig, done: list[_Part], work: Path, workers: int, progress: Progress) -> None:
+    """Of documents of a source that give themselves the same id, the first stays.
 
-    def good() -> Iterator[Row]:
-        for item in chain.from_iterable(source.read(part, seed) for part in group):
-            if isinstance(item, BadRecord):
-                bad.append(_refused_or_kept(item, source.name, config.on_bad))
-                continue
-            size = len(item["text"].encode())
-            if source.max_bytes is not None and count["bytes"] + size > source.max_bytes:
-                return
-            count["documents"] += 1
-            count["bytes"] += size
-            yield item
-            if count["documents"] == source.max_documents:
-                return
-
-    rows = good()
-    for first in rows:
-        shard = chain([first], islice(rows, config.documents_per_shard - 1))
-        write_rows(work / f"{number:05d}-{count['shards']:05d}.jsonl.zst", shard)
-        count["shards"] += 1
-    if bad:
-        write_json_lines(work / f"{number:05d}.quarantine", bad)
-    write_json_lines(work / f"{number:05d}.json", [{**count, "quarantined": len(bad)}])
-
-
-def _refused_or_kept(record: BadRecord, source: str, on_bad: str) -> Row:
-    if on_bad == "refuse":
-        raise ValueError(
-            f"source {source!r}: {record.address}, line {record.line}: {record.reason}; mend it, or set "
-            f"ingest.on_bad to quarantine"
-        )
-    return {"source": source, "file": record.file, "line": record.line, "reason": record.reason}
-
-
-def _number_shards(work: Path, out: Path, counts: list[dict[str, int]]) -> None:
-    """Move the shards to documents/, numbered through, and bad records to quarantine/; goes on where it was ended."""
-    (out / "documents").mkdir(exist_ok=True)
-    moves = []
-    for part, count in enumerate(counts):
-        for shard in range(count["shards"]):
-            moves.append((work / f"{part:05d}-{shard:05d}.jsonl.zst", f"documents/{len(moves):05d}.jsonl.zst"))
-    bad = [part for part, count in enumerate(counts) if count["quarantined"]]
-    if bad:
-        (out / "quarantine").mkdir(exist_ok=True)
-        moves += [(work / f"{part:05d}.quarantine", f"quarantine/{part:05d}.jsonl") for part in bad]
-    for made, name in moves:
-        if made.exists() or not (out / name).exists():
-            os.replace(made, out / name)
+    Raises:
+        ValueError: there are such, and bad records are refused; with both places.
+    """
+    for source in config.sources:
+        if not source.ids_are_given:
+            continue
+        own = [part for part in done if part.source is source]
+        listed = work / f"{source.name}.repeats.json"
+        if not listed.exists():
+            repeats = find_repeats([work / f"{name}.jsonl.zst" for part in own for _, name in part.names()])
+            if repeats and config.on_bad == "refuse":
+                first = repeats[0]
+                raise ValueError(
+                    f"source {source.name!r}: {first.file}, record {first.record}: {REASON} ({first.detail}); mend it, "
+                    f"or set ingest.on_bad to quarantine"
+                )
+            by_shard: dict[str, list[Row]] = {}
+            for repeat in repeats:
+                by_shard.setdefault(repeat.shard, []).append(asdict(repeat))
+            for name, rows in by_shard.items():
+                (work / f"{name}.repeats").write_text(json.dumps(rows), encoding="utf-8")
+            write_json_lines(listed, [{"shards": sorted(by_shard)}])
+        names = json.loads(listed.read_text(encoding="utf-8"))["shards"]
+        tasks = [
+            Task(
+                without_repeats, (work / n, work / f"{n}.repeats", work / f"{n}.unique.json"), work / f"{n}.unique.json"
+            )
+            for n in names
+        ]
+        run_tasks(tasks, workers, progress)
+        for task, name in zip(tasks, names, strict=True):
+            _lower(own, name, json.loads(task.result.read_text(encoding="utf-8")))
 
 
-def _metrics(names: list[str], part_names: list[str], counts: list[dict[str, int]]) -> Metrics:
+def _lower(own: list[_Part], shard: str, gone: dict[str, int]) -> None:
+    """Count the documents that a shard lost as quarantined."""
+    part, number = (int(digits) for digits in shard.removesuffix(".jsonl.zst").split("-"))
+    intake = next(p.intake for p in own if p.number == part)
+    intake.documents -= gone["documents"]
+    intake.bytes -= gone["bytes"]
+    intake.quarantined[REASON] = intake.quarantined.get(REASON, 0) + gone["documents"]
+    if not gone["left"]:
+        intake.emptied.append(number)
+
+
+def _places(work: Path, done: list[_Part]) -> dict[str, Any]:
+    """Where what lies in work/ goes: documents/ and ids/, numbered through, and quarantine/; and each source's shards.
+
+    A shard of which every document is gone leaves its number free.
+    """
+    moves: list[tuple[str, str]] = []
+    shards: dict[str, list[str]] = {}
+    number = 0
+    for part in done:
+        held = {n for n, _ in part.names()}
+        for own in range(part.intake.shards):
+            name = shard_name(part.number, own)
+            rewritten = unique(work / f"{name}.jsonl.zst").exists()
+            if own in part.intake.set_aside:
+                moves.append((f"{name}.quarantine", f"quarantine/{name}.jsonl"))
+            if rewritten:
+                moves.append((f"{name}.unique.quarantine", f"quarantine/{name}.ids.jsonl"))
+            if own in held:
+                made = f"{name}.unique" if rewritten else name
+                moves.append((f"{made}.jsonl.zst", f"documents/{number:05d}.jsonl.zst"))
+                moves.append((f"{made}.ids", f"ids/{number:05d}.ids"))
+                shards.setdefault(part.source.name, []).append(f"documents/{number:05d}.jsonl.zst")
+            number += own not in part.intake.rowless
+    return {"moves": moves, "shards": shards}
+
+
+def _metrics(names: list[str], done: list[_Part]) -> Metrics:
     def by_source(what: str) -> dict[str, int]:
         table = dict.fromkeys(names, 0)
-        for name, count in zip(part_names, counts, strict=True):
-            table[name] += count[what]
+        for part in done:
+            held = getattr(part.intake, what)
+            table[part.source.name] += sum(held.values()) if isinstance(held, dict) else held
         return table
 
-    documents, quarantined = by_source("documents"), by_source("quarantined")
+    def by_reason(what: str) -> dict[str, int]:
+        table: dict[str, int] = {}
+        for part in done:
+            for reason, number in getattr(part.intake, what).items():
+                table[reason] = table.get(reason, 0) + number
+        return dict(sorted(table.items()))
+
+    documents, taken_down = by_source("documents"), by_source("taken_down")
     for name, number in documents.items():
-        if not number:
+        if not number and not taken_down[name]:
             raise ValueError(f"source {name!r} gave no documents: correct or remove it from ingest.sources")
     metrics: Metrics = {
         "documents_out": sum(documents.values()),
-        "bytes_out": sum(c["bytes"] for c in counts),
-        "quarantined": sum(quarantined.values()),
+        "bytes_out": sum(p.intake.bytes for p in done),
+        "quarantined": sum(by_source("quarantined").values()),
+        "skipped": sum(by_source("skipped").values()),
+        "taken_down": sum(taken_down.values()),
         "documents_by_source": documents,
         "bytes_by_source": by_source("bytes"),
     }
-    if metrics["quarantined"]:
-        metrics["quarantined_by_source"] = quarantined
+    for what in ("quarantined", "skipped"):
+        if metrics[what]:
+            metrics |= {f"{what}_by_source": by_source(what), f"{what}_by_reason": by_reason(what)}
     return metrics
 
 
-def _samples(out: Path, names: list[str], each: int = 5) -> list[Row]:
+def _kept_samples(out: Path, shards: dict[str, list[str]]) -> list[Row]:
     """The first documents of each source, shortened."""
-    found: dict[str, list[Row]] = {name: [] for name in names}
-    for shard in sorted((out / "documents").glob("*.jsonl.zst")):
-        for row in read_rows(shard):  # all of one source, since a part is
-            shown = found[row["metadata"]["source"]]
-            if len(shown) >= each:
-                break
-            shown.append({"source": row["metadata"]["source"], "id": row["id"], "text": excerpt(row["text"])})
-    return [row for rows in found.values() for row in rows]
+    found: list[Row] = []
+    for source, names in shards.items():
+        rows = (row for name in names for row in read_rows(out / name))
+        for row in islice(rows, SAMPLES_A_SOURCE):
+            shown = {"source": source, "id": row["id"], "text": excerpt(row["text"])}
+            found.append({"outcome": "kept", "reason": "", **shown})
+    return found[:MOST_KEPT]
+
+
+def _bad_samples(quarantine: Path) -> list[Row]:
+    """The first record set aside for each reason."""
+    found: dict[str, Row] = {}
+    for path in sorted(quarantine.glob("*.jsonl")):
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                place = {"source": row["source"], "id": f"{row['file']}#{row['record']}", "text": row["detail"]}
+                found.setdefault(row["reason"], {"outcome": "quarantined", "reason": row["reason"], **place})
+        if len(found) >= MOST_BAD:
+            break
+    return list(found.values())[:MOST_BAD]

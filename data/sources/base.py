@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,19 +22,64 @@ REMEMBERED_BYTES = 8 << 20  # smaller files are read as fast as a cache of many 
 RACY_NANOSECONDS = 2_000_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BadRecord:
-    """A record that could not be read: in which file, at which line or row (from 1), why.
+    """A record that could not be read: in which file, which one there (from 1: a line, row, page, …), and why.
 
     `address` finds the file on this machine, for messages; `file` is its name inside the source, the same everywhere.
-    `empty` tells a record without text from one that cannot be read.
+    `reason` is one of a small set, which is counted by; `detail` says the rest.
     """
 
     address: str
     file: str
-    line: int
+    record: int
     reason: str
-    empty: bool = False
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Something whole that is no document of this source (a redirect, a picture), and why; it is only counted."""
+
+    reason: str
+
+
+@dataclass
+class Cursor:
+    """How far a part of a source has been read; from here its reader goes on after the row that it gave last.
+
+    Attributes:
+        part: place in the list of parts that one task reads.
+        file: place in the part's list of files.
+        record: number of the last record read, from 1.
+        offset: bytes of the file, decompressed, up to the end of that record.
+        start: (compressed, decompressed) bytes at which a decompressor can begin.
+        state: what a library's own reader wants to know.
+    """
+
+    part: int = 0
+    file: int = 0
+    record: int = 0
+    offset: int = 0
+    start: tuple[int, int] = (0, 0)
+    state: Any = None
+    look: Callable[[Cursor], None] | None = None
+
+    def begin(self, *, part: int | None = None, file: int = 0) -> None:
+        """Go to the beginning of a part or of a file."""
+        self.part = self.part if part is None else part
+        self.file, self.record, self.offset, self.start, self.state, self.look = file, 0, 0, (0, 0), None, None
+
+    def as_row(self) -> dict[str, Any]:
+        """What is to be stored; `look`, if a reader set it, brings the rest up to date."""
+        if self.look is not None:
+            self.look(self)
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "look"}
+
+    @classmethod
+    def of_row(cls, row: dict[str, Any]) -> Cursor:
+        """As `as_row` gave it."""
+        return cls(**{**row, "start": tuple(row["start"])})
 
 
 class Contents:
@@ -114,6 +159,18 @@ class SourceBase(Config):
         description="Bytes of text (UTF-8): documents are taken in the listing's order until the next would pass it.",
     )
 
+    licence: str | None = Field(
+        default=None,
+        min_length=1,
+        title="Licence",
+        description="Of all documents that state none themselves; an SPDX identifier such as CC-BY-SA-4.0.",
+    )
+
+    @property
+    def ids_are_given(self) -> bool:
+        """Whether ids come from the records, and so could come twice, and not from their places."""
+        return False
+
     @property
     def limited(self) -> bool:
         """Whether only its beginning is taken."""
@@ -123,27 +180,44 @@ class SourceBase(Config):
         """Bytes of text, at most those that the source may give."""
         return size if self.max_bytes is None else min(size, self.max_bytes)
 
-    def row(self, text: str, identifier: str, **metadata: Any) -> Row:
+    def row(
+        self,
+        text: str,
+        identifier: str,
+        *,
+        url: str | None = None,
+        date: str | None = None,
+        licence: str | None = None,
+        **metadata: Any,
+    ) -> Row:
         """A datatrove document as a row."""
-        return {
-            "text": text,
-            "id": f"{self.name}/{identifier}",
-            "metadata": {"source": self.name, "kind": self.kind, **metadata},
-        }
+        known = {"source": self.name, "kind": self.kind, "url": url, "date": date, "licence": licence or self.licence}
+        return {"text": text, "id": f"{self.name}/{identifier}", "metadata": {**metadata, **known}}
+
+
+Item = Row | BadRecord | Skipped
 
 
 class Reader(Protocol):
-    """What a source can do. Its parts are plain values; any worker reads a part and gets the same rows."""
+    """What a source can do. Its parts are plain values; any worker reads a part and gets the same rows.
+
+    `read` keeps `cursor` up to date: at each item it stands behind that item, and begun with such a cursor again it
+    goes on with the next. `most` bounds the bytes of one record; more is never held.
+    """
 
     name: str
+    max_documents: int | None
+    max_bytes: int | None
 
     @property
     def limited(self) -> bool: ...
+    @property
+    def ids_are_given(self) -> bool: ...
     def check(self) -> None: ...
     def held(self, contents: Contents) -> Held: ...
     def expected_bytes(self) -> int | None: ...
     def parts(self, seed: int) -> list[Any]: ...
-    def read(self, part: Any, seed: int) -> Iterator[Row | BadRecord]: ...
+    def read(self, part: Any, seed: int, cursor: Cursor, most: int) -> Iterator[Item]: ...
 
 
 def has_surrogate(text: str) -> bool:

@@ -10,21 +10,21 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gristmill.data.sources.base import BadRecord, Contents, Held, Row, SourceBase
-from gristmill.data.sources.records import Unreadable, text_of
+from gristmill.data.sources.base import BadRecord, Contents, Cursor, Held, Item
+from gristmill.data.sources.fields import Found, RowFields, Unreadable
+from gristmill.data.sources.records import too_large
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what Dataset.save_to_disk and DatasetDict.save_to_disk leave
 
 
-class DatasetSource(SourceBase):
+class DatasetSource(RowFields):
     """A dataset by hub name and revision, or by local folder."""
 
     type: Literal["dataset"] = "dataset"
     dataset: str = Field(title="Dataset", description="Hub name (owner/name) or a local folder.")
     subset: str | None = Field(default=None, title="Subset", description="Configuration of the dataset.")
     split: str = Field(default="train", title="Split", description="Split to read.")
-    text_field: str = Field(default="text", title="Text field", description="Column with the text.")
     streaming: bool = Field(
         default=True, title="Streaming", description="Read rows as they arrive, or fetch the whole dataset first."
     )
@@ -91,42 +91,67 @@ class DatasetSource(SourceBase):
     def parts(self, seed: int) -> list[str]:
         return [self.split]
 
-    def read(self, part: str, seed: int) -> Iterator[Row | BadRecord]:
-        for number, row in enumerate(self._rows(part)):
-            found = text_of(row, self.text_field)
+    def read(self, part: str, seed: int, cursor: Cursor, most: int) -> Iterator[Item]:
+        """The documents of a split. After a stop, a stream goes on at its state, a table at its row."""
+        for row in self._rows(part, cursor):
+            cursor.record += 1
+            found = self._found(row, most)
             if isinstance(found, Unreadable):
-                yield BadRecord(self.dataset, self.split, number + 1, found.reason, found.empty)
-            else:
-                yield self.row(found, str(number))
+                yield BadRecord(self.dataset, self.split, cursor.record, found.reason, found.detail)
+                continue
+            yield self.row(
+                found.text,
+                found.identifier or str(cursor.record - 1),
+                url=found.url,
+                date=found.date,
+                licence=found.licence,
+                **found.extra,
+            )
 
-    def _rows(self, split: str) -> Iterator[dict[str, Any]]:
-        """The rows of a split.
+    def _found(self, row: dict[str, Any], most: int) -> Found | Unreadable:
+        text = row.get(self.text_field)
+        if isinstance(text, str) and len(text) > most:
+            return too_large(most, len(text))
+        return self.found(row)
+
+    def _rows(self, split: str, cursor: Cursor) -> Iterator[dict[str, Any]]:
+        """The rows of a split after the cursor's.
 
         Raises:
             ValueError: `datasets` cannot load it.
         """
-        from datasets import Dataset, load_dataset, load_from_disk
-
-        number = 0
         try:
-            if self.saved:
-                loaded: Any = load_from_disk(self.dataset)
-                rows: Any = loaded if isinstance(loaded, Dataset) else loaded[split]
-            else:
-                rows = load_dataset(
-                    self.dataset,
-                    self.subset,
-                    split=split,
-                    revision=None if self.local else self.revision,
-                    streaming=self.streaming,
-                )
-            for row in rows:
-                number += 1
-                yield row
+            yield from self._after(self._loaded(split), cursor)
         except (GeneratorExit, MemoryError):
             raise
         except Exception as error:  # each format, and the hub, has kinds of its own
             raise ValueError(
-                f"source {self.name!r}: row {number + 1} of {self.dataset!r}, split {split!r}, cannot be loaded "
+                f"source {self.name!r}: row {cursor.record + 1} of {self.dataset!r}, split {split!r}, cannot be loaded "
                 f"({type(error).__name__}: {error}): correct ingest.sources"
             ) from error
+
+    def _loaded(self, split: str) -> Any:
+        from datasets import Dataset, load_dataset, load_from_disk
+
+        if self.saved:
+            loaded: Any = load_from_disk(self.dataset)
+            return loaded if isinstance(loaded, Dataset) else loaded[split]
+        revision = None if self.local else self.revision
+        return load_dataset(self.dataset, self.subset, split=split, revision=revision, streaming=self.streaming)
+
+    def _after(self, rows: Any, cursor: Cursor) -> Iterator[dict[str, Any]]:
+        from datasets import IterableDataset
+
+        if not isinstance(rows, IterableDataset):
+            yield from rows.select(range(cursor.record, len(rows))) if cursor.record else rows
+            return
+        if cursor.state is not None:
+            rows.load_state_dict(cursor.state)
+        elif cursor.record:
+            rows = rows.skip(cursor.record)
+
+        def look(cursor: Cursor) -> None:
+            cursor.state = rows.state_dict()
+
+        cursor.look = look
+        yield from rows

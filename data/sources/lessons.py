@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from gristmill.data.arithmetic import lesson
-from gristmill.data.sources.base import BadRecord, Contents, Held, Kind, Row, SourceBase
+from gristmill.data.sources.base import Contents, Cursor, Held, Item, Kind, SourceBase
 
 LESSONS_A_PART = 2500
 BYTES_A_LESSON = 370  # mean over those of `tiny`
@@ -41,6 +41,8 @@ class LessonsSource(SourceBase):
         count = min(self.count, self.max_documents or self.count)
         return [(first, min(first + LESSONS_A_PART, count)) for first in range(0, count, LESSONS_A_PART)]
 
-    def read(self, part: tuple[int, int], seed: int) -> Iterator[Row | BadRecord]:
-        for index in range(*part):
+    def read(self, part: tuple[int, int], seed: int, cursor: Cursor, most: int) -> Iterator[Item]:
+        first, end = part
+        for index in range(first + cursor.record, end):
+            cursor.record += 1
             yield self.row(lesson(seed, index, (2, self.most_terms), self.largest), str(index))

@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from gristmill.data.sources.base import BadRecord, Contents, Held, Kind, Row, SourceBase
+from gristmill.data.sources.base import BadRecord, Contents, Cursor, Held, Item, Kind, SourceBase
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 FILES_A_PART = 150
@@ -40,6 +40,9 @@ class StdlibSource(SourceBase):
     type: Literal["stdlib"] = "stdlib"
     name: str = Field(default="stdlib", title="Name", description="Names the token stream.")
     kind: Kind = Field(default="code", title="Kind", description="Which filter profile its documents pass.")
+    licence: str | None = Field(
+        default="PSF-2.0", title="Licence", description="Of all its documents; an SPDX identifier."
+    )
     docstrings: bool = Field(default=False, title="Docstrings", description="Take the docstrings instead of the code.")
 
     def check(self) -> None:
@@ -67,7 +70,14 @@ class StdlibSource(SourceBase):
         count = len(library_files())
         return [(first, min(first + FILES_A_PART, count)) for first in range(0, count, FILES_A_PART)]
 
-    def read(self, part: tuple[int, int], seed: int) -> Iterator[Row | BadRecord]:
+    def read(self, part: tuple[int, int], seed: int, cursor: Cursor, most: int) -> Iterator[Item]:
+        before = cursor.record
+        for number, item in enumerate(self._items(part), start=1):
+            if number > before:
+                cursor.record = number
+                yield item
+
+    def _items(self, part: tuple[int, int]) -> Iterator[Item]:
         for file in library_files()[part[0] : part[1]]:
             try:
                 text = _decoded((_root() / file).read_bytes())
@@ -77,7 +87,7 @@ class StdlibSource(SourceBase):
                     continue
                 yield from (self.row(doc, f"{file}#{name}") for name, doc in docstrings(text))
             except (UnicodeDecodeError, SyntaxError) as error:
-                yield BadRecord(str(_root() / file), file, getattr(error, "lineno", None) or 1, f"not Python ({error})")
+                yield BadRecord(str(_root() / file), file, 1, "not Python", str(error))
 
 
 def _decoded(data: bytes) -> str:

@@ -53,7 +53,8 @@ def test_rows_of_every_format(form: str, tmp_path: Path) -> None:
     assert [r["text"] for r in rows] == [json.loads(line)["text"] for line in LINES]
     assert len({r["id"] for r in rows}) == 5
     assert metrics["documents_by_source"] == {"mine": 5}
-    assert rows[0]["metadata"] == {"source": "mine", "kind": "prose", "file": f"mine.{form}"}
+    known = {"source": "mine", "kind": "prose", "url": None, "date": None, "licence": None}
+    assert rows[0]["metadata"] == {**known, "file": f"mine.{form}", "record": 1}
 
 
 def test_text_files_and_patterns(tmp_path: Path) -> None:
@@ -94,11 +95,11 @@ def test_files_on_s3(tmp_path: Path, s3: str) -> None:
 BAD = {
     "truncated gz": ("bad.jsonl.gz", gzip.compress("\n".join(LINES * 50).encode())[:-20], "cut short or damaged"),
     "truncated zst": ("bad.jsonl.zst", zstandard.compress("\n".join(LINES * 50).encode())[:-8], "cut short or damaged"),
-    "invalid utf-8 line": ("bad.jsonl", LINES[0].encode() + b'\n{"text": "\xff\xfe"}\n', "line 2: invalid UTF-8"),
-    "invalid utf-8 text": ("bad.txt", b"good line\nbad \xff line\n", "line 2: invalid UTF-8 at byte 14"),
-    "no text": ("bad.jsonl", b'{"text": "fine"}\n{"body": "x"}\n', "line 2: no field 'text'"),
-    "empty text": ("bad.jsonl", b'{"text": "fine"}\n{"text": "  "}\n', "line 2: field 'text' holds no text"),
-    "not json": ("bad.jsonl", b'{"text": "fine"}\nnot json\n', "line 2: not JSON"),
+    "invalid utf-8 line": ("bad.jsonl", LINES[0].encode() + b'\n{"text": "\xff\xfe"}\n', "record 2: invalid UTF-8"),
+    "invalid utf-8 text": ("bad.txt", b"good line\nbad \xff line\n", "invalid UTF-8 .at byte 14 of the file, in its line 2"),
+    "no text": ("bad.jsonl", b'{"text": "fine"}\n{"body": "x"}\n', "record 2: no text field .no field 'text'"),
+    "empty text": ("bad.jsonl", b'{"text": "fine"}\n{"text": "  "}\n', "record 2: no text"),
+    "not json": ("bad.jsonl", b'{"text": "fine"}\nnot json\n', "record 2: not JSON"),
     "not parquet": ("bad.parquet", b"PAR1 and then nothing", "not a whole Parquet file"),
 }
 
@@ -124,7 +125,7 @@ def test_a_bad_record_is_set_aside_and_counted(case: str, tmp_path: Path) -> Non
     assert any(r["text"] == "a good document" for r in rows)
     set_aside = [json.loads(x) for f in (tmp_path / "out" / "quarantine").glob("*") for x in f.read_text().splitlines()]
     assert [Path(r["file"]).name for r in set_aside] == [name]
-    assert set_aside[0]["line"] >= 1
+    assert set_aside[0]["record"] >= 1
 
 
 def test_a_damaged_document_shard_is_named(tmp_path: Path) -> None:

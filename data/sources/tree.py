@@ -1,0 +1,201 @@
+"""Trees of source code: folders of files, or archives (zip; tar, plain or compressed), with licence and language.
+
+A file's licence is what its own SPDX line says, else that of the licence file in its folder or the nearest above.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import fsspec
+from pydantic import Field, model_validator
+
+from gristmill.data.sources.base import Cursor, Kind, Skipped
+from gristmill.data.sources.fields import Found, Unreadable
+from gristmill.data.sources.languages import LANGUAGES, NOT_CODE, language_of
+from gristmill.data.sources.licences import WHOLE, is_licence_name, licence_of_text, stated_licence
+from gristmill.data.sources.records import Record, decoded, too_large
+from gristmill.data.sources.storage import Entry, StoredSource
+from gristmill.data.sources.streams import DamagedError
+
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+ARCHIVES = (".zip", *TARS)
+PASSED = frozenset({".git", ".hg", ".svn", "node_modules", "__pycache__", ".venv", ".tox", ".idea", ".mypy_cache"})
+HEAD = 256
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, DamagedError, zlib.error, EOFError, NotImplementedError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class TreeEntry(Entry):
+    """A file of a tree, and the licence files in its folder and above, the nearest first."""
+
+    licences: tuple[str, ...] = ()
+
+
+class TreeSource(StoredSource):
+    """Source files of some languages, each a document."""
+
+    type: Literal["tree"] = "tree"
+    kind: Kind = Field(default="code", title="Kind", description="Which filter profile its documents pass.")
+    languages: tuple[str, ...] = Field(
+        default=(),
+        title="Languages",
+        description="Those taken, such as Python or C++; none means every programming language that is known.",
+    )
+    licences: tuple[str, ...] = Field(
+        default=(),
+        title="Licences",
+        description="Those taken, by SPDX identifier; none means every one, and files without a known one too.",
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> TreeSource:
+        unknown = sorted(set(self.languages) - LANGUAGES)
+        if unknown:
+            raise ValueError(f"no language is called {unknown[0]!r}; known are {', '.join(sorted(LANGUAGES))}")
+        return self
+
+    def entries(self) -> list[Entry]:
+        """Every file, with the licence files above it; what version control and tools keep beside code is left out."""
+        files = [e for e in super().entries() if not PASSED & set(PurePosixPath(e.name).parts)]
+        if not files:
+            raise ValueError(f"source {self.name!r}: {self.paths} holds no file of its own: correct ingest.sources")
+        found: dict[str, str] = {}
+        for entry in files:
+            folder, _, name = entry.address.rpartition("/")
+            if is_licence_name(name):
+                found.setdefault(folder, entry.address)
+        return [TreeEntry(e.address, e.name, e.size, e.stamp, _above(e.address, found)) for e in files]
+
+    def place(self, entry: Entry, number: int) -> str:
+        """The file's name; a member of an archive is named by its own."""
+        return entry.name
+
+    def records(self, entry: Entry, cursor: Cursor, most: int) -> Iterator[Record]:
+        """The one record of a file, or one for each file of an archive."""
+        if entry.address.endswith(ARCHIVES):
+            yield from self._members(entry, cursor, most)
+        elif not cursor.record:
+            cursor.record = 1
+            above = entry.licences if isinstance(entry, TreeEntry) else ()
+            with self.opened(entry) as raw:
+                yield self._judged(entry.name, entry.size, raw.read, lambda: _first_known(above), most)
+
+    def _judged(
+        self, name: str, size: int, read: Callable[[int], bytes], above: Callable[[], str | None], most: int
+    ) -> Record:
+        head = read(HEAD)
+        language = language_of(name, head)
+        if language is None:
+            return Skipped("no language is known by its name")
+        if not (language in self.languages if self.languages else language not in NOT_CODE):
+            return Skipped(f"language {language}")
+        if size > most:
+            return too_large(most, size)
+        data = head + read(most + 1)
+        if len(data) > most:
+            return too_large(most)
+        if not data.strip():
+            return Skipped("an empty file")
+        if b"\0" in data:
+            return Skipped("a binary file")
+        found = decoded(data)
+        if isinstance(found, Unreadable):
+            return found
+        licence = stated_licence(found.text) or above() or self.licence
+        if self.licences and licence not in self.licences:
+            return Skipped(f"licence {licence or 'unknown'}")
+        return Found(found.text, None, None, None, licence, {"language": language, "path": name})
+
+    def _members(self, entry: Entry, cursor: Cursor, most: int) -> Iterator[Record]:
+        """The files of an archive; its licence files first, which takes a pass of its own over a tar."""
+        walk = self._zip if entry.address.endswith(".zip") else self._tar
+        before, number = cursor.record, 0
+        try:
+            licences: dict[str, str | None] = {}
+            for name, _, read in walk(entry):
+                folder, _, base = name.rpartition("/")
+                if is_licence_name(base) and folder not in licences:
+                    licences[folder] = licence_of_text(read(WHOLE).decode("utf-8", "replace"))
+            for name, size, read in walk(entry):
+                number += 1
+                if number <= before or PASSED & set(PurePosixPath(name).parts):
+                    continue
+                cursor.record = number
+                above = _nearest(name, licences)
+                record = self._judged(name, size, read, lambda above=above: above, most)
+                yield _named(record, entry, name, number)
+        except DAMAGED as error:
+            cursor.record = number + 1
+            detail = f"{str(error) or type(error).__name__}; what follows is not read"
+            yield Unreadable("cut short or damaged", detail)
+            return
+        if not number:
+            cursor.record = 1
+            yield Unreadable("no text", "the archive holds no files", empty=True)
+
+    def _zip(self, entry: Entry) -> Iterator[tuple[str, int, Callable[[int], bytes]]]:
+        with self.opened(entry) as raw, zipfile.ZipFile(raw) as archive:
+            for member in archive.infolist():
+                if not member.is_dir():
+                    with archive.open(member) as file:
+                        yield member.filename, member.file_size, file.read
+
+    def _tar(self, entry: Entry) -> Iterator[tuple[str, int, Callable[[int], bytes]]]:
+        with self.stream(entry, Cursor()) as stream, tarfile.open(fileobj=_Readable(stream), mode="r|") as archive:
+            for member in archive:
+                file = archive.extractfile(member) if member.isfile() else None
+                if file is not None:
+                    yield member.name.removeprefix("./"), member.size, file.read
+
+
+class _Readable:
+    """A stream with the one method that tarfile asks for, which tells apart an end and an end too early."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def read(self, size: int) -> bytes:
+        return self._stream.read(size)
+
+
+def _named(record: Record, entry: Entry, name: str, number: int) -> Record:
+    if isinstance(record, Found):
+        return Found(record.text, f"{entry.name}/{name}", None, None, record.licence, record.extra)
+    if isinstance(record, Unreadable):
+        return Unreadable(record.reason, f"{name}: {record.detail}", record.empty)
+    return record
+
+
+def _above(address: str, found: dict[str, str]) -> tuple[str, ...]:
+    folder, above = address.rpartition("/")[0], []
+    while folder:
+        if folder in found:
+            above.append(found[folder])
+        folder = folder.rpartition("/")[0]
+    return tuple(above)
+
+
+def _nearest(name: str, licences: dict[str, str | None]) -> str | None:
+    folder = name.rpartition("/")[0]
+    while True:
+        if (licence := licences.get(folder)) is not None:
+            return licence
+        if not folder:
+            return None
+        folder = folder.rpartition("/")[0]
+
+
+def _first_known(addresses: tuple[str, ...]) -> str | None:
+    return next((found for address in addresses if (found := _licence_at(address)) is not None), None)
+
+
+def _licence_at(address: str) -> str | None:
+    with fsspec.open(address, "rb") as file:
+        return licence_of_text(file.read(WHOLE).decode("utf-8", "replace"))  # type: ignore[union-attr]

@@ -1,0 +1,212 @@
+"""Web archives: WARC files as crawlers leave them (ISO 28500), and the WET files of text that Common Crawl makes.
+
+A record says its length itself, and two empty lines must follow it: where they do not, the length is wrong, the record
+is set aside, and reading goes on at the next that begins with an empty line and `WARC/1.`.
+"""
+
+from __future__ import annotations
+
+import email.parser
+import email.policy
+import re
+import zlib
+from collections.abc import Iterator
+from email.message import Message
+from typing import Literal
+
+from pydantic import Field
+
+from gristmill.data.sources.base import Cursor, Skipped
+from gristmill.data.sources.fields import Found, Unreadable, fact, iso_date, wrong_with
+from gristmill.data.sources.html import MOST_HTML, page_licence, page_text, web_text
+from gristmill.data.sources.records import Record, decoded, too_large, until_damage
+from gristmill.data.sources.storage import Entry, StoredSource
+from gristmill.data.sources.streams import BLOCK, Stream
+
+WARC_ENDINGS = (".warc", ".warc.gz", ".warc.zst", ".wet", ".wet.gz", ".wet.zst")
+LONGEST_LINE = 1 << 16
+MOST_LINES = 1000  # of a record's header
+BETWEEN = b"\r\n\r\n"
+NEXT = b"\r\n\r\nWARC/1."
+HTML = ("text/html", "application/xhtml+xml")
+PLAIN = "text/plain"
+
+
+def is_warc(address: str) -> bool:
+    """Whether a file is a web archive, by its ending."""
+    return address.endswith(WARC_ENDINGS)
+
+
+class WarcSource(StoredSource):
+    """Web archives: the main text of each HTML page that was served well, and each text of a WET file."""
+
+    type: Literal["warc"] = "warc"
+    precise: bool = Field(
+        default=True,
+        title="Precise",
+        description="Leave out what may not be main text (trafilatura's favour_precision), or keep it.",
+    )
+
+    def records(self, entry: Entry, cursor: Cursor, most: int) -> Iterator[Record]:
+        """A record a response or conversion."""
+        with self.stream(entry, cursor) as stream:
+            yield from until_damage(warc_records(stream, cursor, most, precise=self.precise), cursor)
+
+    def place(self, entry: Entry, number: int) -> str:
+        """The file's name and the record's number."""
+        return f"{entry.name}#{number}"
+
+
+def warc_records(stream: Stream, cursor: Cursor, most: int, *, precise: bool = True) -> Iterator[Record]:
+    """What each record of an archive gives; records that are no documents are skipped, by their kind."""
+    while True:
+        at = stream.offset
+        header = _header(stream)
+        if header is None:
+            break
+        cursor.record += 1
+        if isinstance(header, str):
+            more = _next_record(stream)
+            cursor.offset = stream.offset
+            yield Unreadable("not a WARC record", f"{header}; at byte {at} of the archive")
+            if not more:
+                return
+            continue
+        found, more = _found(stream, header, at, most, precise)
+        cursor.offset = stream.offset
+        yield found
+        if not more:
+            return
+    if not cursor.record:
+        cursor.record = 1
+        yield Unreadable("no text", "the file holds no records", empty=True)
+
+
+def _header(stream: Stream) -> dict[str, str] | str | None:
+    """The named fields of the next record; what is wrong with them; none at the end."""
+    line = b"\r\n"
+    while line in (b"\r\n", b"\n"):
+        line = stream.line(LONGEST_LINE)
+    if not line:
+        return None
+    if not line.startswith(b"WARC/1."):
+        stream.unread(line)
+        return f"it begins with {line[:24]!r} and not with WARC/1."
+    fields: dict[str, str] = {}
+    for _ in range(MOST_LINES):
+        line = stream.line(LONGEST_LINE)
+        if line in (b"\r\n", b"\n"):
+            length = fields.get("content-length", "")
+            return fields if length.isascii() and length.isdigit() and len(length) < 19 else "it states no length"
+        name, colon, value = line.decode("utf-8", "replace").partition(":")
+        if not colon or not line.endswith(b"\n"):
+            break
+        fields[name.strip().lower()] = value.strip()
+    return "its header has no end"
+
+
+def _found(stream: Stream, header: dict[str, str], at: int, most: int, precise: bool) -> tuple[Record, bool]:
+    """What a record gives, and whether another follows."""
+    length, kind = int(header["content-length"]), header.get("warc-type", "")
+    wanted = kind in ("response", "conversion")
+    content = stream.read(length) if length <= most else b""
+    passed = len(content) if length <= most else stream.skip(length)
+    end = stream.read(len(BETWEEN))
+    if passed == length and end in (BETWEEN, b"", b"\r\n", b"\n\n"):
+        if not wanted:
+            return Skipped(f"WARC record of type {fact(kind[:40]) or 'unknown'}"), True
+        found = too_large(most, length) if length > most else _document(header, content, most, precise)
+        return found, True
+    held = len(content) < passed
+    stream.unread(end if held else content + end)
+    more = _next_record(stream)
+    lost = f"; {passed:,} bytes after its header are not read" if held else ""
+    what = f"the {kind or 'record'} at byte {at} states {length:,} bytes, after which no record ends{lost}"
+    return Unreadable("wrong length", what), more
+
+
+def _next_record(stream: Stream) -> bool:
+    """Go to the next record's first byte; false where none follows."""
+    kept = b""
+    while block := stream.read(BLOCK):
+        data = kept + block
+        found = data.find(NEXT)
+        if found >= 0:
+            stream.unread(data[found + len(BETWEEN) :])
+            return True
+        kept = data[-len(NEXT) :]
+    return False
+
+
+def _document(header: dict[str, str], content: bytes, most: int, precise: bool) -> Record:
+    url, date = fact(header.get("warc-target-uri", "").strip("<>")), iso_date(header.get("warc-date"))
+    extra = {"truncated": cut} if (cut := fact(header.get("warc-truncated"))) else {}
+    if header["warc-type"] == "conversion":
+        found = decoded(content)
+        return found if isinstance(found, Unreadable) else Found(found.text, None, url, date, None, extra)
+    message = _response(content, most)
+    if not isinstance(message, tuple):
+        return message
+    fields, body = message
+    form = fields.get_content_type()
+    if form not in (*HTML, PLAIN):
+        return Skipped(f"served as {form[:40]}")
+    if len(body) > MOST_HTML and form != PLAIN:
+        return too_large(MOST_HTML, len(body))
+    text, replaced = web_text(body, fields.get_content_charset())
+    if replaced:
+        extra["replaced_characters"] = replaced
+    licence = None
+    if form != PLAIN:
+        licence, text = page_licence(text), page_text(text, precise=precise)
+        if not text:
+            return Skipped("a page without main text")
+    return wrong_with(text) or Found(text, None, url, date, licence, extra)
+
+
+def _response(content: bytes, most: int) -> tuple[Message, bytes] | Record:
+    """The header fields of an HTTP response and its body as the server meant it."""
+    head, between, body = content.partition(b"\r\n\r\n")
+    if not between:
+        head, between, body = content.partition(b"\n\n")
+    status, _, lines = head.partition(b"\n")
+    code = re.match(rb"HTTP/[\d.]{1,8} +(\d{3})", status)
+    if not between or code is None:
+        return Unreadable("not an HTTP response", f"it begins with {content[:24]!r}")
+    if code[1] != b"200":
+        return Skipped(f"HTTP status {code[1].decode()}")
+    fields = email.parser.BytesParser(policy=email.policy.compat32).parsebytes(lines + b"\n\n", headersonly=True)
+    if "chunked" in str(fields.get("Transfer-Encoding", "")).lower():
+        body = _joined(body)
+    encoding = str(fields.get("Content-Encoding", "")).strip().lower()
+    if encoding not in ("", "identity"):
+        return _decompressed(fields, body, encoding, most)
+    return fields, body
+
+
+def _joined(body: bytes) -> bytes:
+    """A chunked body's chunks; as it is where an archive joined them already, and left the header."""
+    parts, at = [], 0
+    while (line := re.compile(rb"([0-9A-Fa-f]{1,8})[^\r\n]{0,256}\r?\n").match(body, at)) is not None:
+        size = int(line[1], 16)
+        if not size:
+            return b"".join(parts)
+        parts.append(body[line.end() : line.end() + size])
+        at = line.end() + size + 2
+    return b"".join(parts) if parts else body
+
+
+def _decompressed(fields: Message, body: bytes, encoding: str, most: int) -> tuple[Message, bytes] | Record:
+    if encoding in ("gzip", "x-gzip", "deflate"):
+        if encoding != "deflate" and not body.startswith(b"\x1f\x8b"):
+            return fields, body  # the archive holds it decompressed, and the header as it was
+        for window in (47, -15):  # gzip or zlib; some servers send deflate without zlib's frame
+            try:
+                one = zlib.decompressobj(window)
+                out = one.decompress(body, most + 1)
+            except zlib.error:
+                continue
+            return (fields, out) if len(out) <= most else too_large(most)
+    elif encoding not in ("br", "zstd"):  # a word that is none, as servers send
+        return fields, body
+    return Skipped(f"content encoding {encoding[:20]}")
