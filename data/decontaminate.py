@@ -137,14 +137,14 @@ def decontaminate(
     run_tasks(tasks, workers, progress)
     metrics = conclude(out, sources)
     found = _collect([t.result for t in tasks], out / "matches.jsonl")
-    finder = Finder(config, texts)
+    short = [p for p in texts if len(words_of(p.text).hashes) < config.least_words]
     shutil.rmtree(work)
     names = ([PROBLEMS] if config.problems else []) + [s.name for s in config.sets]
     return {
         **metrics,
         "problems": {name: len({p.id for p in texts if p.set == name}) for name in names},
         "found": {name: len({key for key in found if key[0] == name}) for name in names},
-        "too_short": {name: sum(p.set == name for p in finder.too_short) for name in names},
+        "too_short": {name: sum(p.set == name for p in short) for name in names},
     }
 
 
@@ -239,22 +239,40 @@ class Finder:
 
     def _runs(self) -> Iterator[Run]:
         for text, size in enumerate(self._sizes):
-            length = size if size < self._config.whole_below else self._config.ngram
+            length = min(size, self._config.ngram)
             yield from (Run(text, first, length) for first in range(size - length + 1))
 
     def found(self, text: str) -> list[Match]:
         """The problems that stand in a text, those with most words found first."""
         matches: dict[int, Match] = {}
-        for number, start, end in self._index.hits(text):
-            for run in self._index.uses[number]:
-                size = self._sizes[run.text]
-                if size < self._config.whole_below and not stands_alone(text, start, end):
-                    continue
-                if run.text not in matches:
-                    matches[run.text] = Match(self._problems[run.text], size, " ".join(self._index.words_of(run)))
-                matches[run.text].add(run, start, end)
+        for run, start, end in self._found_runs(text):
+            if run.text not in matches:
+                ngram = " ".join(self._index.words_of(run)[: self._config.ngram])
+                matches[run.text] = Match(self._problems[run.text], self._sizes[run.text], ngram)
+            matches[run.text].add(run, start, end)
         counted = [m for m in matches.values() if self._counts(m)]
         return sorted(counted, key=lambda m: (-len(m.words), m.problem.set, m.problem.id))
+
+    def _found_runs(self, text: str) -> Iterator[tuple[Run, int, int]]:
+        """Runs of problems and the characters [start, end) where they stand; of short problems only whole ones.
+
+        A whole is put together of n-grams that follow each other word by word: looking for one length of run is faster
+        than looking for each problem's own.
+        """
+        begun: dict[tuple[int, int], tuple[int, int]] = {}  # (problem, next word) → where its run begins and ends
+        for number, start, end in self._index.hits(text):
+            for run in reversed(self._index.uses[number]):
+                size = self._sizes[run.text]
+                if size >= self._config.whole_below:
+                    yield run, start, end
+                    continue
+                first, until = (start, end) if run.first == 0 else begun.pop((run.text, run.first), (0, -1))
+                if until <= start:
+                    continue
+                if run.first + run.length < size:
+                    begun[run.text, run.first + 1] = first, end
+                elif stands_alone(text, first, end):
+                    yield Run(run.text, 0, size), first, end
 
     def _counts(self, match: Match) -> bool:
         return match.overlap >= self._config.least_overlap or len(match.words) >= self._config.enough_words

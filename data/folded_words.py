@@ -204,6 +204,15 @@ def _search(codes, what, longer, lengths, powers, bits, keys, numbers, hits):
 
 
 @njit(cache=True)
+def _key(hashes):
+    """The hash of a run by the hashes of its words, as `_search` has it."""
+    total = np.uint64(0)
+    for word in hashes:
+        total = total * np.uint64(0x9E3779B97F4A7C15) + word
+    return _mix(total ^ np.uint64(len(hashes)))
+
+
+@njit(cache=True)
 def _fill(wanted, bits, keys, numbers):
     bit_mask, key_mask = np.uint64(len(bits) * 8 - 1), np.uint64(len(keys) - 1)
     for number in range(len(wanted)):
@@ -278,7 +287,7 @@ class RunIndex:
         keys: dict[int, int] = {}
         for run in runs:
             own = self.words_of(run)
-            key = _key(words[run.text].hashes[run.first : run.first + run.length])
+            key = int(_key(words[run.text].hashes[run.first : run.first + run.length]))
             number = keys.setdefault(key, len(self.uses))
             if number == len(self.uses):
                 self.uses.append([])
@@ -328,14 +337,6 @@ def _is_spelled(piece: str, words: list[str]) -> bool:
     if words[-1] in SIGNS:
         return _sign(piece[-1]) == words[-1] and _is_spelled(piece[:-1], words[:-1])
     return spelled(piece, words_of(piece)) == words
-
-
-def _key(hashes: np.ndarray) -> int:
-    """The hash of a run by the hashes of its words, as `_search` has it."""
-    total = 0
-    for word in hashes.tolist():
-        total = (total * int(BASE) + word) % 2**64
-    return int(_mix(np.uint64(total ^ len(hashes))))
 
 
 def _power_of_two(least: int) -> int:
