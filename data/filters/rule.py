@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from gristmill.data.config import Config
 from gristmill.data.documents import Row
+from gristmill.data.filters.counting import piece_hashes
 from gristmill.data.filters.edits import compose, original_spans
 from gristmill.data.filters.words import Splitter, Words, code_points
 from gristmill.data.sieve import KEEP, Edit, Verdict, edited
@@ -42,6 +43,13 @@ class Prepared:
     def words(self) -> Words:
         """The words, punctuation marks among them, as the profile's splitter gives them."""
         return self._splitter.split(self.text, self.codes)
+
+    @cached_property
+    def word_hashes(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64]]:
+        """Hash of each word, the hashes' base to the power of its length, and its length; see `counting.py`."""
+        words = self.words
+        hashes, powers = piece_hashes(self.codes, words.starts, words.ends)
+        return hashes, powers, (words.ends - words.starts).astype(np.int64)
 
     @property
     def splitter(self) -> Splitter:

@@ -1,0 +1,263 @@
+"""A text's words as two arrays of places, by spaCy's English rules to the letter or by one pass over code points.
+
+Both splitters know words as runs of a text, so that every count after them is a loop over numbers, and none needs a
+Python string a word. Words include punctuation marks, as datatrove's do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from gristmill.data.filters.characters import SPACE, character_table
+from gristmill.data.filters.splitting import split_fast
+
+AT_ONCE = 1 << 16  # runs between white space that are looked up together
+KNOWN_CHARACTERS = 1 << 23  # of runs that the exact splitter remembers; then it begins anew
+LONGEST_RUN = 2000  # characters without white space that spaCy is asked for: its time grows with their square
+
+
+@dataclass(frozen=True)
+class Words:
+    """Word i is characters [starts[i], ends[i]) of its text; both int32 of shape [words]."""
+
+    starts: NDArray[np.int32]
+    ends: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def of(self, text: str) -> list[str]:
+        """The words as strings."""
+        return [text[a:b] for a, b in zip(self.starts.tolist(), self.ends.tolist(), strict=True)]
+
+
+class Splitter(Protocol):
+    """Splits texts into words."""
+
+    def split(self, text: str, codes: NDArray[np.uint32]) -> Words:
+        """The words of a text, whose code points are `codes`."""
+        ...
+
+
+def code_points(text: str) -> NDArray[np.uint32]:
+    """A text's code points; shape [characters]."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+class FastSplitter:
+    """One pass over code points, for all scripts; its rules are those of `splitting.py`."""
+
+    def split(self, text: str, codes: NDArray[np.uint32]) -> Words:
+        return Words(*split_fast(codes, character_table()))
+
+
+class ExactSplitter:
+    """The words that datatrove's splitter of a language gives, where that is spaCy's tokenizer of rules.
+
+    Those rules see a run between white space alone, and a corpus has few different runs: each is split once by spaCy
+    and remembered. The one exception (see `_Faces`) is found and split anew. A run of more than LONGEST_RUN characters is split by the fast rules, since spaCy's time grows with
+    the square of its length.
+
+    Raises:
+        ValueError: datatrove splits the language with something else, a model or a dictionary.
+    """
+
+    def __init__(self, language: str = "en") -> None:
+        self._tokenizer = _spacy(language)
+        self._faces = _Faces(self._tokenizer)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._known: dict[str, int] = {}
+        self._remembered = 0
+        self._offsets = np.zeros(1, np.int64)
+        self._lengths = np.zeros(0, np.int32)
+
+    def split(self, text: str, codes: NDArray[np.uint32]) -> Words:
+        starts, ends = runs(codes, character_table())
+        parts = [
+            self._split_runs(text, codes, starts[at : at + AT_ONCE], ends[at : at + AT_ONCE])
+            for at in range(0, len(starts), AT_ONCE)
+        ]
+        if not parts:
+            return Words(np.zeros(0, np.int32), np.zeros(0, np.int32))
+        return Words(*parts[0]) if len(parts) == 1 else Words(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def _split_runs(
+        self, text: str, codes: NDArray[np.uint32], starts: NDArray[np.int32], ends: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        if self._remembered > KNOWN_CHARACTERS:
+            self._forget()
+        whole = text[starts[0] : ends[-1]]
+        found = whole.split()
+        known = self._known
+        missing = [run for run in dict.fromkeys(found) if run not in known]
+        if missing:
+            self._learn(missing)
+        ids = np.fromiter(map(known.__getitem__, found), np.int64, len(found))
+        places = _laid_out(starts, ids, self._offsets, self._lengths)
+        for first, last in self._faces.across(codes, starts, ends, found):
+            places = self._split_together(text, int(starts[first]), int(ends[last]), *places)
+        return places
+
+    def _split_together(
+        self, text: str, start: int, end: int, starts: NDArray[np.int32], ends: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The words with those of characters [start, end) as spaCy sees them in one piece."""
+        with self._tokenizer.vocab.memory_zone():
+            own = [(start + t.idx, start + t.idx + len(t)) for t in self._tokenizer(text[start:end]) if not t.is_space]
+        low, high = np.searchsorted(starts, [start, end])
+        middle = np.array(own, np.int32)
+        return (
+            np.concatenate([starts[:low], middle[:, 0], starts[high:]]),
+            np.concatenate([ends[:low], middle[:, 1], ends[high:]]),
+        )
+
+    def _learn(self, missing: list[str]) -> None:
+        """Split runs that were not seen before, and remember the lengths of their words."""
+        short = [run for run in missing if len(run) <= LONGEST_RUN]
+        lengths = dict(zip(short, self._lengths_by_spacy(short), strict=True))
+        for run in missing:
+            if len(run) > LONGEST_RUN:
+                starts, ends = split_fast(code_points(run), character_table())
+                lengths[run] = (ends - starts).tolist()
+        for run in missing:
+            self._known[run] = len(self._known)
+            self._remembered += len(run) + 100  # a string and its place in the dictionary
+        counts = np.array([len(lengths[run]) for run in missing])
+        self._offsets = np.concatenate([self._offsets, self._offsets[-1] + np.cumsum(counts)])
+        flat = np.fromiter((n for run in missing for n in lengths[run]), np.int32)
+        self._lengths = np.concatenate([self._lengths, flat])
+
+    def _lengths_by_spacy(self, missing: list[str]) -> Iterator[list[int]]:
+        """Lengths of the words of each run.
+
+        All runs are one text, a line each: spaCy has no rule that reaches over the token of a line break. The memory
+        zone is datatrove's way as well, and turns off a cache that would change the rules of runs within runs.
+        """
+        from spacy.attrs import LENGTH
+
+        if not missing:
+            return
+        with self._tokenizer.vocab.memory_zone():
+            document = self._tokenizer("\n".join(missing))
+            lengths = document.to_array(LENGTH).tolist()
+        at = 0
+        for run in missing:
+            own, left = [], len(run)
+            while left:
+                own.append(lengths[at])
+                left -= lengths[at]
+                at += 1
+            yield own
+            at += 1  # the line break
+
+
+class _Faces:
+    """Where spaCy's special words of several marks, such as `:-)`, might reach over a space.
+
+    spaCy looks for them among the tokens, without regard for the spaces between. What it finds over a space it leaves
+    as it is, but it no longer looks at the marks in it: in `x) :(y` it sees no `:(`. So two runs with a space between
+    are split together where the first ends with a token, and the second begins with one, that are neighbours in a
+    special word.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        from spacy.tokenizer import Tokenizer
+
+        plain = Tokenizer(
+            tokenizer.vocab,
+            prefix_search=tokenizer.prefix_search,
+            suffix_search=tokenizer.suffix_search,
+            infix_finditer=tokenizer.infix_finditer,
+            token_match=tokenizer.token_match,
+            url_match=tokenizer.url_match,
+        )
+        pairs: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        for word in tokenizer.rules:
+            parts = [token.text for token in plain(word)]
+            for left, right in itertools.pairwise(parts):
+                pairs.setdefault((left[-1], right[0]), []).append((left, right))
+        self._pairs = pairs
+        self._of_two = np.array(sorted(ord(a) << 32 | ord(b) for a, b in pairs), np.int64)
+
+    def across(
+        self, codes: NDArray[np.uint32], starts: NDArray[np.int32], ends: NDArray[np.int32], found: list[str]
+    ) -> list[tuple[int, int]]:
+        """First and last of the runs that are to be split together."""
+        if len(found) < 2:
+            return []
+        near = starts[1:] - ends[:-1] == 1
+        two = codes[ends[:-1] - 1].astype(np.int64) << 32 | codes[starts[1:]]
+        places = np.minimum(np.searchsorted(self._of_two, two), len(self._of_two) - 1)
+        maybe = np.flatnonzero(near & (self._of_two[places] == two) & (codes[ends[:-1]] == ord(" "))).tolist()
+        groups: list[tuple[int, int]] = []
+        for i in maybe:
+            pairs = self._pairs[found[i][-1], found[i + 1][0]]
+            if any(found[i].endswith(a) and found[i + 1].startswith(b) for a, b in pairs):
+                joined = groups and groups[-1][1] == i
+                groups[-1 if joined else len(groups) :] = [(groups[-1][0] if joined else i, i + 1)]
+        return [g for g in groups if all(len(found[i]) <= LONGEST_RUN for i in range(g[0], g[1] + 1))]
+
+
+@cache
+def _spacy(language: str) -> Any:
+    from datatrove.utils.word_tokenizers import SpaCyTokenizer, load_word_tokenizer
+    from spacy.tokenizer import Tokenizer
+
+    splitter = load_word_tokenizer(language)
+    tokenizer = splitter.tokenizer.tokenizer if isinstance(splitter, SpaCyTokenizer) else None
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(
+            f"the words of language {language!r} are not split by rules alone, but by {type(splitter).__name__}: "
+            "use mode fast, which splits every script"
+        )
+    tokenizer.max_cache_size = 0
+    return tokenizer
+
+
+@njit(cache=True, nogil=True)
+def runs(codes, table):
+    """Starts and ends of the runs between white space."""
+    starts = np.empty((len(codes) + 1) // 2, np.int32)
+    ends = np.empty((len(codes) + 1) // 2, np.int32)
+    count, inside = 0, False
+    for i in range(len(codes)):
+        space = table[codes[i]] & SPACE != 0
+        if inside and space:
+            ends[count] = i
+            count += 1
+            inside = False
+        elif not inside and not space:
+            starts[count] = i
+            inside = True
+    if inside:
+        ends[count] = len(codes)
+        count += 1
+    return starts[:count].copy(), ends[:count].copy()
+
+
+@njit(cache=True, nogil=True)
+def _laid_out(starts, ids, offsets, lengths):
+    """Starts and ends of the words of runs that begin at `starts`, the words' lengths being known by the runs' ids."""
+    total = 0
+    for i in range(len(ids)):
+        total += offsets[ids[i] + 1] - offsets[ids[i]]
+    word_starts, word_ends = np.empty(total, np.int32), np.empty(total, np.int32)
+    count = 0
+    for i in range(len(ids)):
+        at = starts[i]
+        for j in range(offsets[ids[i]], offsets[ids[i] + 1]):
+            word_starts[count] = at
+            at += lengths[j]
+            word_ends[count] = at
+            count += 1
+    return word_starts, word_ends
