@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gristmill.flows import tombstones
 from gristmill.flows.errors import StoreDamaged
 from gristmill.flows.execution import Execution, environment
 from gristmill.flows.ledger import ledger_line
@@ -48,6 +49,7 @@ def compute(call: Call, store: Store, execution: Execution, watcher: Watcher) ->
         release_workers()
     out = store.prepare(stage.name, key)
     (out / "log").mkdir(exist_ok=True)
+    tombstones.lay_down(store, call.identity["config"], call.sources, out)
     attempts, memory = Attempts(out / "log" / "attempts.json"), PeakMemory()
     returned = _returned(out)
     if returned is None:
@@ -125,7 +127,7 @@ def _refuse_leftovers(call: Call, out: Path) -> None:
         return
     now = stage.sources(call.config)
     for name, before in call.sources.items():
-        if now.get(name) != before:
+        if name != tombstones.SOURCE and now.get(name) != before:
             raise ValueError(f"source {name!r} changed while stage {stage.name} read it: run again when it is at rest")
 
 

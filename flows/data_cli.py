@@ -118,6 +118,8 @@ def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _said(name: str, value: Any) -> str:
+    if value is None:
+        return "–"
     if name.startswith("bytes"):
         return size(value)
     return f"{value:,}" if isinstance(value, int | float) else str(value)
@@ -188,7 +190,8 @@ def diff(
             print(f"{names[side]} kept nothing that {names[other]} did not")
             continue
         rows = [[s, r, f"{n:,}"] for (s, r), n in sorted(part.counts.items(), key=lambda item: (-item[1], item[0]))]
-        title = f"{names[side]} kept {part.documents:,} documents that {names[other]} did not"
+        number = f"{part.documents:,} document{'' if part.documents == 1 else 's'}"
+        title = f"{names[side]} kept {number} that {names[other]} did not"
         print_table(title, ["removed there by", "reason", "documents"], rows)
         for row in part.examples:
             print("\n".join(as_lines(row, characters, sys.stdout.isatty())))
@@ -204,3 +207,119 @@ def _as_json(part: Any, names: list[str]) -> dict[str, Any]:
         "rules": counts,
         "examples": part.examples,
     }
+
+
+@data_app.command()
+def trace(
+    identifier: Annotated[str, typer.Argument(metavar="DOC-ID", help="As `gristmill data show` prints it.")],
+    run: Annotated[str | None, typer.Option(help="A run; by default the latest that has documents.")] = None,
+    store: Store = DEFAULT_STORE,
+    as_json: AsJson = False,
+) -> None:
+    """Follow a document: what each stage decided, its tokens, the training steps that read it, the models after it."""
+    from gristmill.flows.corpus_results import run_with_documents
+    from gristmill.flows.corpus_rows import visible
+    from gristmill.flows.corpus_trace import describe
+    from gristmill.flows.corpus_trace import trace as follow
+    from gristmill.flows.inspection import find
+    from gristmill.flows.store import Store as Place
+
+    place = Place(store)
+    kind, record = find(place, run) if run is not None else ("run", run_with_documents(place))
+    if kind != "run":
+        raise UsageError(f"--run {run!r} is no run: see `gristmill runs`")
+    found = follow(place, record, identifier)
+    if as_json:
+        print(json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True))
+    else:
+        print("\n".join(visible(line) for line in describe(found)))
+
+
+@data_app.command()
+def remove(
+    identifiers: Annotated[list[str] | None, typer.Argument(metavar="[DOC-ID]…", help="Ids of documents.")] = None,
+    url: Annotated[str | None, typer.Option(help="Every document from this address.")] = None,
+    match: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Every document that holds this file's text.")
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Why; kept with the tombstone.")] = "",
+    duplicates: Annotated[bool, typer.Option("--duplicates", help="Also what was removed as their duplicate.")] = False,
+    absent: Annotated[bool, typer.Option("--absent", help="Also ids that no document has, for later runs.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    store: Store = DEFAULT_STORE,
+) -> None:
+    """Take documents out of the store and out of all later runs; lists the checkpoints that saw them."""
+    from pathlib import Path
+
+    from gristmill.flows import takedown, tombstones
+    from gristmill.flows.lock import StoreLock
+    from gristmill.flows.store import Store as Place
+
+    asked = list(dict.fromkeys(identifiers or []))
+    if not asked and url is None and match is None:
+        raise UsageError("name what is to go: ids of documents, --url or --match")
+    place = Place(store)
+    place.check_usable()
+    text = takedown.text_of(Path(match)) if match is not None else None
+    with StoreLock(place, say=print):
+        place.sweep()
+        targets = takedown.find_targets(place, asked, url, text)
+        if duplicates and (more := sorted({d for t in targets for d in t.duplicates})):
+            targets = takedown.find_targets(place, [*(t.identifier for t in targets), *more])
+        rows = takedown.graves(targets, url, reason, _missing(asked, targets, place, absent))
+        _describe_targets(targets, url)
+        if not yes and not typer.confirm("Take them out of this store and of all later runs?"):
+            print("nothing was changed")
+            raise typer.Exit(1)
+        tombstones.record(place, rows)
+        done = takedown.settle(place)
+    _describe_settled(done)
+
+
+def _missing(asked: list[str], targets: list[Any], place: Any, absent: bool) -> list[str]:
+    """Ids that no document has: refused, unless they are to be recorded for later runs or were taken out before."""
+    from gristmill.flows import tombstones
+
+    known = {t.identifier for t in targets} | {row.get("id") for row in tombstones.read(place)}
+    missing = [identifier for identifier in asked if identifier not in known]
+    if missing and not absent:
+        raise UsageError(
+            f"no document of the store has the id {missing[0]!r}: correct it (`gristmill data show ingest` lists ids), "
+            f"or add --absent to keep it out of later runs"
+        )
+    return missing
+
+
+def _describe_targets(targets: list[Any], url: str | None) -> None:
+    from gristmill.flows.corpus_rows import visible
+    from gristmill.flows.corpus_trace import steps_said
+
+    if not targets:
+        where = f" from {url}" if url else ""
+        print(f"no document{where} is in the store (any more)")
+    for target in targets:
+        print(visible(f"{target.identifier}  ({target.source}{f', {target.url}' if target.url else ''})"))
+        if target.duplicates:
+            print(visible(f"  also removed as duplicates of it: {', '.join(target.duplicates)}"))
+        if target.copy_of:
+            print(visible(f"  removed as a duplicate of {', '.join(target.copy_of)}, which stays unless it is named"))
+        for row in target.results:
+            steps = f" in {steps_said(row['steps'])}" if row.get("steps") else ""
+            held = ", held out" if row.get("held_out") else ""
+            print(f"  seen by {row['stage']} {row['key']}{steps}{held}")
+        if not target.results:
+            print("  no checkpoint saw it")
+
+
+def _describe_settled(done: Any) -> None:
+    rows = [[stage, old, new, str(w), str(t)] for stage, old, new, w, t in done.amended]
+    if rows:
+        print_table("amended", ["stage", "was", "is now", "files written", "files kept"], rows)
+    for stage, key, why in done.removed:
+        print(f"removed {stage} {key}: {why}")
+    if not rows and not done.removed:
+        print("nothing in the store had to change")
+    if done.left:
+        named = ", ".join(f"{stage} {key}" for stage, key in done.left)
+        print(f"no longer what the recipe makes, and left as they are: {named}")
+    print("The same recipe takes the amended results and trains anew; checkpoints keep what they learned.")

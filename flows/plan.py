@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
+from gristmill.flows import tombstones
 from gristmill.flows.errors import StoreDamaged, UsageError
 from gristmill.flows.fingerprint import drifted
 from gristmill.flows.identity import canonical, changed_input, dumped, first_difference, likeness
@@ -91,17 +92,26 @@ class PlanResult:
 
 
 class Sources:
-    """What the stages' sources hold, looked up once a run: a run is of one moment, even if a source changes in it."""
+    """What the stages' sources hold, looked up once a run: a run is of one moment, even if a source changes in it.
 
-    def __init__(self) -> None:
+    Documents that were taken out of the store (`tombstones.py`) are a source of their own, and so in the key.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
         self._seen: dict[tuple[str, str], dict[str, str]] = {}
+        self._tombstones: list[dict[str, Any]] | None = None
 
     def of(self, stage: Stage, config: BaseModel) -> dict[str, str]:
         if stage.sources is None:
             return {}
-        asked = (stage.name, canonical(dumped(config)))
+        values = dumped(config)
+        asked = (stage.name, canonical(values))
         if asked not in self._seen:
-            self._seen[asked] = stage.sources(config)
+            if self._tombstones is None:
+                self._tombstones = tombstones.read(self.store)
+            removed = tombstones.as_source(tombstones.applying(self._tombstones, values))
+            self._seen[asked] = stage.sources(config) | removed
         return self._seen[asked]
 
 
@@ -115,7 +125,7 @@ class Plan:
         self.store, self.verify = store, verify
         self.calls: list[Call] = []
         self.recipe: Any = None
-        self._sources = sources or Sources()
+        self._sources = sources or Sources(store)
 
     def sources(self, stage: Stage, config: BaseModel) -> dict[str, str]:
         if stage.check is not None:

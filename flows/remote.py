@@ -138,6 +138,10 @@ class Remote:
         """Send a file."""
         self.filesystem.put_file(str(path), self.path(name))
 
+    def copy(self, name: str, to: str) -> None:
+        """Copy a file where it lies."""
+        self.filesystem.cp_file(self.path(name), self.path(to))
+
     def remove(self, name: str) -> None:
         """Remove a file or all that is below a folder; nothing happens where there is none."""
         if self.filesystem.exists(self.path(name)):

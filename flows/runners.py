@@ -54,7 +54,7 @@ class Plain:
         self.note: dict[str, Any] = {}  # what else the run's record should say
         self.attempts = self.execution.retries + 1
         self.lock: StoreLock | None = None
-        self._sources = Sources()
+        self._sources = Sources(store)
 
     def run(
         self, pipeline: Pipeline, recipe: Any, until: str | None = None, from_: str | None = None
@@ -65,7 +65,7 @@ class Plain:
             UsageError: the input is bad, or the store cannot be used or is in use; nothing has run or been written.
             StageFailed: a stage raised; what was finished stays, and the next run resumes.
         """
-        self._sources = Sources()
+        self._sources = Sources(self.store)
         before = self._planned(pipeline, recipe, until, from_, verify=False)  # refuses bad input before it locks
         self.store.check_usable(before.disk_bytes)
         with StoreLock(self.store, wait=self.wait, say=self.watcher.say) as self.lock:

@@ -17,6 +17,7 @@ import re
 import shutil
 import tempfile
 import uuid
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -337,13 +338,27 @@ class Store:
         if (self.local / TRASH).exists():
             shutil.rmtree(self.local / TRASH)
 
-    def finish(self, manifest: Manifest) -> None:
-        """Write the manifest, last and at once; a remote store gets the files first."""
+    def take_over(self, stage: str, old: str, new: str, paths: list[str]) -> None:
+        """Give one result's files to another of the same stage: linked on a disk, copied by a remote store's server."""
+        for path in paths:
+            if self.remote:
+                self.far.copy(f"{stage}/{old}/{path}", f"{stage}/{new}/{path}")
+                continue
+            to = self.folder(stage, new) / path
+            to.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(self.folder(stage, old) / path, to)
+            except OSError:  # a file system without links
+                shutil.copyfile(self.folder(stage, old) / path, to)
+
+    def finish(self, manifest: Manifest, there: Collection[str] = ()) -> None:
+        """Write the manifest, last and at once; a remote store gets the files first, but for those that are `there`."""
         stage, key = manifest["stage"], manifest["key"]
         folder = self.folder(stage, key)
         if self.remote:
             for file in manifest["files"]:
-                self.far.put(folder / file["path"], f"{stage}/{key}/{file['path']}")
+                if file["path"] not in there:
+                    self.far.put(folder / file["path"], f"{stage}/{key}/{file['path']}")
             self.far.write(f"{stage}/{key}/{MANIFEST}", as_json(manifest).encode())
         write_json(folder / MANIFEST, manifest)
         if self.remote:
