@@ -9,10 +9,13 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-CONTROL = (BOS, EOS, PAD)
+FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
+# Never found in a document's text by the tokenize stage: there they are ordinary characters.
+CONTROL = (BOS, EOS, PAD, FIM_BEGIN, FIM_HOLE, FIM_END)
 # As in R1's own tokenizer these are added tokens that decoding keeps, and that are found in raw text.
 SPOKEN = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
 BYTES = 256
+LEAST = BYTES + len(CONTROL) + len(SPOKEN)
 
 # Words with their leading blank, runs of other signs, and white space that leaves a blank for the next word.
 PIECES = r" ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+|\p{N}"
@@ -34,9 +37,8 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         ValueError: the vocabulary cannot hold the bytes and the special tokens.
     """
-    least = BYTES + len(CONTROL) + len(SPOKEN)
-    if vocab_size < least:
-        raise ValueError(f"vocab_size {vocab_size} is less than the {least} of all bytes and special tokens: raise it")
+    if vocab_size < LEAST:
+        raise ValueError(f"vocab_size {vocab_size} is less than the {LEAST} of all bytes and special tokens: raise it")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -91,4 +93,28 @@ def load(folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-__all__ = ["BOS", "CHAT_TEMPLATE", "EOS", "PAD", "load", "save", "train"]
+def load_for_documents(folder: Path) -> Tokenizer:
+    """The same for raw documents: a control token spelled out in a text is text, and cannot end the document."""
+    tokenizer = load(folder)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def pieces(text: str, most: int = 1 << 17) -> list[str]:
+    """A text in pieces of at most `most` characters, for encoding in bounded memory.
+
+    A cut lies before white space that follows something else. No piece of the pre-tokenizer reaches over such a place,
+    so the tokens of the pieces are the tokens of the whole; only a stretch of `most` / 2 characters without white space
+    is cut inside (the text still comes back exactly).
+    """
+    cut: list[str] = []
+    at = 0
+    while len(text) - at > most:
+        end = at + most
+        for place in range(end, at + most // 2, -1):
+            if text[place].isspace() and not text[place - 1].isspace():
+                end = place
+                break
+        cut.append(text[at:end])
+        at = end
+    return [*cut, text[at:]]

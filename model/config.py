@@ -158,11 +158,6 @@ class PretrainConfig(Config):
     """Pretraining of the base model (V3 section 4)."""
 
     model: ModelConfig = Field(default_factory=ModelConfig, title="Model", description="Shape of the model.")
-    mixture: dict[str, float] = Field(
-        default_factory=dict,
-        title="Mixture",
-        description="Weight of each source in the token stream; empty takes sources by their size.",
-    )
     steps: int = Field(default=400, ge=1, title="Steps", description="Optimizer steps.")
     sequence_length: int = Field(default=128, ge=8, title="Sequence", description="Tokens of a packed sequence.")
     batch_sequences: int = Field(default=32, ge=1, title="Batch", description="Sequences a step, over all ranks.")
@@ -179,11 +174,6 @@ class PretrainConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        for source, weight in self.mixture.items():
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"mixture gives {source!r} the weight {weight}: give each source a number from 0")
-        if self.mixture and not any(self.mixture.values()):
-            raise ValueError("mixture gives every source the weight 0: give at least one more")
         if self.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"sequence_length {self.sequence_length} is longer than the position limit "

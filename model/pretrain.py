@@ -12,6 +12,7 @@ from gristmill.model.stage_types import Metrics, Progress
 def pretrain(
     config: PretrainConfig,
     tokens: Path,
+    mixture: Path,
     out: Path,
     seed: int,
     *,
@@ -20,12 +21,15 @@ def pretrain(
     device: str,
     progress: Progress,
 ) -> Metrics:
-    """Train a base model on `tokens` (the folder of the tokenize stage) and leave it in `out/model`.
+    """Train a base model and leave it in `out/model`.
+
+    `tokens` is the folder of the tokenize stage, `mixture` that of the mix stage, made from these tokens for a run of
+    this sequence length and as many sequences as `steps` times `batch_sequences`.
 
     Raises:
-        JobFailed: the training process ended badly (NaN loss, shards that do not fit, a signal).
+        JobFailed: the training process ended badly (NaN loss, a mixture that does not fit, a signal).
     """
-    job = {"config": config.model_dump(mode="json"), "tokens": str(tokens), "seed": seed}
+    job = {"config": config.model_dump(mode="json"), "tokens": str(tokens), "mixture": str(mixture), "seed": seed}
     return launch(
         "gristmill.model.training.pretraining:run",
         job,

@@ -1,4 +1,4 @@
-"""What a step trains on, as a pure function of (seed, step): packed token streams and packed conversations.
+"""What a step trains on, as a pure function of (seed, step): sequences of a mixture and packed conversations.
 
 Position in the run is a number and not a history: nothing here is advanced, so a resumed run reads what the
 undisturbed one would have read.
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gristmill.data.shards import TokenShards, TokenStream
+from gristmill.data.mixture import Mixture
 from gristmill.model.transformer import Batch
 
 IGNORED = -100
@@ -25,7 +25,8 @@ class TrainingBatch:
     """One rank's share of a step: inputs, targets one and two tokens ahead, and the weight of each position.
 
     `share` is this rank's part of the step's whole weight, times the ranks: a rank's loss is the mean over its own
-    positions, and the mean of the ranks' losses times their shares is the mean over all positions of the step.
+    positions, and the mean of the ranks' losses times their shares is the mean over all positions of the step;
+    `next_share` is the same for the targets two tokens ahead.
     """
 
     inputs: Batch
@@ -33,6 +34,7 @@ class TrainingBatch:
     next_target_BS: Tensor | None
     weight_BS: Tensor
     share: float = 1.0
+    next_share: float = 1.0
 
 
 class Batches(Protocol):
@@ -68,96 +70,66 @@ def positions_within(document_BS: Tensor) -> Tensor:
 
 
 class TokenBatches:
-    """Sequences of a token stream mixture: each is `length` tokens and the two that follow."""
+    """Sequences of a mixture: step t is positions [t · sequences, (t + 1) · sequences), shared out among the ranks."""
 
     def __init__(
-        self,
-        shards: TokenShards,
-        split: str,
-        mixture: dict[str, float],
-        *,
-        sequences: int,
-        length: int,
-        steps: int,
-        seed: int,
-        across_documents: bool,
-        device: torch.device,
+        self, mixture: Mixture, split: str, *, sequences: int, across_documents: bool, device: torch.device
     ) -> None:
-        self.length, self.sequences, self.device, self.across = length, sequences, device, across_documents
-        self.streams = _streams(shards, split, mixture, length)
-        sizes = np.array([(len(stream) - 2) // length for _, stream, _ in self.streams])
-        weights = np.array([weight for _, _, weight in self.streams])
-        self.plan = _plan(sizes, weights / weights.sum(), sequences * steps, seed)
+        self.mixture, self.split, self.sequences = mixture, split, sequences
+        self.device, self.across = device, across_documents
 
     def step(self, step: int, rank: int, ranks: int) -> TrainingBatch:
-        share = self.sequences // ranks
-        first = step * self.sequences + rank * share
-        return self._batch(range(first, first + share))
-
-    def _batch(self, places: range) -> TrainingBatch:
-        tokens, documents = [], []
-        for place in places:
-            source, index = self.plan[place]
-            token, document = self.streams[source][1].read(int(index) * self.length, self.length + 2)
-            tokens.append(token)
-            documents.append(document)
-        token_Bs = torch.from_numpy(np.stack(tokens)).long().to(self.device)
-        document_BS = torch.from_numpy(np.stack(documents)[:, : self.length].astype(np.int64)).to(self.device)
-        token_BS, target_BS, next_BS = (token_Bs[:, i : i + self.length].contiguous() for i in range(3))
+        count = self.sequences // ranks
+        positions = np.arange(step * self.sequences, (step + 1) * self.sequences)
+        mine = slice(rank * count, (rank + 1) * count)
+        made = self.mixture.batch(positions[mine], self.split, across=self.across)
+        later = positions[mine] + self.sequences
+        self.mixture.prefetch(later[later < self.mixture.orders[self.split].total], self.split)
+        share, next_share = self._shares(positions, mine, ranks)
+        token_BS, target_BS, next_BS, document_BS = (
+            torch.from_numpy(rows).to(self.device)
+            for rows in (made.tokens, made.targets, made.next_targets, made.documents)
+        )
         if self.across:
-            place_BS = torch.arange(self.length, device=self.device).expand_as(token_BS)
-            inputs = Batch(token_BS, place_BS, None)
+            inputs = Batch(token_BS, torch.arange(token_BS.shape[1], device=self.device).expand_as(token_BS), None)
         else:
             inputs = Batch(token_BS, positions_within(document_BS), document_mask(document_BS))
-        return TrainingBatch(inputs, target_BS, next_BS, torch.ones_like(token_BS, dtype=torch.float32))
+        return TrainingBatch(inputs, target_BS, next_BS, (target_BS != IGNORED).float(), share, next_share)
 
-    def bytes_per_token(self) -> dict[str, float]:
-        """Bytes of text a token, by source, for bits per byte."""
-        return {name: stream.bytes / len(stream) for name, stream, _ in self.streams}
+    def _shares(self, positions: np.ndarray, mine: slice, ranks: int) -> tuple[float, float]:
+        """This rank's part of the targets one and two tokens ahead of the whole step, times the ranks."""
+        if ranks == 1:
+            return 1.0, 1.0
+        counts = self.mixture.predictions(positions, self.split, across=self.across)
+        one, two = (counts[mine].sum(0) * ranks / np.maximum(counts.sum(0), 1)).tolist()
+        return one, two
 
+    def bytes_per_target(self) -> np.ndarray:
+        """Bytes of text that a target stands for, by source, for bits per byte; in float64.
 
-def _streams(
-    shards: TokenShards, split: str, mixture: dict[str, float], length: int
-) -> list[tuple[str, TokenStream, float]]:
-    there = shards.streams(split)
-    if split == "held_out":  # a small source may have nothing, or too little, to hold out: the others stand for it
-        there = [name for name in there if len(shards.stream(split, name)) >= length + 2]
-        mixture = {name: weight for name, weight in mixture.items() if name in there}
-        if not there or (mixture and not any(mixture.values())):
-            raise ValueError(
-                f"no source holds out as many tokens as one sequence of {length} and the two after it: give more text, "
-                f"raise tokenize.held_out or lower sequence_length"
-            )
-    unknown = sorted(set(mixture) - set(there))
-    if unknown:
-        raise ValueError(
-            f"pretrain.mixture names {unknown[0]!r}, and the {split} shards have only {', '.join(there)}: correct it"
-        )
-    chosen = []
-    for name in sorted(mixture) if mixture else there:
-        stream = shards.stream(split, name)
-        if len(stream) < length + 2:
-            raise ValueError(
-                f"the {split} stream {name!r} holds {len(stream)} tokens, fewer than one sequence of {length} and the "
-                f"two after it: lower sequence_length or give the source more text"
-            )
-        weight = mixture[name] if mixture else float(len(stream))
-        if weight > 0:
-            chosen.append((name, stream, weight))
-    return chosen
+        Where each document is on its own, its first token (bos) is no target.
+        """
+        shards, counted = self.mixture.shards, self.mixture.packing == "concatenate" and self.across
+        rates = []
+        for source in self.mixture.sources(self.split):
+            entries = shards.entries(self.split, source)
+            targets = sum(e.tokens - (0 if counted else e.documents) for e in entries)
+            rates.append(shards.text_bytes(self.split, source) / targets)
+        return np.array(rates)
+
+    def text_bytes(self, step: int) -> float:
+        """Bytes of text that the targets of a step stand for, by each source's bytes a target."""
+        positions = np.arange(step * self.sequences, (step + 1) * self.sequences)
+        sources, _ = self.mixture.orders[self.split].locate(positions)
+        targets = self.mixture.predictions(positions, self.split, across=self.across)[:, 0]
+        return float((self.bytes_per_target()[sources] * targets).sum())
 
 
-def _plan(sizes: np.ndarray, weights: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """(source, sequence) of each place in the run: sources by weight, sequences by a new permutation each epoch."""
-    source = numpy_generator(seed, "mixture").choice(len(sizes), size=count, p=weights)
-    plan = np.empty((count, 2), dtype=np.int64)
-    plan[:, 0] = source
-    for s, size in enumerate(sizes):
-        places = np.flatnonzero(source == s)
-        epochs = -(-len(places) // size)
-        order = [numpy_generator(seed, "epoch", s, e).permutation(size) for e in range(epochs)]
-        plan[places, 1] = np.concatenate(order)[: len(places)] if order else []
-    return plan
+def _plan(size: int, count: int, seed: int) -> np.ndarray:
+    """The item at each of `count` places: a new permutation of all items each epoch."""
+    epochs = -(-count // size)
+    order = [numpy_generator(seed, "epoch", 0, e).permutation(size) for e in range(epochs)]
+    return np.concatenate(order)[:count]
 
 
 @dataclass(frozen=True)
@@ -185,7 +157,7 @@ class ConversationBatches:
         self.conversations, self.sequences, self.length = conversations, sequences, length
         self.pad, self.device = pad, device
         self.packs = pack_whole([len(c.prompt) + len(c.response) - 1 for c in conversations], length)
-        self.plan = _plan(np.array([len(self.packs)]), np.ones(1), sequences * steps, seed)[:, 1]
+        self.plan = _plan(len(self.packs), sequences * steps, seed)
 
     def step(self, step: int, rank: int, ranks: int) -> TrainingBatch:
         first, count = step * self.sequences, self.sequences // ranks

@@ -56,8 +56,8 @@ class Objective(nn.Module):
         self.routing = Routing()
         next_target = batch.next_target_BS if self.mtp_loss_weight else None
         main, ahead = self.model.losses(batch.inputs, batch.target_BS, next_target, batch.weight_BS, self.routing)
-        if batch.share != 1.0:
-            main, ahead = main * batch.share, None if ahead is None else ahead * batch.share
+        if batch.share != 1.0 or batch.next_share != 1.0:
+            main, ahead = main * batch.share, None if ahead is None else ahead * batch.next_share
         total, parts = main, {"main_loss": main.detach()}
         if ahead is not None:
             total = total + self.mtp_loss_weight * ahead

@@ -10,48 +10,41 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from gristmill.data.mixture import Mixture
 from gristmill.data.shards import TokenShards
 from gristmill.model.config import PretrainConfig
 from gristmill.model.stage_types import Metrics, Progress
-from gristmill.model.training.batches import TokenBatches, torch_seed
+from gristmill.model.training.batches import IGNORED, TokenBatches, torch_seed
 from gristmill.model.training.checkpoints import save_model
 from gristmill.model.training.loop import Row, Training, start_distributed, train, write_rows
 from gristmill.model.transformer import Routing, Transformer, flops_per_token, parameter_counts
 
 HELD_OUT_BATCH = 16
-COUNTED_AT_ONCE = 1 << 20
 
 
 def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress) -> Metrics:
-    """Train the base model of `job["config"]` on `job["tokens"]`."""
+    """Train the base model of `job["config"]` on `job["tokens"]`, in the order of `job["mixture"]`."""
     config, seed = PretrainConfig.model_validate(job["config"]), int(job["seed"])
     shards = TokenShards(Path(job["tokens"]) / "tokens")
+    mixture = Mixture(Path(job["mixture"]), shards)
+    _check_run(config, mixture)
     rank, _ = start_distributed(device)
     model = Transformer(config.model, shards.vocab_size)
     model.initialise(torch_seed(seed, "initialise"))
     model.to(device)
 
-    def batches(split: str, sequences: int, steps: int) -> TokenBatches:
-        return TokenBatches(
-            shards,
-            split,
-            config.mixture,
-            sequences=sequences,
-            length=config.sequence_length,
-            steps=steps,
-            seed=seed,
-            across_documents=config.attend_across_documents,
-            device=device,
-        )
+    def batches(split: str, sequences: int) -> TokenBatches:
+        across = config.attend_across_documents
+        return TokenBatches(mixture, split, sequences=sequences, across_documents=across, device=device)
 
-    checks = batches("held_out", HELD_OUT_BATCH, -(-config.held_out_sequences // HELD_OUT_BATCH))
+    checks = batches("held_out", HELD_OUT_BATCH)
 
     def held_out(step: int) -> Row:
         if (step + 1) % config.evaluate_every and step + 1 != config.steps:
             return {}
         return {"held_out_bpb": bits_per_byte(model, checks, config.held_out_sequences)}
 
-    train_batches = batches("train", config.batch_sequences, config.steps)
+    train_batches = batches("train", config.batch_sequences)
     curves, loads = train(
         model,
         train_batches,
@@ -85,8 +78,8 @@ def bits_per_byte(model: Transformer, batches: TokenBatches, sequences: int) -> 
     for step in range(-(-sequences // HELD_OUT_BATCH)):
         batch = batches.step(step, 0, 1)
         loss, _ = model.losses(batch.inputs, batch.target_BS, None, batch.weight_BS, Routing())
-        bits += float(loss) / math.log(2) * batch.target_BS.numel()
-        text_bytes += _text_bytes(batches, step)
+        bits += float(loss) / math.log(2) * int((batch.target_BS != IGNORED).sum())
+        text_bytes += batches.text_bytes(step)
     model.train()
     return bits / text_bytes
 
@@ -94,29 +87,34 @@ def bits_per_byte(model: Transformer, batches: TokenBatches, sequences: int) -> 
 def unigram_bits_per_byte(train: TokenBatches, checks: TokenBatches, sequences: int, vocab_size: int) -> float:
     """What a model that knows only how often each token occurs would need on the same held-out sequences.
 
-    Frequencies are those of the training streams in the weights of the mixture, each count plus one.
+    Frequencies are those of the training streams in their parts of the run, each count plus one.
     """
-    total = sum(weight for _, _, weight in train.streams)
     share_V = np.zeros(vocab_size)
-    for _, stream, weight in train.streams:
-        count_V = np.ones(vocab_size)
-        for start in range(0, len(stream), COUNTED_AT_ONCE):
-            tokens, _ = stream.read(start, min(COUNTED_AT_ONCE, len(stream) - start))
-            count_V += np.bincount(tokens, minlength=vocab_size)
-        share_V += weight / total * count_V / count_V.sum()
+    for source, share in zip(train.mixture.sources(), train.mixture.shares(), strict=True):
+        count_V = train.mixture.token_counts(source) + 1.0
+        share_V += share * count_V / count_V.sum()
     surprise_V = torch.from_numpy(-np.log2(share_V))
     bits = text_bytes = 0.0
     for step in range(-(-sequences // HELD_OUT_BATCH)):
-        bits += float(surprise_V[checks.step(step, 0, 1).target_BS.cpu()].sum())
-        text_bytes += _text_bytes(checks, step)
+        target_BS = checks.step(step, 0, 1).target_BS.cpu()
+        bits += float(surprise_V[target_BS[target_BS != IGNORED]].sum())
+        text_bytes += checks.text_bytes(step)
     return bits / text_bytes
 
 
-def _text_bytes(batches: TokenBatches, step: int) -> float:
-    """Bytes of text that the targets of a held-out batch stand for, by each stream's bytes a token."""
-    rate, names = batches.bytes_per_token(), [name for name, _, _ in batches.streams]
-    sources = batches.plan[step * HELD_OUT_BATCH : (step + 1) * HELD_OUT_BATCH, 0]
-    return sum(rate[names[s]] * batches.length for s in sources)
+def _check_run(config: PretrainConfig, mixture: Mixture) -> None:
+    """The mixture was made for this run.
+
+    Raises:
+        ValueError: it has sequences of another length, or another number of them.
+    """
+    asked = {"sequence_length": config.sequence_length, "sequences": config.steps * config.batch_sequences}
+    for name, value in asked.items():
+        if value != getattr(mixture, name):
+            raise ValueError(
+                f"pretrain asks for {name} {value} (sequences: steps times batch_sequences), and the mixture was made "
+                f"for {getattr(mixture, name)}: let mix.{name} agree"
+            )
 
 
 def _metrics(config: PretrainConfig, model: Transformer, curves: list[Row], vocab_size: int, unigram: float) -> Metrics:

@@ -1,9 +1,14 @@
-"""Filters, tokenizer, shards and the tokenize stage."""
+"""Tokenizer, fill-in-the-middle, shards and the tokenize stage."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import os
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +16,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gristmill.data import fim, tokenizer_sample
 from gristmill.data import tokenizer as bpe
+from gristmill.data.documents import id_hash
 from gristmill.data.executor import close_cluster
-from gristmill.data.filters import FilterConfig, filter_documents, first_failure
-from gristmill.data.filters.rules import Profile, build, identify
-from gristmill.data.shards import ShardError, TokenShards, write_index, write_shard
-from gristmill.data.sources import StdlibSource
+from gristmill.data.shards import (
+    BOS_ID,
+    EOS_ID,
+    PAD_ID,
+    ShardError,
+    TokenShards,
+    dtype_for,
+    write_index,
+    write_shard,
+)
 from gristmill.data.stage_types import silent
 from gristmill.data.tokenize import TokenizeConfig, tokenize
 
@@ -37,90 +50,6 @@ def row(text: str, name: str, kind: str = "prose", source: str = "s") -> dict:
     return {"text": text, "id": f"{source}/{name}", "metadata": {"source": source, "kind": kind}}
 
 
-# --- filters
-
-
-def library_docstrings() -> list[dict]:
-    """Text that is on every machine."""
-    source = StdlibSource(name="docstrings", docstrings=True)
-    return [r for r in source.read(source.parts(0)[0], 0) if isinstance(r, dict)][:100]
-
-
-def test_verdicts_on_docstrings_are_datatroves_own() -> None:
-    compare_with_datatrove(library_docstrings())
-
-
-def test_verdicts_on_articles_are_datatroves_own(shared_data: Path) -> None:
-    rows = corpus_rows(shared_data / "corpus" / "wikitext2.jsonl.gz", 30)
-    compare_with_datatrove(rows + corpus_rows(shared_data / "corpus" / "peps.jsonl.gz", 10))
-
-
-def compare_with_datatrove(rows: list[dict]) -> None:
-    from datatrove.data import Document
-    from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
-
-    ours = {
-        "gopher_quality": build(Profile(least_characters=0, gopher_quality=True)),
-        "gopher_repetition": build(Profile(least_characters=0, gopher_repetition=True)),
-    }
-    theirs = {"gopher_quality": GopherQualityFilter(), "gopher_repetition": GopherRepetitionFilter()}
-    verdicts = []
-    for r in rows:
-        for name, rules in ours.items():
-            document = Document(text=r["text"][:6000], id=r["id"], metadata={})
-            expected = theirs[name].filter(document)
-            passed, detail = expected if isinstance(expected, tuple) else (expected, "")
-            assert first_failure(rules, document) == (None if passed else f"{name}: {detail}"), r["id"]
-            verdicts.append(bool(passed))
-    assert 0 < sum(verdicts) < len(verdicts)  # both verdicts occurred
-
-
-@pytest.mark.parametrize(
-    ("kind", "text", "reason"),
-    [
-        ("prose", PROSE, None),
-        ("prose", "too short", "length: too short"),
-        (
-            "prose",
-            "Der Ausschuss hat am Dienstag über den Haushalt des kommenden Jahres gesprochen. " * 8,
-            "language: de",
-        ),
-        ("code", "x = 1\n" * 200, "lines: duplicate lines"),
-        ("code", "y = '" + "a" * 2000 + "'\n", "lines: line too long"),
-        ("lessons", "7+5=12\n12-3=9\nAnswer: 9", None),
-        ("unheard of", "anything", None),
-    ],
-)
-def test_rules_by_kind(kind: str, text: str, reason: str | None, tmp_path: Path, laid_out) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    metrics = filter_documents(
-        FilterConfig(), laid_out(tmp_path / "in", [row(text, "a", kind)]), out, workers=0, progress=silent
-    )
-    assert metrics["removed_by_reason"] == ({reason: 1} if reason else {})
-    assert metrics["documents_out"] == (0 if reason else 1)
-
-
-def test_language_is_identified_without_a_download() -> None:
-    assert identify("This is a plain sentence in English, and there is nothing odd about it.")[0] == "en"
-    assert identify("Ceci est une phrase tout à fait ordinaire en français.")[0] == "fr"
-
-
-def test_filter_workers_change_no_byte(tmp_path: Path, bytes_of, laid_out) -> None:
-    rows = [row(PROSE[i:] + f" number {i}", str(i)) for i in range(0, 120, 3)] + [
-        row("short", f"s{i}") for i in range(9)
-    ]
-    documents = laid_out(tmp_path / "in", rows, 10)
-    made = []
-    for workers in (0, 2):
-        out = tmp_path / f"out{workers}"
-        out.mkdir()
-        filter_documents(FilterConfig(), documents, out, workers=workers, progress=silent)
-        made.append(bytes_of(out))
-    close_cluster()
-    assert made[0] == made[1]
-
-
 # --- tokenizer
 
 
@@ -130,11 +59,13 @@ def small() -> bpe.Tokenizer:
 
 
 def test_special_tokens_have_their_ids(small: bpe.Tokenizer) -> None:
-    names = [bpe.BOS, bpe.EOS, bpe.PAD, "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
-    assert [small.token_to_id(n) for n in names] == list(range(7))
+    fim_marks = ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"]
+    names = [bpe.BOS, bpe.EOS, bpe.PAD, *fim_marks, "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
+    assert [small.token_to_id(n) for n in names] == list(range(10))
+    assert (BOS_ID, EOS_ID, PAD_ID) == (0, 1, 2)
     ids = small.encode("<｜User｜>2+2=?<｜Assistant｜><think>\n</think>\n4", add_special_tokens=False).ids
-    assert ids[0] == 3
-    assert {4, 5, 6} <= set(ids)
+    assert ids[0] == 6
+    assert {7, 8, 9} <= set(ids)
     assert small.decode([*ids, 1], skip_special_tokens=True).endswith("</think>\n4")
 
 
@@ -152,11 +83,34 @@ def test_round_trip_of_any_text(small: bpe.Tokenizer, text: str) -> None:
 def test_round_trip_of_every_language(small: bpe.Tokenizer, shared_data: Path) -> None:
     rows = corpus_rows(shared_data / "corpus" / "udhr.jsonl.gz", 1000)
     assert len(rows) == 388
-    for r in rows:
-        text = r["text"][:1500]
-        assert small.decode(small.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) == text, r[
-            "id"
-        ]
+    texts = [r["text"] for r in rows]
+    encoded = small.encode_batch_fast(texts, add_special_tokens=False)
+    for r, text, e in zip(rows, texts, encoded, strict=True):
+        assert small.decode(e.ids, skip_special_tokens=False) == text, r["id"]
+
+
+def test_pieces_of_a_long_text_give_the_tokens_of_the_whole(small: bpe.Tokenizer, shared_data: Path) -> None:
+    rows = corpus_rows(shared_data / "corpus" / "udhr.jsonl.gz", 40)
+    text = "".join(r["text"][:700] for r in rows) + "x\n\n\n  y\t z   <think>\n\n1 2  34 \u3000\u00a0 a \r\n" * 50
+    whole = small.encode(text, add_special_tokens=False).ids
+    for most in (30, 31, 64, 1000, len(text) - 1, len(text)):
+        cut = bpe.pieces(text, most)
+        assert "".join(cut) == text
+        assert max(len(p) for p in cut) <= most
+        together = [i for p in cut for i in small.encode(p, add_special_tokens=False).ids]
+        # Below some hundred characters a word, or a run of blanks, fills half a piece and is cut inside.
+        assert together == whole or most < 100
+    assert bpe.pieces("a" * 70, 20) == ["a" * 20] * 3 + ["a" * 10]
+
+
+def test_control_tokens_spelled_out_in_a_text_are_text(small: bpe.Tokenizer, tmp_path: Path) -> None:
+    bpe.save(small, tmp_path)
+    text = f"a{bpe.EOS}b<｜fim▁hole｜>{bpe.PAD}<think>"
+    reader = bpe.load_for_documents(tmp_path)
+    ids = reader.encode(text, add_special_tokens=False).ids
+    assert not set(ids) & set(range(6))
+    assert reader.decode(ids, skip_special_tokens=False) == text
+    assert bpe.load(tmp_path).encode(text, add_special_tokens=False).ids[1] == EOS_ID
 
 
 def test_equal_texts_give_equal_files(tmp_path: Path, bytes_of) -> None:
@@ -186,8 +140,46 @@ def test_transformers_loads_it_with_the_chat_form(small: bpe.Tokenizer, tmp_path
 
 
 def test_a_vocabulary_too_small_for_the_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match="vocab_size 100 is less than the 263"):
+    with pytest.raises(ValueError, match="vocab_size 100 is less than the 266"):
         bpe.train(["x"], 100)
+
+
+# --- fill in the middle
+
+
+@given(st.text(max_size=60), st.integers(0, 50))
+@settings(max_examples=200, deadline=None)
+def test_a_rearranged_document_comes_back(small: bpe.Tokenizer, text: str, name: int) -> None:
+    marks = fim.Marks(small)
+    cut = fim.cuts(text, 7, str(name), 1.0)
+    if cut is None:
+        assert len(text) < 3
+        return
+    assert 0 <= cut[0] <= cut[1] <= len(text)
+    prefix, suffix, middle = parts = fim.parts(text, *cut)
+    assert prefix + middle + suffix == text
+    small.encode_special_tokens = True
+    try:
+        ids = [small.encode(p, add_special_tokens=False).ids for p in parts]
+    finally:
+        small.encode_special_tokens = False
+    written = fim.rearranged(*ids, marks)
+    assert (written[0], written.count(4), written.count(5)) == (3, 1, 1)
+    assert small.decode(fim.restored(written, marks), skip_special_tokens=False) == text
+    assert fim.restored(ids[0], marks) == ids[0]  # what was not rearranged stays
+
+
+def test_the_rate_and_the_cuts_are_even() -> None:
+    text = "x" * 999
+    found = [fim.cuts(text, 0, str(i), 0.1) for i in range(20_000)]
+    cuts = [c for c in found if c is not None]
+    # Binomial, standard deviation 42; the cuts of 2,000 documents lie at a third and two thirds, to within 6 deviations.
+    assert abs(len(cuts) - 2000) < 6 * 42
+    assert abs(np.mean([a for a, _ in cuts]) - 333) < 6 * 236 / 2000**0.5
+    assert abs(np.mean([b for _, b in cuts]) - 666) < 6 * 236 / 2000**0.5
+    assert found == [fim.cuts(text, 0, str(i), 0.1) for i in range(20_000)]
+    assert [fim.cuts(text, 1, str(i), 0.1) for i in range(20_000)] != found
+    assert all(fim.cuts(text, 0, str(i), 0.0) is None for i in range(1000))
 
 
 # --- shards
@@ -200,7 +192,8 @@ def shard_folder(folder: Path, lengths: list[list[int]], vocab_size: int = 1000)
         own = [np.arange(at + sum(shard[:i]), at + sum(shard[: i + 1])) % vocab_size for i in range(len(shard))]
         at += sum(shard)
         documents += own
-        entries.append(write_shard(folder, "train", "s", number, own, "uint16" if vocab_size <= 1 << 16 else "uint32"))
+        ids = [id_hash(f"{number}/{i}") for i in range(len(own))]
+        entries.append(write_shard(folder, "train", "s", number, own, ids, dtype_for(vocab_size)))
     write_index(folder, vocab_size, "0" * 64, {("train", "s"): (entries, 4 * at)})
     return documents
 
@@ -236,15 +229,52 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
         TokenShards(tmp_path)
     path.write_bytes(bytes([good[0] ^ 1]) + good[1:])
     assert TokenShards(tmp_path).verify() == [str(path)]
+    TokenShards(tmp_path).stream("train", "s")
+    with pytest.raises(ShardError, match=r"00001\.tokens does not hash to what index\.json says"):
+        TokenShards(tmp_path, hashes_on_touch=True).stream("train", "s")
+    path.write_bytes(good)
+    ids = tmp_path / "train" / "s" / "00000.ids"
+    ids.write_bytes(bytes(16))
+    assert TokenShards(tmp_path).verify() == [str(ids)]
     path.unlink()
     with pytest.raises(ShardError, match="is missing"):
         TokenShards(tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
-    (tmp_path / "index.json").write_text(json.dumps({**index, "format": 99}))
-    with pytest.raises(ShardError, match="has format 99"):
-        TokenShards(tmp_path)
+    for other in (1, 99):
+        (tmp_path / "index.json").write_text(json.dumps({**index, "format": other}))
+        with pytest.raises(ShardError, match=f"has format {other} and this code reads 2: tokenize again"):
+            TokenShards(tmp_path)
     with pytest.raises(ShardError, match=r"has no index\.json"):
         TokenShards(tmp_path / "train")
+
+
+def test_a_document_is_found_by_its_id(tmp_path: Path) -> None:
+    documents = shard_folder(tmp_path, [[5, 6], [7], [3, 3, 9]])
+    shards = TokenShards(tmp_path)
+    owner = [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 2)]
+    for (number, place), tokens in zip(owner, documents, strict=True):
+        [found] = shards.find(id_hash(f"{number}/{place}"))
+        assert (found.split, found.source, found.shard, found.document) == ("train", "s", number, place)
+        shard = shards.shard("train", "s", number)
+        assert shard.tokens[found.start : found.start + found.tokens].tolist() == tokens.tolist()
+    assert shards.find(id_hash("another")) == []
+
+
+def test_the_format_is_what_its_page_says(tmp_path: Path) -> None:
+    """Read by the page alone: struct, hashlib and json."""
+    shard_folder(tmp_path, [[2, 3]], 100_000)
+    base, index = tmp_path / "train" / "s" / "00000", json.loads((tmp_path / "index.json").read_text())
+    tokens = struct.unpack("<5I", base.with_suffix(".tokens").read_bytes())
+    starts = struct.unpack("<2Q", base.with_suffix(".starts").read_bytes())
+    ids = struct.unpack("<2Q", base.with_suffix(".ids").read_bytes())
+    assert (tokens, starts) == ((0, 1, 2, 3, 4), (0, 2))
+    assert ids == tuple(struct.unpack("<Q", hashlib.sha256(n.encode()).digest()[:8])[0] for n in ("0/0", "0/1"))
+    [stream] = index["streams"]
+    [shard] = stream["shards"]
+    assert (index["format"], index["dtype"], shard["tokens"], shard["documents"]) == (2, "uint32", 5, 2)
+    for ending in ("tokens", "starts", "ids"):
+        data = base.with_suffix(f".{ending}").read_bytes()
+        assert shard[f"{ending}_sha256"] == hashlib.sha256(data).hexdigest()
 
 
 # --- the stage
@@ -252,7 +282,7 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
 
 def test_tokenize_holds_out_by_document_and_is_a_pure_function(tmp_path: Path, bytes_of, laid_out) -> None:
     rows = [row(f"{PROSE[:200]} {i}", str(i), source="ab"[i % 2]) for i in range(120)]
-    config = TokenizeConfig(vocab_size=300, sample_bytes=5000, held_out=0.2, shard_tokens=900)
+    config = TokenizeConfig(vocab_size=300, sample_bytes=5000, held_out=0.2, shard_tokens=900, fim_rate=0.3)
     made = {}
     for name, workers, seed, a_shard in (
         ("none", 0, 0, 30),
@@ -269,7 +299,7 @@ def test_tokenize_holds_out_by_document_and_is_a_pure_function(tmp_path: Path, b
     assert made["none"] != made["other seed"]
     shards = TokenShards(tmp_path / "none" / "tokens")
     tokenizer = bpe.load(tmp_path / "none" / "tokenizer")
-    texts = {}
+    texts, marks, rearranged = {}, fim.Marks(tokenizer), {"train": 0, "held_out": 0}
     for split in ("train", "held_out"):
         texts[split] = []
         for source in shards.streams(split):
@@ -278,6 +308,121 @@ def test_tokenize_holds_out_by_document_and_is_a_pure_function(tmp_path: Path, b
             for d in range(owner[-1] + 1):
                 ids = tokens[owner == d].tolist()
                 assert (ids[0], ids[-1]) == (0, 1)
-                texts[split].append(tokenizer.decode(ids[1:-1], skip_special_tokens=False))
+                rearranged[split] += ids[1] == marks.begin
+                texts[split].append(tokenizer.decode(fim.restored(ids[1:-1], marks), skip_special_tokens=False))
     assert sorted(texts["train"] + texts["held_out"]) == sorted(r["text"] for r in rows)
     assert 8 <= len(texts["held_out"]) <= 45
+    assert 12 <= rearranged["train"] <= 50  # of about 96, three in ten
+    assert rearranged["held_out"] == 0
+    for r in rows:
+        [found] = shards.find(id_hash(r["id"]))
+        assert found.source == r["metadata"]["source"]
+
+
+def test_the_order_is_that_of_the_hashes(tmp_path: Path, laid_out) -> None:
+    """Against the order made in memory, from the formula on the format's page."""
+    rows = [row(f"{PROSE[:50]} {i}", str(i)) for i in range(200)]
+    out = tmp_path / "out"
+    out.mkdir()
+    config = TokenizeConfig(vocab_size=300, held_out=0.1, shard_tokens=700, fim_kinds=())
+    metrics = tokenize(config, laid_out(tmp_path / "in", rows, 37), out, 5, workers=0, progress=silent)
+    shards = TokenShards(out / "tokens")
+
+    def hash_of(what: str, name: str) -> int:
+        return struct.unpack("<Q", hashlib.sha256(f"5/{what}/{name}".encode()).digest()[:8])[0]
+
+    for split in ("train", "held_out"):
+        names = [r["id"] for r in rows if (hash_of("held_out", r["id"]) < 0.1 * 2**64) == (split == "held_out")]
+        names.sort(key=lambda name: hash_of("order", name))
+        ids = np.concatenate([shards.shard(split, "s", n).ids for n in range(len(shards.entries(split, "s")))])
+        assert ids.tolist() == [id_hash(name) for name in names]
+        assert all(e.tokens >= 700 for e in shards.entries(split, "s")[:-1])
+    assert metrics["shards"] >= 5
+
+
+def test_a_small_source_trains_first(tmp_path: Path, laid_out) -> None:
+    rows = [row(PROSE, f"{source}{i}", source=source) for source, n in (("a", 1), ("b", 2), ("c", 3)) for i in range(n)]
+    for seed in range(4):
+        out = tmp_path / f"out{seed}"
+        out.mkdir()
+        config = TokenizeConfig(vocab_size=300, held_out=(0.01, 0.99)[seed % 2])
+        tokenize(config, laid_out(tmp_path / f"in{seed}", rows, 2), out, seed, workers=0, progress=silent)
+        shards = TokenShards(out / "tokens")
+        assert shards.streams("train") == ["a", "b", "c"]
+        assert shards.streams("held_out") == ["b", "c"]
+
+
+def test_a_vocabulary_that_the_sample_cannot_fill_is_told(tmp_path: Path, laid_out) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    config = TokenizeConfig(vocab_size=5000)
+    metrics = tokenize(config, laid_out(tmp_path / "in", [row("a few words", "1")]), out, 0, workers=0, progress=silent)
+    assert metrics["vocab_size"] < metrics["vocab_size_asked"] == 5000
+
+
+def test_compression_by_source_and_language(tmp_path: Path, laid_out) -> None:
+    rows = [row(PROSE, f"en{i}") for i in range(4)] + [row("Не может быть. " * 30, f"ru{i}") for i in range(3)]
+    for r in rows:
+        r["metadata"]["language"] = r["id"][2:4]
+    out = tmp_path / "out"
+    out.mkdir()
+    metrics = tokenize(
+        TokenizeConfig(vocab_size=320), laid_out(tmp_path / "in", rows), out, 0, workers=0, progress=silent
+    )
+    tokenizer = bpe.load(out / "tokenizer")
+    for line in map(json.loads, (out / "compression.jsonl").read_text().splitlines()):
+        own = [r["text"] for r in rows if r["metadata"]["language"] == line["language"]]
+        assert line["documents"] == len(own)
+        assert line["bytes"] == sum(len(t.encode()) for t in own)
+        whole = sum(len(tokenizer.encode(t, add_special_tokens=False).ids) for t in own)
+        assert line["tokens"] == pytest.approx(whole, rel=0.02)  # a cut for the middle costs a token or two
+        assert metrics["bytes_per_token_by_language"][line["language"]] == line["bytes_per_token"]
+
+
+def test_the_sample_is_bounded_and_the_same_however_the_corpus_lies(tmp_path: Path, laid_out) -> None:
+    rows = [row(f"{i} " * (1 + i % 50), str(i), source="ab"[i % 5 == 0]) for i in range(600)]
+    chosen = []
+    for a_shard in (100, 170):
+        folder = laid_out(tmp_path / str(a_shard), rows, a_shard)
+        surveys, samples = [], []
+        for shard in sorted((folder / "documents").iterdir()):
+            surveys.append(shard.with_suffix(".survey"))
+            tokenizer_sample.survey_shard(shard, surveys[-1], 0, 0.1)
+        survey = tokenizer_sample.merged(surveys)
+        bounds = tokenizer_sample.bounds(survey, 4000)
+        assert bounds["a"] < 0.5
+        for shard in sorted((folder / "documents").glob("*.zst")):
+            samples.append(shard.with_suffix(".sample"))
+            tokenizer_sample.draw_shard(shard, samples[-1], bounds)
+        chosen.append(tokenizer_sample.chosen(samples, 4000, 2))
+    assert chosen[0] == chosen[1]
+    by_source = {
+        s: [t for t in chosen[0] if t in {r["text"] for r in rows if r["metadata"]["source"] == s}] for s in "ab"
+    }
+    for texts in by_source.values():  # the share of 2,000, and the document that fills it
+        assert 2000 <= sum(map(len, texts)) < 2000 + 4 * 50
+
+
+def test_a_document_of_one_long_line_is_encoded_in_bounded_memory(tmp_path: Path, laid_out) -> None:
+    """6 MB without a blank and 1.5 MB with: the process that encodes them stays below 1 GiB."""
+    rows = [row("ж" * 3_000_000, "a"), row("word " * 300_000, "b"), row(PROSE, "c")]
+    folder = laid_out(tmp_path / "in", rows)
+    out = tmp_path / "out"
+    out.mkdir()
+    script = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from gristmill.data.stage_types import silent\n"
+        "from gristmill.data.tokenize import TokenizeConfig, tokenize\n"
+        "config = TokenizeConfig(vocab_size=300, sample_bytes=100000, fim_rate=0)\n"
+        "tokenize(config, Path(sys.argv[1]), Path(sys.argv[2]), 0, workers=0, progress=silent)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    run = [sys.executable, "-P", "-c", script, str(folder), str(out)]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | {"RAYON_NUM_THREADS": "1"})
+    assert int(done.stdout) < 1 << 20  # kibibytes
+    shards = TokenShards(out / "tokens")
+    [found] = shards.find(id_hash("s/b"))
+    shard = shards.shard(found.split, "s", found.shard)
+    ids = shard.tokens[found.start + 1 : found.start + found.tokens - 1].tolist()
+    assert bpe.load(out / "tokenizer").decode(ids) == "word " * 300_000

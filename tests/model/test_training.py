@@ -16,7 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gristmill.data.mix import MixConfig, mix
+from gristmill.data.mixture import Mixture
 from gristmill.data.problems import ProblemsConfig, make_problems
+from gristmill.data.shards import TokenShards
 from gristmill.data.stage_types import silent as quiet
 from gristmill.data.tokenize import TokenizeConfig, tokenize
 from gristmill.model import conversion
@@ -26,7 +29,7 @@ from gristmill.model.launch import JobFailed
 from gristmill.model.pretrain import pretrain
 from gristmill.model.sft import fine_tune
 from gristmill.model.stage_types import silent
-from gristmill.model.training.batches import Conversation, ConversationBatches, TokenBatches, pack_whole
+from gristmill.model.training.batches import IGNORED, Conversation, ConversationBatches, TokenBatches, pack_whole
 from gristmill.model.training.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from gristmill.model.training.loop import Objective
 from gristmill.model.training.optimizers import MuonAdamW
@@ -64,9 +67,20 @@ def tokens(tmp_path_factory: pytest.TempPathFactory, laid_out) -> Path:
     return out
 
 
+def mixed(tokens: Path, config: PretrainConfig, seed: int = 0, **more: Any) -> Path:
+    """The mixture of a run, beside its tokens."""
+    asked = MixConfig(sequence_length=config.sequence_length, sequences=config.steps * config.batch_sequences, **more)
+    out = tokens.parent / f"mixture-{hashlib.sha256(f'{asked}{seed}'.encode()).hexdigest()[:8]}"
+    if not (out / "mixture.json").exists():
+        out.mkdir()
+        mix(asked, tokens, out, seed, workers=0, progress=quiet)
+    return out
+
+
 def trained(tokens: Path, out: Path, config: PretrainConfig = CONFIG, ranks: int = 1) -> dict:
     out.mkdir(exist_ok=True)
-    return pretrain(config, tokens, out, 0, threads=1, ranks=ranks, device="cpu", progress=silent)
+    mixture = mixed(tokens, config)
+    return pretrain(config, tokens, mixture, out, 0, threads=1, ranks=ranks, device="cpu", progress=silent)
 
 
 def content(out: Path) -> dict[str, str]:
@@ -206,33 +220,64 @@ def test_ranks_share_the_responses_of_a_step() -> None:
         torch.testing.assert_close(gradient(ranks), gradient(1), rtol=1e-4, atol=1e-6)
 
 
-def test_shards_that_do_not_fit_are_refused(tokens: Path, tmp_path: Path) -> None:
-    with pytest.raises(JobFailed, match=r"pretrain\.mixture names 'books', and the .* shards have only lessons"):
-        trained(tokens, tmp_path / "out", CONFIG.model_copy(update={"mixture": {"books": 1.0}}))
+@pytest.mark.parametrize("other", [{"sequence_length": 16}, {"steps": 11}])
+def test_a_mixture_of_another_run_is_refused(tokens: Path, tmp_path: Path, other: dict[str, int]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    mixture = mixed(tokens, CONFIG.model_copy(update=other))
+    with pytest.raises(JobFailed, match=r"pretrain asks for (sequence_length 32|sequences 40) .*made for (16|44)"):
+        pretrain(CONFIG, tokens, mixture, out, 0, threads=1, ranks=1, device="cpu", progress=silent)
+
+
+def batches(tokens: Path, seed: int = 0, across: bool = False, **more: Any) -> TokenBatches:
+    config = CONFIG.model_copy(update={"steps": 50})
+    mixture = Mixture(mixed(tokens, config, seed, **more), TokenShards(tokens / "tokens"))
+    return TokenBatches(mixture, "train", sequences=4, across_documents=across, device=torch.device("cpu"))
 
 
 def test_batches_are_a_pure_function_of_the_step(tokens: Path) -> None:
-    from gristmill.data.shards import TokenShards
-
-    def batches(seed: int) -> TokenBatches:
-        return TokenBatches(
-            TokenShards(tokens / "tokens"), "train", {}, sequences=4, length=32, steps=50, seed=seed,
-            across_documents=False, device=torch.device("cpu"),
-        )  # fmt: skip
-
-    one, other = batches(0), batches(0)
+    one, other = batches(tokens), batches(tokens)
     for step in (30, 2, 49):
         assert torch.equal(one.step(step, 0, 1).inputs.token_BS, other.step(step, 0, 1).inputs.token_BS)
     whole = one.step(7, 0, 1).inputs.token_BS
     halves = [one.step(7, rank, 2).inputs.token_BS for rank in range(2)]
     assert torch.equal(torch.cat(halves), whole)
-    assert not torch.equal(whole, batches(1).step(7, 0, 1).inputs.token_BS)
-    batch = one.step(0, 0, 1)
-    assert torch.equal(batch.inputs.token_BS[:, 1:], batch.target_BS[:, :-1])
-    assert batch.next_target_BS is not None
-    assert torch.equal(batch.target_BS[:, 1:], batch.next_target_BS[:, :-1])
-    epoch = {tuple(row) for row in one.plan[: len(set(map(tuple, one.plan)))].tolist()}
-    assert len(epoch) == len(set(map(tuple, one.plan)))  # an epoch sees each sequence once before any comes again
+    assert not torch.equal(whole, batches(tokens, seed=1).step(7, 0, 1).inputs.token_BS)
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
+@pytest.mark.parametrize("across", [False, True])
+def test_targets_stay_in_their_document(tokens: Path, packing: str, across: bool) -> None:
+    made = batches(tokens, packing=packing, across=across)
+    for step in range(0, 50, 7):
+        batch = made.step(step, 0, 1)
+        token, target, after = batch.inputs.token_BS, batch.target_BS, batch.next_target_BS
+        assert after is not None
+        assert torch.equal(batch.weight_BS > 0, target >= 0)
+        inside = (target[:, :-1] >= 0) & (token[:, 1:] == target[:, :-1])
+        assert torch.equal(after[:, :-1][inside & (after[:, :-1] >= 0)], target[:, 1:][inside & (after[:, :-1] >= 0)])
+        ends = token == 1  # the end of a document
+        if packing == "best_fit" or not across:
+            assert (target[ends] == IGNORED).all()  # nothing is learned of what follows it
+            assert (target[token == 2] == IGNORED).all()  # nor of padding
+            assert not (target == 0).any()
+        else:
+            assert (target[ends & (target >= 0)] == 0).all()  # it predicts the beginning of the next
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
+def test_shares_weigh_targets_alike(tokens: Path, packing: str) -> None:
+    """With a rank's share, the mean over ranks of their means is the mean over all targets of the step."""
+    made = batches(tokens, packing=packing)
+    for step in (0, 13, 49):
+        whole = made.step(step, 0, 1)
+        assert (whole.share, whole.next_share) == (1.0, 1.0)
+        for ranks in (2, 4):
+            parts = [made.step(step, rank, ranks) for rank in range(ranks)]
+            for share, name in (("share", "target_BS"), ("next_share", "next_target_BS")):
+                counts = [int((getattr(p, name) >= 0).sum()) for p in parts]
+                assert [getattr(p, share) for p in parts] == pytest.approx([c * ranks / sum(counts) for c in counts])
+                assert sum(counts) == int((getattr(whole, name) >= 0).sum())
 
 
 def test_packing_cuts_nothing() -> None:
@@ -253,8 +298,6 @@ def test_fine_tuning_learns_responses_alone(base: Path, tokens: Path, tmp_path: 
     assert metrics["conversations"] == 60
     assert 0 <= metrics["padding"] < 0.6
     assert not any(name.startswith("mtp.") for name in load_file(out / "model" / "model.safetensors"))
-
-    from gristmill.model.training.batches import IGNORED, Conversation, ConversationBatches
 
     chat = Chat(tokens / "tokenizer")
     talk = Conversation(chat.prompt("7+5=?"), chat.response("7+5=12", "12"))
