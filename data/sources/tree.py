@@ -28,7 +28,7 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 ARCHIVES = (".zip", *TARS)
 PASSED = frozenset({".git", ".hg", ".svn", "node_modules", "__pycache__", ".venv", ".tox", ".idea", ".mypy_cache"})
 HEAD = 256
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, DamagedError, zlib.error, EOFError, NotImplementedError, RuntimeError)
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, DamagedError, zlib.error, EOFError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,8 @@ class TreeSource(StoredSource):
     def _zip(self, entry: Entry) -> Iterator[tuple[str, int, Callable[[int], bytes]]]:
         with self.opened(entry) as raw, zipfile.ZipFile(raw) as archive:
             for member in archive.infolist():
+                if member.flag_bits & 1:
+                    raise zipfile.BadZipFile(f"{member.filename} is encrypted")
                 if not member.is_dir():
                     with archive.open(member) as file:
                         yield member.filename, member.file_size, file.read
