@@ -1,4 +1,4 @@
-"""The corpus alone: sources to token shards, as the nightly refresh runs it and `r1` begins with it."""
+"""The corpus alone: sources to packed token shards, as the nightly refresh runs it and `r1` begins with it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,27 @@ from gristmill.flows.stage import Artifact
 
 @dataclass(frozen=True)
 class Corpus:
-    """What the corpus stages made, one after the other."""
+    """What the corpus stages made, one after the other; `trimmed` is `unique` where the recipe has no `spans`."""
 
     ingested: Artifact
     unique: Artifact
+    trimmed: Artifact
     filtered: Artifact
+    problems: Artifact
+    clean: Artifact
     tokens: Artifact
+    mixture: Artifact
 
 
 def corpus(recipe: Recipe) -> Corpus:
-    """Ingest, deduplicate, filter and tokenize."""
-    ingested = stages.ingest(recipe.ingest, seed=recipe.seed)
+    """Ingest, deduplicate, filter, take out what the evaluation asks, tokenize and mix."""
+    seed = recipe.seed
+    ingested = stages.ingest(recipe.ingest, seed=seed)
     unique = stages.dedup(recipe.dedup, documents=ingested)
-    filtered = stages.filter_(recipe.filter, documents=unique)
-    tokens = stages.tokenize(recipe.tokenize, documents=filtered, seed=recipe.seed)
-    return Corpus(ingested, unique, filtered, tokens)
+    trimmed = unique if recipe.spans is None else stages.spans(recipe.spans, documents=unique)
+    filtered = stages.filter_(recipe.filter, documents=trimmed)
+    problems = stages.problems(recipe.problems, seed=seed)
+    clean = stages.decontaminate(recipe.decontaminate, documents=filtered, problems=problems)
+    tokens = stages.tokenize(recipe.tokenize, documents=clean, seed=seed)
+    mixture = stages.mix(recipe.mixing, tokens=tokens, seed=seed)
+    return Corpus(ingested, unique, trimmed, filtered, problems, clean, tokens, mixture)

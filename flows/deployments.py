@@ -31,8 +31,11 @@ class Stage(StrEnum):
 
     ingest = "ingest"
     dedup = "dedup"
+    spans = "spans"
     filter = "filter"
+    decontaminate = "decontaminate"
     tokenize = "tokenize"
+    mix = "mix"
     problems = "problems"
     pretrain = "pretrain"
     rl_zero = "rl_zero"
@@ -63,15 +66,22 @@ def r1_flow(
 
 
 @flow(name="corpus", flow_run_name="corpus-{recipe.name}", persist_result=False)
-def corpus_flow(from_stage: Stage | None = None, *, recipe: Recipe, store: str = ".gristmill/store") -> None:
-    """Sources to token shards: the nightly refresh of the corpus.
+def corpus_flow(
+    from_stage: Stage | None = None,
+    until_stage: Stage | None = None,
+    *,
+    recipe: Recipe,
+    store: str = ".gristmill/store",
+) -> None:
+    """Sources to packed token shards: the nightly refresh of the corpus.
 
     Args:
         from_stage: Run this stage, and all that follows from it, again.
+        until_stage: Run no further than this stage needs.
         recipe: What is asked of the corpus stages; the others are not looked at.
         store: Where results lie: a folder or s3://bucket/prefix.
     """
-    _run(corpus, recipe, from_stage, None, store)
+    _run(corpus, recipe, from_stage, until_stage, store)
 
 
 def _run(pipeline, recipe: Recipe, from_stage: Stage | None, until: Stage | None, store: str) -> None:

@@ -12,9 +12,9 @@ def r1(recipe: Recipe) -> Artifact:
     """The whole way. Calling it under `Plan` says what would run; under `Plain` or `Orchestrated` it runs."""
     seed = recipe.seed
     text = corpus(recipe)
-    problems = stages.problems(recipe.problems, seed=seed)
+    problems = text.problems
 
-    base = stages.pretrain(recipe.pretrain, tokens=text.tokens, seed=seed)
+    base = stages.pretrain(recipe.pretrain, tokens=text.tokens, mixture=text.mixture, seed=seed)
     zero = stages.rl_zero(recipe.rl_zero, model=base, problems=problems, tokenizer=text.tokens, seed=seed)
     cold = stages.cold_start(recipe.cold_start, model=base, problems=problems, tokenizer=text.tokens, seed=seed)
     reasoner = stages.rl(recipe.rl, model=cold, problems=problems, tokenizer=text.tokens, seed=seed)
@@ -23,7 +23,7 @@ def r1(recipe: Recipe) -> Artifact:
         recipe.evaluate,
         problems=problems,
         tokenizer=text.tokens,
-        documents=text.filtered,
+        documents=text.clean,
         base=base,
         cold_start=cold,
         zero=zero,
@@ -36,8 +36,11 @@ def r1(recipe: Recipe) -> Artifact:
         ingest=text.ingested,
         problems=problems,
         dedup=text.unique,
+        trimmed=text.trimmed,
         filter=text.filtered,
+        decontaminate=text.clean,
         tokenize=text.tokens,
+        mix=text.mixture,
         pretrain=base,
         cold_start=cold,
         rl_zero=zero,

@@ -12,10 +12,13 @@ from typing import Any, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from gristmill.data.decontaminate import DecontaminateConfig
 from gristmill.data.dedup import DedupConfig
 from gristmill.data.filters import FilterConfig
 from gristmill.data.ingest import IngestConfig
+from gristmill.data.mix import MixConfig, MixSection
 from gristmill.data.problems import ProblemsConfig
+from gristmill.data.spans import SpansConfig
 from gristmill.data.tokenize import TokenizeConfig
 from gristmill.flows.errors import UsageError
 from gristmill.flows.execution import Execution
@@ -38,7 +41,16 @@ class Recipe(BaseModel):
     problems: ProblemsConfig = Field(default_factory=ProblemsConfig, title="Problems", description="What is asked.")
     dedup: DedupConfig = Field(default_factory=DedupConfig, title="Dedup", description="Duplicate removal.")
     filter: FilterConfig = Field(default_factory=FilterConfig, title="Filter", description="Quality rules.")
+    spans: SpansConfig | None = Field(
+        default=None,
+        title="Spans",
+        description="Removal of repeated lines, paragraphs and long spans; none leaves them.",
+    )
+    decontaminate: DecontaminateConfig = Field(
+        default_factory=DecontaminateConfig, title="Decontaminate", description="What the evaluation asks goes."
+    )
     tokenize: TokenizeConfig = Field(default_factory=TokenizeConfig, title="Tokenize", description="Tokenizer, shards.")
+    mix: MixSection = Field(default_factory=MixSection, title="Mix", description="Packing, and the sources' shares.")
     pretrain: PretrainConfig = Field(default_factory=PretrainConfig, title="Pretrain", description="Base model.")
     cold_start: SFTConfig = Field(default_factory=SFTConfig, title="Cold start", description="Fine-tuning.")
     rl_zero: GRPOConfig = Field(default_factory=GRPOConfig, title="R1-Zero", description="RL from the base model.")
@@ -71,12 +83,13 @@ class Recipe(BaseModel):
                 f"lower one or raise the other"
             )
         sources = [source.name for source in self.ingest.sources]
-        for name in self.pretrain.mixture:
-            if name not in sources:
-                raise ValueError(
-                    f"pretrain.mixture names {name!r}, which is no source of ingest.sources ({', '.join(sources)}): "
-                    f"{_near(name, sources)}give weights of those, or {{}} to take them by size"
-                )
+        for field, names in self.mix.named.items():
+            for name in names:
+                if name not in sources:
+                    raise ValueError(
+                        f"mix.{field} names {name!r}, which is no source of ingest.sources ({', '.join(sources)}): "
+                        f"{_near(name, sources)}name those, or give {{}} to take them by size"
+                    )
         ranks = self.execution.ranks
         for name in ("pretrain", "cold_start"):
             sequences = getattr(self, name).batch_sequences
@@ -86,6 +99,13 @@ class Recipe(BaseModel):
                     f"choose a multiple of {ranks}"
                 )
         return self
+
+    @property
+    def mixing(self) -> MixConfig:
+        """The mixture of this recipe's pretraining: as many sequences as its steps take, of its length."""
+        section = {name: getattr(self.mix, name) for name in type(self.mix).model_fields}
+        run = self.pretrain.steps * self.pretrain.batch_sequences
+        return MixConfig(**section, sequence_length=self.pretrain.sequence_length, sequences=run)
 
 
 def shipped() -> list[str]:

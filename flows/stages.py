@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
-from gristmill.data.dedup import deduplicate
+from gristmill.data.decontaminate import DecontaminateConfig, check_decontamination, evaluation_files
+from gristmill.data.decontaminate import decontaminate as decontaminate_documents
+from gristmill.data.dedup import check_indexes, deduplicate, index_fingerprints
 from gristmill.data.filters import filter_documents
 from gristmill.data.ingest import IngestConfig, check_sources, fingerprint_sources
 from gristmill.data.ingest import ingest as ingest_documents
+from gristmill.data.mix import mix as mix_tokens
 from gristmill.data.problems import ProblemsConfig, make_problems, problem_files
+from gristmill.data.sources.base import Contents
+from gristmill.data.spans import remove_spans
 from gristmill.data.tokenize import tokenize as tokenize_documents
 from gristmill.flows import estimates
 from gristmill.flows.report import make_report
@@ -24,8 +28,16 @@ from gristmill.model.sft import fine_tune
 HASHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gristmill" / "hashes.json"
 
 
+def _hashes(files: list[str]) -> dict[str, str]:
+    """Content hash of each file, by the name that the configuration gives it."""
+    contents = Contents(HASHES)
+    found = {file: contents.sha256(Path(file)) for file in files}
+    contents.save()
+    return found
+
+
 def _problem_sources(config: ProblemsConfig) -> dict[str, str]:
-    return {f: hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in problem_files(config)}
+    return _hashes(problem_files(config))
 
 
 def _check_problems(config: ProblemsConfig) -> None:
@@ -40,9 +52,13 @@ def _ingest_sources(config: IngestConfig) -> dict[str, str]:
     return fingerprint_sources(config, HASHES)
 
 
+def _evaluation_sources(config: DecontaminateConfig) -> dict[str, str]:
+    return _hashes(evaluation_files(config))
+
+
 ingest = stage(
     "ingest",
-    version=1,
+    version=2,
     title="Documents from sources",
     sources=_ingest_sources,
     check=check_sources,
@@ -58,25 +74,47 @@ problems = stage(
 )(make_problems)
 dedup = stage(
     "dedup",
-    version=1,
+    version=2,
     title="Exact and near-duplicate removal",
+    sources=index_fingerprints,
+    check=check_indexes,
     estimate=estimates.of_corpus(rate=1.8e6, kept=0.25),
 )(deduplicate)
+spans = stage(
+    "spans",
+    version=1,
+    title="Repeated lines, paragraphs and spans",
+    estimate=estimates.of_corpus(rate=1.0e6, kept=0.3),
+)(remove_spans)
 filter_ = stage(
     "filter",
-    version=1,
+    version=2,
     title="Quality filters",
     estimate=estimates.of_corpus(rate=2.2e6, kept=0.25),
 )(filter_documents)
+decontaminate = stage(
+    "decontaminate",
+    version=1,
+    title="Evaluation sets out of the corpus",
+    sources=_evaluation_sources,
+    check=check_decontamination,
+    estimate=estimates.of_corpus(rate=8.0e6, kept=0.25),
+)(decontaminate_documents)
 tokenize = stage(
     "tokenize",
-    version=1,
+    version=2,
     title="Tokenizer and token shards",
     estimate=estimates.of_corpus(rate=1.1e6, kept=0.9),
 )(tokenize_documents)
+mix = stage(
+    "mix",
+    version=1,
+    title="Packed sequences and their mixture",
+    estimate=estimates.of_corpus(rate=20.0e6, kept=0.05),
+)(mix_tokens)
 pretrain = stage(
     "pretrain",
-    version=1,
+    version=2,
     title="Pretraining of the base model",
     estimate=estimates.of_training,
 )(pretrain_model)
@@ -105,4 +143,4 @@ evaluate = stage(
     estimate=estimates.of_evaluation,
 )(evaluate_models)
 export = stage("export", version=1, title="Export to Hugging Face", estimate=estimates.of_export)(export_model)
-report = stage("report", version=1, title="Report", estimate=estimates.of_report)(make_report)
+report = stage("report", version=2, title="Report", estimate=estimates.of_report)(make_report)

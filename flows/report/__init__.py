@@ -40,8 +40,11 @@ def make_report(
     ingest: Path,
     problems: Path,
     dedup: Path,
+    trimmed: Path,
     filter: Path,
+    decontaminate: Path,
     tokenize: Path,
+    mix: Path,
     pretrain: Path,
     cold_start: Path,
     rl_zero: Path,
@@ -54,7 +57,8 @@ def make_report(
 ) -> Metrics:
     """Write `out/report.json` (numbers that depend on the inputs' content alone) and `out/view/report.html`.
 
-    Each input is the folder of a finished stage with its manifest.json; what one of them lacks is named on
+    `trimmed` is what the filter read: the result of spans, or that of dedup again where the recipe has no spans. Each
+    input is the folder of a finished stage with its manifest.json; what one of them lacks is named on
     the page and in `report.json` under `absent`. The page shows times, so it lies in view/ and is no content.
     """
     from gristmill.flows.report.findings import gather, headline
@@ -64,7 +68,9 @@ def make_report(
         "ingest": ingest,
         "dedup": dedup,
         "filter": filter,
+        "decontaminate": decontaminate,
         "tokenize": tokenize,
+        "mix": mix,
         "problems": problems,
         "pretrain": pretrain,
         "cold_start": cold_start,
@@ -73,6 +79,8 @@ def make_report(
         "evaluate": evaluate,
         "export": export,
     }
+    if trimmed != dedup:
+        given["spans"] = trimmed
     folders = {name: StageFolder.open(name, path) for name, path in given.items()}
     found = gather(folders)
     numbers = headline(found)

@@ -16,6 +16,7 @@ from gristmill.flows.report import thinking
 MODELS = ("base", "zero", "cold_start", "rl")
 RESAMPLINGS, INTERVAL = 4000, 0.95
 BOOTSTRAP_SEED = 20250122
+SIEVES = ("dedup", "filter", "decontaminate")  # the stages that remove documents
 
 Folders = Mapping[str, StageFolder]
 
@@ -115,12 +116,12 @@ def _paired_interval(differences: list[float]) -> tuple[float, float]:
 
 def _corpus(folders: Folders) -> dict[str, Any]:
     steps = []
-    for name in ("ingest", "dedup", "filter", "tokenize"):
-        metrics = folders[name].metrics
+    for name in ("ingest", "dedup", "spans", "filter", "decontaminate", "tokenize"):
+        metrics = folders[name].metrics if name in folders else {}
         documents = metrics.get("documents_out", metrics.get("documents"))
         if is_number(documents):
             steps.append({"stage": name, "documents": documents, "bytes": _bytes(metrics)})
-    removed: dict[str, Any] = {n: t for n in ("dedup", "filter") if (t := removal_tables(folders[n].metrics))}
+    removed: dict[str, Any] = {n: t for n in SIEVES if (t := removal_tables(folders[n].metrics))}
     if "filter" not in removed and (reasons := _reasons(folders["filter"])):
         removed["filter"] = {"removed_by_reason": reasons}
     return {"funnel": steps, "removed": removed, "tokenize": folders["tokenize"].metrics}

@@ -11,6 +11,7 @@ from gristmill.flows.cards.charts import MODEL_NAMES
 from gristmill.flows.cards.folder import Row, StageFolder
 from gristmill.flows.report import words
 from gristmill.flows.report.costs import elsewhere, made_earlier, run_cost
+from gristmill.flows.report.findings import SIEVES
 from gristmill.flows.report.pipeline import LABELS, diagram
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _removed_examples(folders: Mapping[str, StageFolder], count: int) -> dict[st
     """A few rows of the samples of dedup and filter, long texts cut."""
     return {
         name: [{k: _cut(v) for k, v in _flat(row).items() if k != "outcome"} for row in _removed(folders[name])[:count]]
-        for name in ("dedup", "filter")
+        for name in SIEVES
     }
 
 
@@ -151,4 +152,6 @@ def _recipe(folders: Mapping[str, StageFolder]) -> str:
     seeds = [f.manifest["seed"] for f in folders.values() if f.manifest.get("seed") is not None]
     recipe: Row = {"seed": seeds[0]} if seeds else {}
     recipe |= {name: folder.config for name, folder in folders.items() if folder.config}
+    if "mix" in recipe:  # these two follow from `pretrain`
+        recipe["mix"] = {k: v for k, v in recipe["mix"].items() if k not in ("sequence_length", "sequences")}
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)

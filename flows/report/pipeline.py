@@ -12,28 +12,31 @@ from gristmill.flows.cards.folder import StageFolder
 PLACES = {
     "ingest": (0, 1),
     "dedup": (1, 1),
+    "spans": (1, 2),
     "filter": (2, 1),
-    "tokenize": (3, 1),
-    "problems": (4, 2),
-    "pretrain": (4, 1),
-    "cold_start": (5, 0),
-    "rl_zero": (5, 2),
-    "rl": (6, 0),
-    "evaluate": (7, 1),
-    "export": (7, 0),
+    "problems": (2, 2),
+    "decontaminate": (3, 1),
+    "tokenize": (4, 1),
+    "mix": (5, 1),
+    "pretrain": (6, 1),
+    "cold_start": (7, 0),
+    "rl_zero": (7, 2),
+    "rl": (8, 0),
+    "evaluate": (9, 1),
+    "export": (9, 0),
 }
 LABELS = {"rl_zero": "R1-Zero", "rl": "RL (R1)", "cold_start": "cold start"}
 TINTS = {"pretrain": "base", "cold_start": "cold-start", "rl_zero": "zero", "rl": "rl"}
 # Everything that reads text needs the tokenizer, and the check for seen problems the documents: those arrows
 # would hide the rest.
 UNDRAWN = {"tokenizer"}
-WIDE, HIGH, ACROSS, DOWN = 104, 64, 128, 88
+WIDE, HIGH, ACROSS, DOWN = 104, 64, 124, 88
 
 
 def diagram(folders: Mapping[str, StageFolder], earlier: set[str]) -> str:
     """Inline SVG of the stages that have a place; stages of an earlier run are drawn pale."""
     shown = {name: folder for name, folder in folders.items() if name in PLACES and folder.manifest}
-    width, height = 7 * ACROSS + WIDE + 4, 2 * DOWN + HIGH + 4
+    width, height = max(column for column, _ in PLACES.values()) * ACROSS + WIDE + 4, 2 * DOWN + HIGH + 4
     parts = [
         f'<svg role="img" aria-label="The pipeline" class="pipeline" viewBox="0 0 {width} {height}">',
         '<defs><marker id="arrow" viewBox="0 0 6 6" refX="5.4" refY="3" markerWidth="6" markerHeight="6" '

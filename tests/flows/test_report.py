@@ -154,7 +154,7 @@ def test_a_tiny_run_with_nothing_removed_has_a_report(tmp_path: Path, steps: int
     folders = fixture.make_run(tmp_path, steps=steps, problems=2, samples=1, removed=False)
     _, numbers, page = report(folders, tmp_path / "report")
     assert outline(page).open == []
-    assert "Neither dedup nor filter counts a removed document" in page
+    assert "No stage counts a removed document" in page
     assert "No examples of what dedup removed" in page
     assert "nan" not in json.dumps(numbers)
 
