@@ -34,13 +34,13 @@ def test_more_work_takes_more_time(tmp_path: Path) -> None:
     once, more = planned(tmp_path), planned(tmp_path, "rl.steps=100", "ingest.sources.2.count=120000")
     assert more.named("rl").seconds > 1.5 * once.named("rl").seconds
     assert more.named("rl_zero").seconds == once.named("rl_zero").seconds
-    for name in ("ingest", "dedup", "filter", "tokenize"):
+    for name in ("ingest", "dedup", "filter", "decontaminate", "tokenize", "mix"):
         assert more.named(name).seconds > 1.5 * once.named(name).seconds
 
 
 def test_a_dataset_of_unknown_size_is_not_guessed(tmp_path: Path) -> None:
     web = "{type: dataset, name: web, dataset: owner/name, revision: " + "a" * 40 + "}"
-    plan = planned(tmp_path, f"ingest.sources=[{web}]", "pretrain.mixture={}")
+    plan = planned(tmp_path, f"ingest.sources=[{web}]", "mix.weights={}")
     assert plan.named("dedup").seconds is None
     assert plan.named("pretrain").seconds is not None
     assert plan.seconds is None

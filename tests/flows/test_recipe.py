@@ -60,14 +60,14 @@ RECIPE_ERRORS = {
     "past the position limit": ("pretrain: {sequence_length: 1024}", "1024 is longer than the position limit"),
     "cold start past the limit": ("cold_start: {sequence_length: 1024}", "cold_start.sequence_length 1024 is longer"),
     "missing source": (
-        "ingest: {sources: [{type: files, name: mine, paths: [nowhere.txt]}]}\npretrain: {mixture: {}}",
+        "ingest: {sources: [{type: files, name: mine, paths: [nowhere.txt]}]}\nmix: {weights: {}}",
         "'nowhere.txt' names no file",
     ),
     "mixture of another source": (
-        "pretrain: {mixture: {lesson: 1}}",
+        "mix: {weights: {lesson: 1}}",
         "'lesson', which is no source.*did you mean 'lessons'",
     ),
-    "negative weight": ("pretrain: {mixture: {lessons: -1}}", r"pretrain: mixture gives 'lessons' the weight -1"),
+    "negative weight": ("mix: {weights: {lessons: -1}}", r"mix: mix gives 'lessons' the weight -1"),
     "unknown hardware": ("execution: {hardware: H1000}", r"execution.hardware: device 'H1000' is not in hardware.yaml"),
     "no number": ("rl: {temperature: .nan}", r"rl\.temperature is nan, which is no number"),
     "no sources": ("ingest: {sources: []}", r"ingest\.sources is \[\], which will not do"),
@@ -144,7 +144,7 @@ def test_an_empty_source_is_refused(tmp_path: Path, capsys, monkeypatch) -> None
     Path("empty.txt").write_text("")
     source = {"type": "files", "name": "mine", "paths": ["empty.txt"]}
     Path("mine.yaml").write_text(
-        yaml.safe_dump({"extends": "smoke", "ingest": {"sources": [source]}, "pretrain": {"mixture": {}}})
+        yaml.safe_dump({"extends": "smoke", "ingest": {"sources": [source]}, "mix": {"weights": {}}})
     )
     code, said = run_cli("plan", "mine.yaml", capsys=capsys)
     assert code == 2
