@@ -199,7 +199,9 @@ class _Knife:
 
     def _sample(self, text: str, repeat: Row) -> None:
         held = self.samples
-        if len(held) < SHOWN or repeat["count"] > held[-1]["count"]:
+        kept = {(r["kept_id"], r["kept_start"], r["kept_end"]) for r in held if r["kept_id"] is not None}
+        known = (repeat["kept_id"], repeat["kept_start"], repeat["kept_end"]) in kept
+        if not known and (len(held) < SHOWN or repeat["count"] > held[-1]["count"]):
             self.samples = most_frequent([*held, {**repeat, "text": excerpt(text[repeat["start"] : repeat["end"]])}])
 
     def close(self) -> None:

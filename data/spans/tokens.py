@@ -1,10 +1,10 @@
 """Tokens of a text as spans are measured in them, and the places and hashes of these tokens.
 
 A token is a word (a run of letters, digits, marks and connectors such as _), or one character of anything else that is
-seen: punctuation, symbols. Scripts written without blanks between words (Han, kana, Thai, Lao, Khmer, Burmese, Tai)
+seen: punctuation, symbols; a rule drawn with one symbol (-----) is one token, as byte-pair encodings have it. Scripts written without blanks between words (Han, kana, Thai, Lao, Khmer, Burmese, Tai)
 give a token a letter, so that 50 tokens are about as much text in every language. White space, the zero-width space
 and the byte-order mark only separate: a text wrapped in another way has the same tokens. Letters are compared as they
-are, without case folding or normalisation. A word beyond 1,024 characters is cut into tokens of that length.
+are, without case folding or normalisation. A token beyond 1,024 characters is cut into tokens of that length.
 
 The loops run over code points in numba: at hundreds of megabytes a second a core, where a regular expression and a
 list of strings make about fifteen.
@@ -72,13 +72,14 @@ def _tokenise(codes, classes, starts, ends, first, second):
             at += 1
             continue
         begin, most = at, min(size, at + LONGEST)
-        word = kind in (WORD, EXTEND)
+        word, symbol = kind in (WORD, EXTEND), codes[at]
         a = (np.uint64(0xCBF29CE484222325) ^ np.uint64(codes[at])) * np.uint64(0x100000001B3)
         b = (np.uint64(0x9E3779B97F4A7C15) + np.uint64(codes[at])) * np.uint64(0xD6E8FEB86659FD93)
         at += 1
         while at < most:
-            kind = classes[codes[at]]
-            if kind != EXTEND and not (word and kind == WORD):
+            previous, kind = kind, classes[codes[at]]
+            again = kind == SINGLE and previous == SINGLE and codes[at] == symbol
+            if kind != EXTEND and not again and not (word and kind == WORD):
                 break
             a = (a ^ np.uint64(codes[at])) * np.uint64(0x100000001B3)
             b = ((b ^ (b >> np.uint64(29))) + np.uint64(codes[at])) * np.uint64(0xD6E8FEB86659FD93)

@@ -11,15 +11,16 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import regex
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from gristmill.data.documents import read_rows, shards
+from gristmill.data.documents import read_rows, shards, write_rows
 from gristmill.data.executor import close_cluster, cluster_client
 from gristmill.data.sieve import Edit, edited
-from gristmill.data.spans import LinesConfig, SpansConfig, SubstringConfig, remove_spans
+from gristmill.data.spans import SpansConfig, remove_spans
+from gristmill.data.spans.tokens import Tokeniser
 from gristmill.data.stage_types import silent
 
 ALONE = (
@@ -28,7 +29,8 @@ ALONE = (
 )
 EXTEND = r"[[\p{M}\p{Cf}]--[\s\u200b\ufeff]]"
 LETTER = rf"[[\p{{L}}\p{{N}}\p{{Pc}}]--{ALONE}--[\p{{M}}\p{{Cf}}]]"
-TOKEN = regex.compile(rf"(?:{LETTER}|{EXTEND})+|[^\s\u200b\ufeff]{EXTEND}*", regex.V1)
+SYMBOL = rf"[^\p{{L}}\p{{N}}\p{{Pc}}\p{{M}}\p{{Cf}}\s{ALONE[1:-1]}]"
+TOKEN = regex.compile(rf"(?:{LETTER}|{EXTEND})+|({SYMBOL})\1*{EXTEND}*|{ALONE}{EXTEND}*", regex.V1)
 
 
 def tokens_of(text: str) -> list[tuple[str, int, int]]:
@@ -124,7 +126,7 @@ def test_what_goes_is_what_brute_force_finds(
         assert (kept, r["kept_end"]) < (own, r["end"])
 
 
-def test_small_tables_runs_and_pieces_change_no_byte(tmp_path: Path, laid_out, bytes_of, monkeypatch) -> None:
+def test_small_tables_runs_and_pieces_change_no_byte(tmp_path: Path, laid_out, monkeypatch) -> None:
     """Tables that fill many times over, runs and texts that are cut: what a corpus of terabytes does to them."""
     texts = [" ".join(stitched(seed, 6, "abcdefgh", 400)) for seed in range(24)]
     assert max(map(len, texts)) > 4 * 2048
@@ -152,3 +154,254 @@ def test_small_tables_runs_and_pieces_change_no_byte(tmp_path: Path, laid_out, b
 def list_of(path: Path) -> list[tuple[str, bytes]]:
     paths = [path] if path.is_file() else sorted(path.glob("*"))
     return [(p.name, p.read_bytes()) for p in paths]
+
+
+@pytest.fixture(scope="session")
+def corpora(shared_data: Path) -> dict[str, list[str]]:
+    """Texts of the shared corpora by name."""
+    found = {}
+    for name in ("peps", "wikitext2", "udhr"):
+        with gzip.open(shared_data / "corpus" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+            found[name] = [json.loads(line)["text"] for line in file]
+    return found
+
+
+def test_tokens_are_those_of_the_definition_in_every_script(corpora, monkeypatch) -> None:
+    tokeniser = Tokeniser()
+    texts = [t[:3000] for t in corpora["udhr"]]
+    for text in [
+        *texts,
+        "e\u0301 \u0301x ——— -- -\u0301- 👩\u200d🔬 __init__ \x00\x00 \ud800 ก็ x\u200by\ufeffz 𠀀𠀀 か\u3099",
+    ]:
+        found = [
+            (text[p.at + a : p.at + b], p.at + a, p.at + b)
+            for p in tokeniser.pieces(text)
+            for a, b in zip(p.starts.tolist(), p.ends.tolist(), strict=True)
+        ]
+        assert found == tokens_of(text)
+
+
+def test_pieces_and_long_words(monkeypatch) -> None:
+    text = "a" * 5000 + " " * 9000 + "-" * 2500 + "b c" * 3000
+    whole = [(int(a), int(b)) for p in Tokeniser().pieces(text) for a, b in zip(p.starts, p.ends, strict=True)]
+    assert whole[:5] == [(0, 1024), (1024, 2048), (2048, 3072), (3072, 4096), (4096, 5000)]
+    assert whole[5:8] == [(14000, 15024), (15024, 16048), (16048, 16500)]
+    monkeypatch.setattr("gristmill.data.spans.tokens.PIECE", 2048)
+    tokeniser = Tokeniser()
+    cut = [
+        (p.at + int(a), p.at + int(b)) for p in tokeniser.pieces(text) for a, b in zip(p.starts, p.ends, strict=True)
+    ]
+    assert cut == whole
+    assert tokeniser.locate(text, [(0, 6), (5, 8), (7, 7 + 1000)]) == [
+        (0, 15024),
+        (14000, 16500),
+        (16048, whole[1006][1]),
+    ]
+    assert tokeniser.digest(text, 0, len(text)) == tokeniser.digest(text.replace(" " * 9000, "\n"), 0, len(text) - 8999)
+    assert tokeniser.digest("ab", 0, 2) != tokeniser.digest("a b", 0, 3)
+
+
+def test_real_corpora_against_brute_force(tmp_path: Path, corpora, laid_out) -> None:
+    texts = [*corpora["peps"][-60:], *(t[:1200] for t in corpora["udhr"][::3]), *corpora["wikitext2"][:15]]
+    laid_out(tmp_path / "in", rows_of(texts), 200)
+    run(tmp_path / "in", tmp_path / "out", substring={"tokens": 50, "within_documents": True}, least_characters_left=0)
+    expected = brute_force(texts, 50, True)
+    assert sum(map(bool, expected)) > 10
+    assert list(results(tmp_path / "out").values()) == [without(t, e) for t, e in zip(texts, expected, strict=True)]
+
+
+def without_repeats(folder: Path, laid_out, texts: list[str], config: dict) -> list[str]:
+    """What is left of texts when nothing in them repeats any more."""
+    for turn in range(10):
+        laid_out(folder / f"{turn}", rows_of(texts), 200)
+        metrics = run(folder / f"{turn}", folder / f"{turn}.out", **config)
+        texts = list(results(folder / f"{turn}.out").values())
+        if not metrics["changed"]:
+            return texts
+    raise AssertionError("repeats do not end")
+
+
+def planted(texts: list[str], spans: int, least: int, seed: int) -> tuple[list[str], list[list[tuple[int, int]]]]:
+    """Spans of earlier documents put between words of later ones, apart from each other, and where they lie there.
+
+    The tokens beside a span differ from those beside its original, else the repeat would be longer than what was put.
+    """
+    rng = random.Random(seed)
+    tokens = [tokens_of(t) for t in texts]
+    where: list[dict[int, str]] = [{} for _ in texts]
+    long = [d for d, t in enumerate(tokens) if len(t) > 400]
+    put = 0
+    while put < spans:
+        source, target = sorted(rng.sample(long, 2))
+        if source % 2 or not target % 2:  # an original that another span is put into would be one no more
+            continue
+        size = rng.randint(least, 3 * least)
+        a = rng.randrange(1, len(tokens[source]) - size - 1)
+        at = rng.randrange(1, len(tokens[target]) // 100) * 100
+        before, after = tokens[source][a - 1][0], tokens[source][a + size][0]
+        beside = tokens[target][at - 1], tokens[target][at]
+        apart = beside[0][2] < beside[1][1]
+        if not apart or beside[1][1] in where[target] or before == beside[0][0] or after == beside[1][0]:
+            continue
+        where[target][beside[1][1]] = texts[source][tokens[source][a][1] : tokens[source][a + size - 1][2]]
+        put += 1
+    found, made = [], []
+    for text, own in zip(texts, where, strict=True):
+        parts, spans_here, last, size = [], [], 0, 0
+        for at, span in sorted(own.items()):
+            parts += [text[last:at], span, " "]
+            size += at - last
+            spans_here.append((size, size + len(span)))
+            size, last = size + len(span) + 1, at
+        made.append("".join([*parts, text[last:]]))
+        found.append(spans_here)
+    return made, found
+
+
+def test_all_planted_spans_are_found_and_no_byte_else(tmp_path: Path, corpora, laid_out) -> None:
+    config = {"least_characters_left": 0}
+    texts = without_repeats(tmp_path, laid_out, [*corpora["peps"][::8], *corpora["wikitext2"]], config)
+    texts, expected = planted(texts, 300, 50, seed=3)
+    laid_out(tmp_path / "in", rows_of(texts), 90)
+    metrics = run(tmp_path / "in", tmp_path / "out", **config)
+    assert list(results(tmp_path / "out").values()) == [without(t, e) for t, e in zip(texts, expected, strict=True)]
+    changes = {r["id"]: r["edits"] for s in shards(tmp_path / "out", "changed") for r in read_rows(s)}
+    for i, spans in enumerate(expected):
+        assert [(e["start"], e["end"], e["reason"]) for e in changes.get(f"d{i}", [])] == [
+            (*s, "substring") for s in spans
+        ]
+    assert metrics["substrings"] >= 300  # an original that repeats in its own document makes two links of one span
+    assert len((tmp_path / "out" / "repeats.jsonl").read_text().splitlines()) == 20
+
+
+def test_colliding_hashes_remove_nothing(tmp_path: Path, laid_out, monkeypatch) -> None:
+    """With hashes of a window's last token alone nearly all windows collide: what then goes is what is the same."""
+    monkeypatch.setattr("gristmill.data.spans.substring.BASES", (0, 0))
+    texts = stitched(5, 60, "abcdefgh", 60)
+    laid_out(tmp_path / "in", rows_of(texts), 20)
+    metrics = run(tmp_path / "in", tmp_path / "out", substring={"tokens": 10}, least_characters_left=0)
+    assert metrics["collisions"] > 100
+    for (name, left), text, true in zip(
+        results(tmp_path / "out").items(), texts, brute_force(texts, 10, False), strict=True
+    ):
+        edits = [
+            e for s in shards(tmp_path / "out", "changed") for r in read_rows(s) if r["id"] == name for e in r["edits"]
+        ]
+        assert all(any(a <= e["start"] and e["end"] <= b for a, b in true) for e in edits)
+        assert left == edited(text, [Edit(**e) for e in edits])
+
+
+def kill_or_stop(monkeypatch, documents: Path, out: Path, after: int, **config) -> bool:
+    """Run until `after` tasks are done; whether there were so many."""
+
+    class Stop(Exception):
+        pass
+
+    def stopping(done: int, total: int, **_: float) -> None:
+        if done >= after:
+            raise Stop
+
+    out.mkdir()
+    try:
+        remove_spans(SpansConfig(**config), documents, out, workers=0, progress=stopping)
+    except Stop:
+        return True
+    return False
+
+
+def test_taken_up_after_any_task(tmp_path: Path, laid_out, bytes_of, monkeypatch) -> None:
+    config = {"lines": {"unit": "line", "least_characters": 8}, "substring": {"tokens": 10}}
+    laid_out(tmp_path / "in", rows_of(stitched(1, 40, "abcde", 50)), 14)
+    run(tmp_path / "in", tmp_path / "whole", **config)
+    after = 1
+    while kill_or_stop(monkeypatch, tmp_path / "in", tmp_path / f"{after}", after, **config):
+        run(tmp_path / "in", tmp_path / f"{after}", **config)
+        assert bytes_of(tmp_path / f"{after}") == bytes_of(tmp_path / "whole"), after
+        after += 1
+    assert after > 25
+
+
+def test_workers_and_a_killed_one_change_no_byte(tmp_path: Path, laid_out, bytes_of) -> None:
+    config = {"lines": {"unit": "line", "least_characters": 8}, "substring": {"tokens": 10}}
+    laid_out(tmp_path / "in", rows_of([t for k in range(8) for t in stitched(k, 40, "abcde", 50)]), 80)
+    run(tmp_path / "in", tmp_path / "0", 0, **config)
+    run(tmp_path / "in", tmp_path / "1", 1, **config)
+    victim = next(iter(cluster_client(2).run(os.getpid).values()))
+    killer = threading.Thread(target=kill_when, args=(tmp_path / "2" / "work" / "anchors" / "answered", victim))
+    killer.start()
+    run(tmp_path / "in", tmp_path / "2", 2, **config)
+    killer.join()
+    close_cluster()
+    assert bytes_of(tmp_path / "0") == bytes_of(tmp_path / "1") == bytes_of(tmp_path / "2")
+
+
+def kill_when(folder: Path, pid: int) -> None:
+    while not any(folder.glob("*.npy")):
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_documents_without_text_and_without_much_left(tmp_path: Path, laid_out) -> None:
+    first = " ".join(f"word{i}" for i in range(60))
+    texts = ["", first, " \n\t", first, f"And so: {first}\n", f"{first} with much that nobody has said before", "short"]
+    laid_out(tmp_path / "in", rows_of(texts), 3)
+    metrics = run(tmp_path / "in", tmp_path / "out")
+    assert results(tmp_path / "out") == {
+        "d0": "", "d1": first, "d2": " \n\t", "d5": " with much that nobody has said before", "d6": "short",
+    }  # fmt: skip
+    removed = [r for s in shards(tmp_path / "out", "removed") for r in read_rows(s)]
+    assert [(r["id"], r["text"], r["reason"]) for r in removed] == [
+        ("d3", texts[3], "spans: too little left"),
+        ("d4", texts[4], "spans: too little left"),
+    ]
+    assert removed[1]["because"] == {
+        "detail": f"7 characters are left of {len(texts[4])}", "duplicate_of": "d1", "spans": [[8, 8 + len(first)]],
+    }  # fmt: skip
+    assert metrics["documents_out"] == 5
+    assert metrics["removed_by_reason"] == {"spans: too little left": 2}
+
+
+def test_an_empty_corpus_and_an_empty_shard(tmp_path: Path, laid_out) -> None:
+    lines = {"unit": "line"}
+    (tmp_path / "none" / "documents").mkdir(parents=True)
+    assert run(tmp_path / "none", tmp_path / "out0", lines=lines)["documents_in"] == 0
+    write_rows(tmp_path / "empty" / "documents" / "00000.jsonl.zst", [])
+    assert run(tmp_path / "empty", tmp_path / "out1", lines=lines)["documents_in"] == 0
+    assert [s.name for s in shards(tmp_path / "out1")] == ["00000.jsonl.zst"]
+
+
+def test_other_kinds_pass_whole_and_count_for_nothing(tmp_path: Path, laid_out) -> None:
+    text = " ".join(f"word{i}" for i in range(80))
+    rows = [*rows_of([text, text], "lessons"), *rows_of([text], "code"), *rows_of([text], "prose")]
+    for i, row in enumerate(rows):
+        row["id"] = f"d{i}"
+    laid_out(tmp_path / "in", rows)
+    run(tmp_path / "in", tmp_path / "out", lines={"unit": "paragraph"})
+    assert list(results(tmp_path / "out")) == ["d0", "d1", "d2"]
+    run(tmp_path / "in", tmp_path / "all", kinds=["prose", "code", "lessons"])
+    assert list(results(tmp_path / "all")) == ["d0"]
+
+
+def test_a_document_of_one_long_line(tmp_path: Path, laid_out) -> None:
+    """Four megabytes without a line break, among them a span that stands there twice and in another document."""
+    rng = np.random.default_rng(0)
+    words = [f"{w:x}" for w in rng.integers(0, 1 << 40, 400_000)]
+    span = [f"span{i}" for i in range(70)]
+    giant = " ".join([*words[:300_000], *span, *words[300_000:], *span])
+    texts = [giant, "before " + " ".join(span) + " and much that is after it", giant[-2_000_000:]]
+    laid_out(tmp_path / "in", rows_of(texts), 2)
+    run(tmp_path / "in", tmp_path / "out", substring={"within_documents": True})
+    assert results(tmp_path / "out") == {"d0": giant[: -len(" ".join(span))], "d1": "before  and much that is after it"}
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path, laid_out) -> None:
+    laid_out(tmp_path / "in", rows_of(["some text"] * 50))
+    shard = shards(tmp_path / "in")[0]
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"00000\.jsonl\.zst is not a whole document shard"):
+        run(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_stage_without_work_is_refused() -> None:
+    with pytest.raises(ValidationError, match="neither lines nor substring"):
+        SpansConfig(substring=None)
