@@ -45,11 +45,12 @@ def rows_without(shard: Path, out: Path, ids: Collection[str], *, keep_empty: bo
 
 
 def ids_without(index: Path, out: Path, ids: Collection[str]) -> None:
-    """Write an index of id hashes without some ids."""
+    """Write an index of id hashes without some ids; none where no other is in it."""
     held = np.fromfile(index, dtype=ID)
-    gone = np.array([id_hash(i) for i in ids], dtype=ID)
-    with atomic(out) as part:
-        held[~np.isin(held, gone)].tofile(part)
+    left = held[~np.isin(held, np.array([id_hash(i) for i in ids], dtype=ID))]
+    if len(left):
+        with atomic(out) as part:
+            left.tofile(part)
 
 
 def tokens_without(folder: Path | str, out: Path, text_bytes: dict[str, int]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.data import amend as files_without
+from gristmill.data.amend_index import manifest_without, part_without
 from gristmill.data.documents import write_json_lines
 from gristmill.flows import tombstones
 from gristmill.flows.corpus_results import ENDING, KINDS, Result, Row
@@ -76,6 +77,7 @@ def amend(
         store.discard(result.stage, key)
     work = _Work(result, store.folder(result.stage, key), documents, steps)
     work.shards()
+    work.index(inputs)
     work.tokens()
     work.tables()
     work.counts()
@@ -96,23 +98,50 @@ class _Work:
         self.gone: set[str] = set()
         self.metrics: Row = copy.deepcopy(result.manifest["metrics"])
         self.there = {i for i, step in steps.items() if step["outcome"] != "absent"}
+        self.by_shard: dict[str, set[str]] = {}
+        for identifier in sorted(self.there):
+            self.by_shard.setdefault(documents[identifier].shard, set()).add(identifier)
 
     def shards(self) -> None:
         """documents/, removed/, changed/ and ids/ of the shards that held one of them."""
-        by_shard: dict[str, set[str]] = {}
-        for identifier in self.there:
-            by_shard.setdefault(self.documents[identifier].shard, set()).add(identifier)
-        for shard, ids in by_shard.items():
+        for shard, ids in self.by_shard.items():
+            others = any(row["id"] not in ids for row in self.result.rows("removed", shard))
             for kind in KINDS:
                 path, name = self.result.shard(kind, shard), f"{kind}/{shard}{ENDING}"
-                if path is None or not any(row["id"] in ids for row in self.result.rows(kind, shard)):
+                whole_shard_gone = kind == "documents" and not others
+                if path is None or not (
+                    whole_shard_gone or any(row["id"] in ids for row in self.result.rows(kind, shard))
+                ):
                     continue
-                files_without.rows_without(path, self.out / name, ids, keep_empty=kind == "documents")
+                keep_empty = kind == "documents" and others
+                files_without.rows_without(path, self.out / name, ids, keep_empty=keep_empty)
                 self._note(name)
             name = f"ids/{shard}.ids"
             if (path := self.result.path(name)) is not None:
                 files_without.ids_without(path, self.out / name, ids)
                 self._note(name)
+
+    def index(self, inputs: Row) -> None:
+        """The parts of a dedup index that knew one of them, and its list of parts."""
+        if "index/index.json" not in self.result.files or not self.by_shard:
+            return
+        before, entry = self.result.input("documents"), inputs["documents"]
+        after = self.result.store.manifest(entry["stage"], entry["key"])
+        assert before is not None
+        assert after is not None
+        for shard, ids in self.by_shard.items():
+            places = [n for n, row in enumerate(before.rows("documents", shard)) if row["id"] in ids]
+            fate = self.result.path(f"index/{shard}.fate")
+            assert fate is not None
+            left = Result(self.result.store, after).shard("documents", shard)
+            part_without(self.result.manifest["config"], fate, left, self.out / "index", shard, places)
+            for name in [f for f in self.result.files if f.startswith(f"index/{shard}.")]:
+                self._note(name)
+        manifest = self.result.path("index/index.json")
+        assert manifest is not None
+        lost = {shard: len(ids) for shard, ids in self.by_shard.items()}
+        manifest_without(manifest, self.out / "index", lost)
+        self._note("index/index.json")
 
     def tokens(self) -> None:
         """Token shards that hold one of them, their index, and the counts of tokens."""
@@ -186,9 +215,10 @@ class _Work:
             "changed": int(outcome == "changed"),
             "documents_by_source": {document.source: went_on},
             "bytes_by_source": {document.source: after},
+            "taken_down": -1,
         }
         if outcome == "removed":
-            changes |= {"removed_by_reason": {reason: 1}, "removed_by_source": {document.source: 1}}
+            changes |= {"removed_by_reason": {reason: 1}, "removed_by_source": {document.source: 1}, reason: 1}
         elif outcome == "changed":
             changes["changed_by_reason"] = {reason: 1}
         files_without.lowered(self.metrics, changes, lambda table: table.endswith("_by_reason"))

@@ -94,7 +94,8 @@ def stats(
     result = Result(place, find_result(place, what))
     rows, bins = result.small_rows("funnel.jsonl"), joined_histograms(result.small_rows("histograms.jsonl"))
     if not rows:
-        raise UsageError(f"{result.name} has no funnel.jsonl: name a stage that takes in documents")
+        _print_metrics(result, as_json)
+        return
     if as_json:
         found = {"stage": result.stage, "key": result.key, "by_source": by_source(rows), "by_reason": by_reason(rows)}
         histograms = {
@@ -110,6 +111,17 @@ def stats(
         print(f"{name.replace('_', ' ')}: share of the documents kept, and of those removed")
         for line in histogram_lines(outcomes):
             print(line)
+
+
+def _print_metrics(result: Any, as_json: bool) -> None:
+    """What a stage without a funnel counts."""
+    metrics = result.manifest["metrics"]
+    if as_json:
+        print(json.dumps({"stage": result.stage, "key": result.key, "metrics": metrics}, indent=1, ensure_ascii=False))
+        return
+    plain = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
+    for title, table in {result.name: plain, **{n: v for n, v in metrics.items() if isinstance(v, dict)}}.items():
+        print_table(title, ["", ""], [[name, _said(name, value)] for name, value in table.items()])
 
 
 def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
@@ -251,6 +263,7 @@ def remove(
     """Take documents out of the store and out of all later runs; lists the checkpoints that saw them."""
     from pathlib import Path
 
+    from gristmill.data.urls import normalised_url
     from gristmill.flows import takedown, tombstones
     from gristmill.flows.lock import StoreLock
     from gristmill.flows.store import Store as Place
@@ -261,6 +274,7 @@ def remove(
     place = Place(store)
     place.check_usable()
     text = takedown.text_of(Path(match)) if match is not None else None
+    url = normalised_url(url) if url is not None else None
     with StoreLock(place, say=print):
         place.sweep()
         targets = takedown.find_targets(place, asked, url, text)

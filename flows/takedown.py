@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import getpass
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from gristmill.data.amend import probes
+from gristmill.data.urls import normalised_url
 from gristmill.flows import tombstones
 from gristmill.flows.amendment import Document, amend, shows_text
 from gristmill.flows.corpus_results import Result, Row
@@ -73,6 +74,9 @@ def find_targets(
 ) -> list[Target]:
     """The documents of a store by their ids, by the URL they came from, or by a text that they hold.
 
+    Args:
+        url: in its one spelling (`normalised_url`).
+
     Ids are found by the indexes; a URL or a text is looked for in every document. A text is compared without its
     white space.
     """
@@ -88,7 +92,7 @@ def find_targets(
             continue
         for shard in result.shards:
             for row in result.rows("documents", shard):
-                if (url is not None and row["metadata"].get("url") == url) or (
+                if (url is not None and from_url(row, {url})) or (
                     squeezed is not None and squeezed in SPACE.sub("", row["text"])
                 ):
                     _add(found, row)
@@ -96,6 +100,12 @@ def find_targets(
     _add_duplicates(store, found)
     _add_training(store, found)
     return targets
+
+
+def from_url(row: Row, urls: Collection[str]) -> bool:
+    """Whether a document came from one of some URLs, which are in their one spelling."""
+    url = row["metadata"].get("url")
+    return url is not None and normalised_url(url) in urls
 
 
 def _add(found: dict[str, Target], row: Row) -> None:
@@ -183,8 +193,7 @@ def settle(store: Store, say: Say = print) -> Settled:
         changes.consider(at, result, done, say)
     _discard_shown(store, changes, done, say)
     for at, result in reversed(everything.items()):
-        new = changes.became.get(at)
-        if new is not None and new["content_hash"] != result.manifest["content_hash"]:
+        if changes.held(result):
             store.discard(*at)
             done.removed.append((*at, "it held what was taken out"))
     if changes.documents:
@@ -200,6 +209,7 @@ class _Changes:
         self.store, self.rows = store, rows
         self.became: dict[tuple[str, str], Manifest] = {}
         self.documents: dict[tuple[str, str], dict[str, Document]] = {}
+        self.touched: set[tuple[str, str]] = set()
         self.stale: list[tuple[str, str]] = []
         self.texts: dict[str, str] = {}
         for (stage, _), result in everything.items():
@@ -225,6 +235,8 @@ class _Changes:
             done.left.append(at)
             return
         self.documents[at] = documents
+        if documents:
+            self.touched.add(at)
         self.texts |= {i: d.first_text for i, d in documents.items()}
         there = self.store.manifest(result.stage, key_of(identity))
         if there is not None:
@@ -240,6 +252,12 @@ class _Changes:
         taken_over = len(made.manifest["files"]) - len(made.written)
         done.amended.append((result.stage, result.key, made.manifest["key"], len(made.written), taken_over))
         say(f"{result.name} → {made.manifest['key']}: {len(made.written)} files written, {taken_over} taken over")
+
+    def held(self, result: Result) -> bool:
+        """Whether a result that became another one holds what was taken out."""
+        at = (result.stage, result.key)
+        record = self.became.get(at, {}).get("amended", {})
+        return at in self.touched or (record.get("from") == result.key and bool(record["documents"]))
 
     def _identity(self, manifest: Manifest) -> Row:
         """What the result would be asked for by now."""
@@ -274,7 +292,7 @@ class _Changes:
             if not urls and shard not in wanted:
                 continue
             for row in result.rows("documents", shard):
-                if row["id"] in places or (urls and row["metadata"].get("url") in urls):
+                if row["id"] in places or (urls and from_url(row, urls)):
                     found[row["id"]] = Document(row["id"], row["metadata"]["source"], shard, row["text"], row["text"])
         return found
 

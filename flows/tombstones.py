@@ -1,8 +1,9 @@
 """Documents that were taken out of a store and must not come back: tombstones.jsonl at its root.
 
-A line a document: its `id`, or the `url` that every document from it goes by; `reason`, `when`, `who`; the `results`
-that had seen it, with training steps, and its `duplicates` that had been removed because of it. Those that can concern
-a stage's sources enter its key, as a source of their own, and reach it as the file `tombstones.json` in its folder.
+A line a document: its `id`, or the `url`, in its one spelling, of all that comes from it; `reason`, `when`, `who`; the
+`results` that had seen it, with training steps, and its `duplicates` that had been removed because of it. Those that
+can concern a stage's sources enter its key, as a source of their own, and reach it as the file `tombstones.json` in its
+folder.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from gristmill.data.mix import MixConfig, mix
 from gristmill.data.shards import write_index, write_shard
 from gristmill.data.sieve import KEEP, Edit, Verdict, conclude, remove, sieve_shard
 from gristmill.data.stage_types import silent
+from gristmill.data.urls import normalised_url
 from gristmill.flows.execution import Execution
 from gristmill.flows.runners import Plain
 from gristmill.flows.stage import Artifact, stage
@@ -72,19 +73,25 @@ def ingest_rows(config: Ingest, out: Path) -> dict[str, Any]:
     asked = {"ids": [], "urls": []}
     if (out / "tombstones.json").exists():
         asked = json.loads((out / "tombstones.json").read_text())
-    number, counts = 0, {}
+    number, counts = -1, {}
     for source in config.sources:
         rows = [json.loads(line) for line in Path(source.path).read_text().splitlines()]
         for start in range(0, len(rows), A_SHARD):
             kept = [_row(source.name, r) for r in rows[start : start + A_SHARD]]
-            kept = [r for r in kept if r["id"] not in asked["ids"] and r["metadata"]["url"] not in asked["urls"]]
+            kept = [r for r in kept if r["id"] not in asked["ids"] and not _from(r, asked["urls"])]
+            number += 1
+            if not kept:
+                continue
             write_rows(out / "documents" / f"{number:05d}.jsonl.zst", kept)
             index = out / "ids" / f"{number:05d}.ids"
             index.parent.mkdir(exist_ok=True)
             np.array([id_hash(r["id"]) for r in kept], "<u8").tofile(index)
             counts[source.name] = counts.get(source.name, 0) + len(kept)
-            number += 1
     return {"documents_out": sum(counts.values()), "documents_by_source": counts}
+
+
+def _from(row: Row, urls: list[str]) -> bool:
+    return bool(row["metadata"]["url"]) and normalised_url(row["metadata"]["url"]) in urls
 
 
 def _row(source: str, row: dict[str, Any]) -> Row:
@@ -223,4 +230,5 @@ def recipe_of(files: dict[str, Path], name: str = "toy", **sections: Any) -> Rec
 
 
 def go(store: Store, recipe: Recipe, **asked: Any) -> dict[str, Any]:
-    return Plain(store, Execution(workers=0, threads=1), **asked).run(pipeline, recipe)
+    until = asked.pop("until", None)
+    return Plain(store, Execution(workers=0, threads=1), **asked).run(pipeline, recipe, until)
