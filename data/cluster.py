@@ -246,14 +246,13 @@ def kubernetes_spec(told: Kubernetes, threads: int = 1) -> dict[str, Any]:
 
     memory = str(parse_bytes(told.memory))
     asked = {"cpu": told.cpu, "memory": str(parse_bytes(told.memory) + parse_bytes(NANNY_MEMORY))}
-    command = ["dask", "worker", "--nthreads", "1", "--memory-limit", memory]
     spec = make_cluster_spec(
         name=told.name,
         image=told.image,
         n_workers=told.workers if told.fewest is None else told.fewest,
         resources={"requests": asked, "limits": {"memory": asked["memory"]}},
         env={**worker_environment(threads), **told.environment},
-        worker_command=command,
+        worker_command=f"dask worker --nthreads 1 --memory-limit {memory}",
     )
     for pod in (spec["spec"]["worker"]["spec"], spec["spec"]["scheduler"]["spec"]):
         pod["volumes"] = [{"name": v.claim, "persistentVolumeClaim": {"claimName": v.claim}} for v in told.volumes]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -43,7 +43,7 @@ class Job:
 
 def dispatch(
     client: Any, jobs: Iterable[Job], most: int | None = None, *, memory: str = ""
-) -> Iterator[tuple[Job, BaseException | None]]:
+) -> Generator[tuple[Job, BaseException | None], None, None]:
     """Run the jobs; each is given back as it ends, with what it raised.
 
     Whoever stops taking (an exception, `close`) cancels what is in flight; what runs already is not ended by that.
@@ -75,6 +75,7 @@ class _Flight:
 
     def __init__(self, client: Any, most: int | None) -> None:
         self.client = client
+        self.address = str(client.scheduler.address)  # the client forgets it when it is closed
         self.most = most
         self.held: dict[Any, tuple[Job, int, int]] = {}
         self._ended: SimpleQueue[Any] = SimpleQueue()
@@ -119,7 +120,10 @@ class _Flight:
         """Dask's client connects anew by itself for a while (`distributed.comm.timeouts.connect`), then closes."""
         while self.client.status != "running":
             if self.client.status in ("closed", "closing"):
-                raise _lost(self.client)
+                raise ClusterLost(
+                    f"the Dask scheduler at {self.address} is gone: start it again and run the same command again; "
+                    "what is done is kept, and only the rest is made"
+                )
             time.sleep(0.1)
 
     def _look(self) -> None:
@@ -134,7 +138,7 @@ class _Flight:
             )
         LOG.warning(
             "no worker has been at %s for %.0f s: the run waits; look at the cluster's own queue and logs",
-            _address(self.client),
+            self.address,
             PATIENCE,
         )
         self._told = True
@@ -176,14 +180,3 @@ def _died(job: Job, times: int, memory: str, cause: BaseException) -> WorkerDied
     )
     error.__cause__ = cause
     return error
-
-
-def _lost(client: Any) -> ClusterLost:
-    return ClusterLost(
-        f"the Dask scheduler at {_address(client)} is gone: start it again and run the same command again; "
-        "what is done is kept, and only the rest is made"
-    )
-
-
-def _address(client: Any) -> str:
-    return str(getattr(client.scheduler, "address", None) or "its address")

@@ -44,6 +44,7 @@ __all__ = [
     "WorkerDied",
     "close_cluster",
     "cluster_client",
+    "kept_cluster",
     "run_tasks",
     "running_on",
 ]
@@ -82,6 +83,7 @@ class _Cluster:
     lock = threading.RLock()
     client: Any = None
     is_like: _Wanted | None = None
+    keepers = 0
     closed_at_exit = False
 
 
@@ -260,6 +262,19 @@ def cluster_client(workers: int, threads_per_worker: int = 1, cluster: str | Non
                 atexit.register(close_cluster)  # after Dask's import, and so before Dask's own way out
                 _Cluster.closed_at_exit = True
         return _Cluster.client
+
+
+@contextmanager
+def kept_cluster() -> Iterator[None]:
+    """A cluster that is started in this block serves to its end, and is stopped there; blocks may lie in each other."""
+    found = _Cluster.client is not None
+    _Cluster.keepers += 1
+    try:
+        yield
+    finally:
+        _Cluster.keepers -= 1
+        if not found and _Cluster.keepers == 0:
+            close_cluster()
 
 
 def close_cluster() -> None:
