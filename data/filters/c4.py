@@ -213,34 +213,37 @@ class _C4:
     def _edits(self, text: str, lines: _Lines) -> list[Edit]:
         """What makes of a text its kept lines, stripped, with a line feed between."""
         kept = np.flatnonzero(lines.fates == KEPT).tolist()
-        after = "\n".join(
-            lines.changed[k] if k in lines.changed else text[lines.starts[k] : lines.ends[k]] for k in kept
-        ).strip()
-        if after == text:
-            return []
         edits = self._line_edits(text, lines, kept)
-        # Where lines are nothing but citations the reference strips what would else be the space around them.
-        if edited(text, edits) != after:
-            edits = [Edit(0, len(text), f"{self.name}: {TIDY}", after)]
-        return edits
+        if not lines.changed:
+            return edits
+        # Where a first or last line is nothing but citations, the reference strips its line feed as well.
+        after = edited(text, edits)
+        return edits if after == after.strip() else [Edit(0, len(text), f"{self.name}: {TIDY}", after.strip())]
 
     def _line_edits(self, text: str, lines: _Lines, kept: list[int]) -> list[Edit]:
+        """One edit for lines in a row that go for one reason, and small ones in and around the lines that stay."""
         edits: list[Edit] = []
         bounds = [*lines.raw_starts.tolist(), len(text)]
         last = kept[-1] if kept else -1
-        for k, fate in enumerate(lines.fates.tolist()):
-            start, end = int(lines.starts[k]), int(lines.ends[k])
-            if fate != KEPT:
-                edits.append(Edit(bounds[k], bounds[k + 1], f"{self.name}: {REASONS[fate]}"))
-                continue
-            if start > bounds[k]:
-                edits.append(Edit(bounds[k], start, f"{self.name}: {TIDY}"))
-            if k in lines.changed:
-                found = CITATION.finditer(text[start:end])
-                edits += [Edit(start + m.start(), start + m.end(), f"{self.name}: {CITED}") for m in found]
-            between = "\n" if k != last else ""
-            if text[end : bounds[k + 1]] != between:
-                edits.append(Edit(end, bounds[k + 1], f"{self.name}: {TIDY}", between))
+        turns = np.flatnonzero((np.diff(lines.fates, prepend=-1) != 0) | (lines.fates == KEPT)).tolist()
+        for k, after in zip(turns, [*turns[1:], len(lines.fates)], strict=True):
+            fate = int(lines.fates[k])
+            if fate == KEPT:
+                edits += self._edits_of_kept(text, lines, k, bounds, "\n" if k != last else "")
+            else:
+                edits.append(Edit(bounds[k], bounds[after], f"{self.name}: {REASONS[fate]}"))
+        return edits
+
+    def _edits_of_kept(self, text: str, lines: _Lines, k: int, bounds: list[int], between: str) -> list[Edit]:
+        """White space around a line that stays, and citations in it."""
+        edits, start, end = [], int(lines.starts[k]), int(lines.ends[k])
+        if start > bounds[k]:
+            edits.append(Edit(bounds[k], start, f"{self.name}: {TIDY}"))
+        if k in lines.changed:
+            found = CITATION.finditer(text[start:end])
+            edits += [Edit(start + m.start(), start + m.end(), f"{self.name}: {CITED}") for m in found]
+        if text[end : bounds[k + 1]] != between:
+            edits.append(Edit(end, bounds[k + 1], f"{self.name}: {TIDY}", between))
         return edits
 
 

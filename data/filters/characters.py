@@ -85,7 +85,7 @@ def _bits(letter: str) -> int:
 
 
 def _is_written_alone(code: int) -> bool:
-    """Letters of scripts without spaces whose characters are words of their own in Unicode's word boundaries (UAX 29)."""
+    """Letters of scripts without spaces whose characters are words of their own: Han and Kana."""
     return (
         0x3041 <= code <= 0x30FF
         or 0x3400 <= code <= 0x4DBF

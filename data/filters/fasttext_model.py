@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 MAGIC, VERSION = 793712314, 12
 HIERARCHICAL_SOFTMAX, SUPERVISED = 1, 3
 LABEL = "__label__"
-END = b"</s>"
+END = np.frombuffer(b"</s>", np.uint8)  # the word that stands for a line feed
 OFFSET, PRIME = np.uint32(2166136261), np.uint32(16777619)  # FNV-1a, 32 bits
+SCATTER, HALF = np.uint64(0xFF51AFD7ED558CCD), np.uint64(32)  # of an own 64-bit hash, for the memory of words
 FLOOR = np.float32(1e-5)  # fastText adds it before each logarithm
 UNKNOWN = -1
+REMEMBERED = 1 << 15  # words whose vectors are kept; a power of two
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Identifier:
         rows: of each n-gram bucket, its row, or −1 where it was pruned.
         known: a bit of each bucket: whether it has a row.
         decisions: vectors of the tree's inner nodes.
+        memory: hash, sum of vectors and number of them of words seen lately: most words of a text are frequent ones.
         paths, turns: of each label, the inner nodes from the root (−1 beyond its end), and whether it turns right.
     """
 
@@ -54,13 +57,21 @@ class Identifier:
     decisions: NDArray[np.float32]
     paths: NDArray[np.int32]
     turns: NDArray[np.bool_]
+    memory: tuple[NDArray[np.uint64], NDArray[np.float32], NDArray[np.int32]]
 
-    def scores(self, text: str) -> NDArray[np.float32]:
-        """The certainty of each label, 0 to 1, for a text on one line (line feeds count as blanks)."""
+    def scores(self, text: str, in_order: bool = False) -> NDArray[np.float32]:
+        """The certainty of each label, 0 to 1, for a text on one line (line feeds count as blanks).
+
+        Vectors are added up `in_order`, as fastText does (scores within 10⁻⁶ of its own), or a word at a time, several
+        times as fast and nearer to the exact sum (within 10⁻⁴ of fastText's, whose error grows with the text).
+        """
         letters = np.frombuffer(text.encode("utf-8", "replace").replace(b"\n", b" ") + b" \n", np.uint8)
-        mean = _mean_vector(
-            letters, self.vectors, self.words, self.letters, self.word_ends, self.rows, self.known, *self.n_grams
-        )
+        dictionary = (self.words, self.letters, self.word_ends)
+        n_grams = (self.rows, self.known, *self.n_grams)
+        if in_order:
+            mean = _mean_in_order(letters, self.vectors, *dictionary, *n_grams)
+        else:
+            mean = _mean_by_word(letters, self.vectors, *dictionary, *n_grams, *self.memory)
         return _label_scores(mean, self.decisions, self.paths, self.turns)
 
     def identify(self, text: str) -> tuple[str, float]:
@@ -121,6 +132,11 @@ def read_model(path: Path) -> Identifier:
         outputs[: len(labels) - 1].astype(np.float32),
         paths,
         turns,
+        (
+            np.zeros(REMEMBERED, np.uint64),
+            np.zeros((REMEMBERED, dimension), np.float32),
+            np.zeros(REMEMBERED, np.int32),
+        ),
     )
 
 
@@ -259,11 +275,10 @@ def _ends_word(letter):
 
 
 @njit(cache=True, nogil=True)
-def _mean_vector(text, vectors, words, letters, word_ends, rows, known, shortest, longest):
+def _mean_in_order(text, vectors, words, letters, word_ends, rows, known, shortest, longest):
     """Mean of the vectors of a text's words and n-grams; float32. The text ends with a line feed."""
-    total, count = np.zeros(vectors.shape[1], np.float32), 0
+    total, count, at = np.zeros(vectors.shape[1], np.float32), 0, 0
     word = np.empty(len(text) + 2, np.uint8)
-    at = 0
     while at < len(text):
         end = at
         while not _ends_word(text[end]):
@@ -275,12 +290,51 @@ def _mean_vector(text, vectors, words, letters, word_ends, rows, known, shortest
                 count += 1
             count += _add_n_grams(text, at, end, word, vectors, rows, known, shortest, longest, total)
         at = end + 1
-    end_mark = np.array([60, 47, 115, 62], np.uint8)  # </s>, which stands for the line feed
-    number = _find_word(end_mark, 0, 4, words, letters, word_ends)
+    number = _find_word(END, 0, len(END), words, letters, word_ends)
     if number >= 0:
         total += vectors[number]
         count += 1
     return total * np.float32(1.0 / max(count, 1))
+
+
+@njit(cache=True, nogil=True)
+def _mean_by_word(
+    text, vectors, words, letters, word_ends, rows, known, shortest, longest, kept_hashes, kept_sums, kept_counts
+):
+    """As `_mean_in_order`, by the sums of words, of which those seen lately are remembered.
+
+    A word's sum is of single precision and always the same, and they are added up in double precision: what is
+    remembered from other texts changes no bit.
+    """
+    total, count, at = np.zeros(vectors.shape[1], np.float64), 0, 0
+    own = np.zeros(vectors.shape[1], np.float32)
+    word = np.empty(len(text) + 2, np.uint8)
+    while at < len(text):
+        end, seen = at, np.uint64(0)
+        while not _ends_word(text[end]):
+            seen = (seen ^ np.uint64(text[end])) * SCATTER
+            seen ^= seen >> HALF
+            end += 1
+        if end > at:
+            place = np.int64(seen & np.uint64(len(kept_hashes) - 1))
+            if kept_hashes[place] != seen:
+                own[:] = 0
+                number = _find_word(text, at, end, words, letters, word_ends)
+                if number >= 0:
+                    own += vectors[number]
+                grams = _add_n_grams(text, at, end, word, vectors, rows, known, shortest, longest, own)
+                kept_hashes[place] = seen
+                kept_counts[place] = grams + (number >= 0)
+                kept_sums[place] = own
+            for d in range(len(total)):
+                total[d] += kept_sums[place, d]
+            count += kept_counts[place]
+        at = end + 1
+    number = _find_word(END, 0, len(END), words, letters, word_ends)
+    if number >= 0:
+        total += vectors[number]
+        count += 1
+    return (total / max(count, 1)).astype(np.float32)
 
 
 @njit(cache=True, nogil=True)
@@ -310,7 +364,7 @@ def _add_n_grams(text, start, end, word, vectors, rows, known, shortest, longest
     word[0], word[size - 1] = 60, 62
     for i in range(start, end):
         word[i - start + 1] = text[i]
-    count = 0
+    count, buckets, per_bucket = 0, len(rows), 1.0 / len(rows)  # a product is many times quicker than a remainder
     for i in range(size):
         if word[i] & 0xC0 == 0x80:
             continue
@@ -322,7 +376,8 @@ def _add_n_grams(text, start, end, word, vectors, rows, known, shortest, longest
                 value = _hashed(value, word[j])
                 j += 1
             if n >= shortest and not (n == 1 and (i == 0 or j == size)):
-                bucket = np.int64(value) % len(rows)
+                bucket = np.int64(value) - np.int64(np.float64(value) * per_bucket) * buckets
+                bucket += buckets if bucket < 0 else 0  # the product was rounded up to the next multiple
                 if (known[bucket >> 6] >> np.uint64(bucket & 63)) & np.uint64(1):
                     row = rows[bucket]
                     for d in range(len(total)):

@@ -26,7 +26,7 @@ class FineWebQuality(RuleConfig):
         ge=0,
         le=1,
         title="Least ended lines",
-        description="Share of lines that end with a stop character.",
+        description="Share of lines that end in a stop character.",
     )
     allow_no_ended_line: bool = Field(
         default=False,

@@ -1,4 +1,4 @@
-"""Gopher's rules of quality and of repetition (Rae et al. 2021, arXiv 2112.11446, appendix A.1), with datatrove's verdicts.
+"""Gopher's rules of quality and repetition (Rae et al. 2021, arXiv 2112.11446, section A.1.1), as datatrove has them.
 
 Both see words that include punctuation marks, and lengths in characters, as datatrove's filters do; the reasons have
 its names. A document without words goes by the first rule of quality, where datatrove, told to have no least number
@@ -42,7 +42,7 @@ class GopherQuality(RuleConfig):
         default=50,
         ge=1,
         title="Least words",
-        description="Of words that are not symbols alone; fewer: the document goes.",
+        description="Words that are not symbols alone; fewer: the document goes.",
     )
     most_words: int | None = Field(
         default=100_000, ge=1, title="Most words", description="Of words that are not symbols alone."

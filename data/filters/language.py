@@ -36,19 +36,19 @@ class Language(RuleConfig):
         return value
 
     def rule(self, exact: bool) -> Rule:
-        return _Language(self)
+        return _Language(self, exact)
 
 
 class _Language:
     name = "language"
 
-    def __init__(self, config: Language) -> None:
-        self.config = config
+    def __init__(self, config: Language, exact: bool) -> None:
+        self.config, self._exact = config, exact
         self._model = language_identifier()
         self._wanted = [self._model.labels.index(code) for code in config.languages]
 
     def judge(self, document: Prepared) -> Verdict:
-        scores = self._model.scores(document.text)
+        scores = self._model.scores(document.text, in_order=self._exact)
         best = int(scores.argmax())
         language, score = self._model.labels[best], float(scores[best])
         wanted = max((float(scores[i]) for i in self._wanted), default=score)

@@ -89,9 +89,7 @@ def _join_faces(codes, starts, ends, first, count):
         joins = False
         if kept > first and ends[i] - starts[i] == 1 and ends[kept - 1] - starts[kept - 1] == 1:
             left, right = codes[starts[kept - 1]], codes[starts[i]]
-            joins = (left == COLON and (right == LEFT or right == RIGHT)) or (
-                right == COLON and (left == LEFT or left == RIGHT)
-            )
+            joins = (left == COLON and (right in (LEFT, RIGHT))) or (right == COLON and (left in (LEFT, RIGHT)))
         if joins:
             ends[kept - 1] = ends[i]
         else:
@@ -188,13 +186,13 @@ def _contraction(codes, start, end):
     last = codes[end - 1]
     if end - start > 3 and _is_apostrophe(codes[end - 3]):
         before_last = codes[end - 2]
-        if last == SMALL_E and (before_last == SMALL_R or before_last == SMALL_V):
+        if last == SMALL_E and (before_last in (SMALL_R, SMALL_V)):
             return 3
         return 3 if last == SMALL_L and before_last == SMALL_L else 0
     if end - start > 2 and _is_apostrophe(codes[end - 2]):
         if last == SMALL_T and end - start > 3 and codes[end - 3] == SMALL_N:
             return 3
-        return 2 if last == SMALL_M or last == SMALL_D else 0
+        return 2 if last in (SMALL_M, SMALL_D) else 0
     return 0
 
 
@@ -216,17 +214,17 @@ def _is_address(codes, table, start, end):
             if i == at or not table[codes[i - 1]] & (ALPHA | DIGIT):
                 return False
             dot = i
-        elif code == SLASH or code == COLON or code == HASH or code == QUESTION:
+        elif code in (SLASH, COLON, HASH, QUESTION):
             end = i
             break
         elif not (table[code] & (ALPHA | DIGIT)) and code != MINUS and code != UNDERSCORE:
             return False
     if dot < 0 or end - dot < 3:
         return False
+    small = True
     for i in range(dot + 1, end):
-        if not table[codes[i]] & LOWER:
-            return False
-    return True
+        small &= (table[codes[i]] & LOWER) != 0
+    return small
 
 
 @njit(cache=True, nogil=True)
@@ -239,18 +237,18 @@ def _cuts(codes, table, i):
         return (right & ALPHA) != 0 or (code == MINUS and ((left & right & DIGIT) != 0 or codes[i + 1] == MINUS))
     if code == COMMA:
         return (left & ALPHA) != 0 and (right & ALPHA) != 0
-    if code == COLON or code == LESS or code == EQUAL or code == GREATER or code == SLASH:
+    if code in (COLON, LESS, EQUAL, GREATER, SLASH):
         return (left & (ALPHA | DIGIT)) != 0 and (right & ALPHA) != 0
-    if code == PLUS or code == STAR or code == CARET:
+    if code in (PLUS, STAR, CARET):
         return (left & DIGIT) != 0 and (right & DIGIT) != 0
     return False
 
 
 @njit(cache=True, nogil=True)
 def _is_apostrophe(code):
-    return code == APOSTROPHE or code == CURLY
+    return code in (APOSTROPHE, CURLY)
 
 
 @njit(cache=True, nogil=True)
 def _is_s(code):
-    return code == SMALL_S or code == LARGE_S
+    return code in (SMALL_S, LARGE_S)

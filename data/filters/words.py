@@ -6,7 +6,6 @@ Python string a word. Words include punctuation marks, as datatrove's do.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -63,8 +62,8 @@ class ExactSplitter:
     """The words that datatrove's splitter of a language gives, where that is spaCy's tokenizer of rules.
 
     Those rules see a run between white space alone, and a corpus has few different runs: each is split once by spaCy
-    and remembered. The one exception (see `_Faces`) is found and split anew. A run of more than LONGEST_RUN characters is split by the fast rules, since spaCy's time grows with
-    the square of its length.
+    and remembered. The one exception (see `_Faces`) is found and split anew. A run of more than LONGEST_RUN characters
+    is split by the fast rules, since spaCy's time grows with the square of its length.
 
     Raises:
         ValueError: datatrove splits the language with something else, a model or a dictionary.
@@ -77,49 +76,61 @@ class ExactSplitter:
 
     def _forget(self) -> None:
         self._known: dict[str, int] = {}
+        self._together: dict[str, list[tuple[int, int]]] = {}
         self._remembered = 0
         self._offsets = np.zeros(1, np.int64)
         self._lengths = np.zeros(0, np.int32)
 
     def split(self, text: str, codes: NDArray[np.uint32]) -> Words:
         starts, ends = runs(codes, character_table())
-        parts = [
-            self._split_runs(text, codes, starts[at : at + AT_ONCE], ends[at : at + AT_ONCE])
-            for at in range(0, len(starts), AT_ONCE)
-        ]
-        if not parts:
+        if not len(starts):
             return Words(np.zeros(0, np.int32), np.zeros(0, np.int32))
+        near_faces = self._faces.near(codes, starts, ends)
+        parts, at = [], 0
+        while at < len(starts):
+            end = min(at + AT_ONCE, len(starts))
+            while end < len(starts) and near_faces[end - 1]:
+                end += 1
+            parts.append(self._split_runs(text, starts[at:end], ends[at:end], near_faces[at : end - 1]))
+            at = end
         return Words(*parts[0]) if len(parts) == 1 else Words(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _split_runs(
-        self, text: str, codes: NDArray[np.uint32], starts: NDArray[np.int32], ends: NDArray[np.int32]
+        self, text: str, starts: NDArray[np.int32], ends: NDArray[np.int32], near_faces: NDArray[np.bool_]
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         if self._remembered > KNOWN_CHARACTERS:
             self._forget()
-        whole = text[starts[0] : ends[-1]]
-        found = whole.split()
+        found = text[starts[0] : ends[-1]].split()
         known = self._known
         missing = [run for run in dict.fromkeys(found) if run not in known]
         if missing:
             self._learn(missing)
         ids = np.fromiter(map(known.__getitem__, found), np.int64, len(found))
-        places = _laid_out(starts, ids, self._offsets, self._lengths)
-        for first, last in self._faces.across(codes, starts, ends, found):
-            places = self._split_together(text, int(starts[first]), int(ends[last]), *places)
-        return places
+        word_starts, word_ends = _laid_out(starts, ids, self._offsets, self._lengths)
+        groups = self._faces.groups(found, np.flatnonzero(near_faces).tolist())
+        if not groups:
+            return word_starts, word_ends
+        stays = np.ones(len(word_starts), bool)
+        anew: list[tuple[int, int]] = []
+        for first, last in groups:
+            start = int(starts[first])
+            low, high = np.searchsorted(word_starts, [start, int(ends[last])])
+            stays[low:high] = False
+            anew += [(start + a, start + b) for a, b in self._split_together(text[start : ends[last]])]
+        together = np.array(anew, np.int32)
+        word_starts = np.sort(np.concatenate([word_starts[stays], together[:, 0]]))
+        return word_starts, np.sort(np.concatenate([word_ends[stays], together[:, 1]]))
 
-    def _split_together(
-        self, text: str, start: int, end: int, starts: NDArray[np.int32], ends: NDArray[np.int32]
-    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """The words with those of characters [start, end) as spaCy sees them in one piece."""
-        with self._tokenizer.vocab.memory_zone():
-            own = [(start + t.idx, start + t.idx + len(t)) for t in self._tokenizer(text[start:end]) if not t.is_space]
-        low, high = np.searchsorted(starts, [start, end])
-        middle = np.array(own, np.int32)
-        return (
-            np.concatenate([starts[:low], middle[:, 0], starts[high:]]),
-            np.concatenate([ends[:low], middle[:, 1], ends[high:]]),
-        )
+    def _split_together(self, runs_of_text: str) -> list[tuple[int, int]]:
+        """Words of several runs as spaCy sees them in one piece."""
+        words = self._together.get(runs_of_text)
+        if words is None:
+            with self._tokenizer.vocab.memory_zone():
+                tokens = self._tokenizer(runs_of_text)
+                words = [(t.idx, t.idx + len(t)) for t in tokens if not t.text.isspace()]
+            self._together[runs_of_text] = words
+            self._remembered += len(runs_of_text) + 100
+        return words
 
     def _learn(self, missing: list[str]) -> None:
         """Split runs that were not seen before, and remember the lengths of their words."""
@@ -165,9 +176,8 @@ class _Faces:
     """Where spaCy's special words of several marks, such as `:-)`, might reach over a space.
 
     spaCy looks for them among the tokens, without regard for the spaces between. What it finds over a space it leaves
-    as it is, but it no longer looks at the marks in it: in `x) :(y` it sees no `:(`. So two runs with a space between
-    are split together where the first ends with a token, and the second begins with one, that are neighbours in a
-    special word.
+    as it is, but it no longer looks at the marks in it: in `(= (x` it sees no `(=`. So runs with a space between are
+    split together where a special word, cut between two of its tokens, fits their ends.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -181,47 +191,71 @@ class _Faces:
             token_match=tokenizer.token_match,
             url_match=tokenizer.url_match,
         )
-        pairs: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        self._halves: dict[tuple[str, str], list[tuple[str, str]]] = {}
         for word in tokenizer.rules:
-            parts = [token.text for token in plain(word)]
-            for left, right in itertools.pairwise(parts):
-                pairs.setdefault((left[-1], right[0]), []).append((left, right))
-        self._pairs = pairs
-        self._of_two = np.array(sorted(ord(a) << 32 | ord(b) for a, b in pairs), np.int64)
+            for token in list(plain(word))[1:]:
+                left, right = word[: token.idx], word[token.idx :]
+                self._halves.setdefault((left[-1], right[0]), []).append((left, right))
+        self._corners = np.array(sorted(ord(a) << 32 | ord(b) for a, b in self._halves), np.int64)
 
-    def across(
-        self, codes: NDArray[np.uint32], starts: NDArray[np.int32], ends: NDArray[np.int32], found: list[str]
-    ) -> list[tuple[int, int]]:
-        """First and last of the runs that are to be split together."""
-        if len(found) < 2:
-            return []
-        near = starts[1:] - ends[:-1] == 1
-        two = codes[ends[:-1] - 1].astype(np.int64) << 32 | codes[starts[1:]]
-        places = np.minimum(np.searchsorted(self._of_two, two), len(self._of_two) - 1)
-        maybe = np.flatnonzero(near & (self._of_two[places] == two) & (codes[ends[:-1]] == ord(" "))).tolist()
+    def near(self, codes: NDArray[np.uint32], starts: NDArray[np.int32], ends: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Whether each run's last character and the next run's first, over one blank, are neighbours in a word."""
+        corners = codes[ends[:-1] - 1].astype(np.int64) << 32 | codes[starts[1:]]
+        places = np.minimum(np.searchsorted(self._corners, corners), len(self._corners) - 1)
+        blank = (starts[1:] - ends[:-1] == 1) & (codes[ends[:-1]] == ord(" "))
+        return blank & (self._corners[places] == corners)
+
+    def groups(self, found: list[str], near: list[int]) -> list[tuple[int, int]]:
+        """First and last of the runs to be split together, of those before and after each of these places."""
         groups: list[tuple[int, int]] = []
-        for i in maybe:
-            pairs = self._pairs[found[i][-1], found[i + 1][0]]
-            if any(found[i].endswith(a) and found[i + 1].startswith(b) for a, b in pairs):
-                joined = groups and groups[-1][1] == i
-                groups[-1 if joined else len(groups) :] = [(groups[-1][0] if joined else i, i + 1)]
+        for i in near:
+            if self._may_join(found[i], found[i + 1]):
+                if groups and groups[-1][1] == i:
+                    groups[-1] = (groups[-1][0], i + 1)
+                else:
+                    groups.append((i, i + 1))
         return [g for g in groups if all(len(found[i]) <= LONGEST_RUN for i in range(g[0], g[1] + 1))]
+
+    def _may_join(self, before: str, after: str) -> bool:
+        return any(
+            _fits(before[::-1], left[::-1]) and _fits(after, right)
+            for left, right in self._halves[before[-1], after[0]]
+        )
+
+
+def _fits(run: str, half: str) -> bool:
+    """Whether a run begins with half of a special word, or is the beginning of it; no rule cuts between two letters."""
+    if len(run) <= len(half):
+        return half.startswith(run)
+    return run.startswith(half) and not (half[-1].isalpha() and run[len(half)].isalpha())
 
 
 @cache
 def _spacy(language: str) -> Any:
+    """The tokenizer of a language as datatrove has it, over a vocabulary of bare words: what a word looks like
+    is half of spaCy's time, and nobody asks here."""
     from datatrove.utils.word_tokenizers import SpaCyTokenizer, load_word_tokenizer
     from spacy.tokenizer import Tokenizer
+    from spacy.vocab import Vocab
 
     splitter = load_word_tokenizer(language)
     tokenizer = splitter.tokenizer.tokenizer if isinstance(splitter, SpaCyTokenizer) else None
-    if not isinstance(tokenizer, Tokenizer):
+    if type(tokenizer) is not Tokenizer:
         raise ValueError(
             f"the words of language {language!r} are not split by rules alone, but by {type(splitter).__name__}: "
             "use mode fast, which splits every script"
         )
-    tokenizer.max_cache_size = 0
-    return tokenizer
+    return Tokenizer(
+        Vocab(),
+        rules=tokenizer.rules,
+        prefix_search=tokenizer.prefix_search,
+        suffix_search=tokenizer.suffix_search,
+        infix_finditer=tokenizer.infix_finditer,
+        token_match=tokenizer.token_match,
+        url_match=tokenizer.url_match,
+        faster_heuristics=tokenizer.faster_heuristics,
+        max_cache_size=0,
+    )
 
 
 @njit(cache=True, nogil=True)
