@@ -132,9 +132,9 @@ class _Reading:
                     state.skipped[item.reason] = state.skipped.get(item.reason, 0) + 1
                 elif isinstance(item, BadRecord):
                     shard.set_aside(self._line(item))
-                elif self._fits(item):
+                elif self._fits(size := _size(item["text"])):
                     in_shard += 1
-                    self._take(item, shard)
+                    self._take(item, size, shard)
         if shard.hashes:
             with atomic(shard.path("ids")) as part:
                 part.write_bytes(shard.hashes)
@@ -145,10 +145,9 @@ class _Reading:
         state.shards += 1
         state.cursor = self._cursor.as_row()
 
-    def _fits(self, row: Row) -> bool:
-        """Count a document, if the source may still give it; else the part has ended."""
+    def _fits(self, size: int) -> bool:
+        """Count a document of so many bytes, if the source may still give it; else the part has ended."""
         state, source = self._state, self._source
-        size = _size(row["text"])
         if source.max_bytes is not None and state.seen_bytes + size > source.max_bytes:
             state.ended = True
             return False
@@ -157,13 +156,13 @@ class _Reading:
         state.ended = state.seen == source.max_documents
         return True
 
-    def _take(self, row: Row, shard: _Shard) -> None:
+    def _take(self, row: Row, size: int, shard: _Shard) -> None:
         if self._tombstones.hold(row):
             self._state.taken_down += 1
             return
         shard.write(row)
         self._state.documents += 1
-        self._state.bytes += _size(row["text"])
+        self._state.bytes += size
 
     def _line(self, record: BadRecord) -> bytes:
         if self._on_bad == "refuse":

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gristmill.data.sources.base import BadRecord, Contents, Cursor, Held, Item
-from gristmill.data.sources.fields import Found, RowFields, Unreadable
+from gristmill.data.sources.base import BadRecord, Contents, Cursor, Found, Held, Item
+from gristmill.data.sources.fields import RowFields, Unreadable
 from gristmill.data.sources.records import too_large
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -99,14 +99,7 @@ class DatasetSource(RowFields):
             if isinstance(found, Unreadable):
                 yield BadRecord(self.dataset, self.split, cursor.record, found.reason, found.detail)
                 continue
-            yield self.row(
-                found.text,
-                found.identifier or str(cursor.record - 1),
-                url=found.url,
-                date=found.date,
-                licence=found.licence,
-                **found.extra,
-            )
+            yield self.row(found, found.identifier or str(cursor.record - 1), dict(found.extra))
 
     def _found(self, row: dict[str, Any], most: int) -> Found | Unreadable:
         text = row.get(self.text_field)

@@ -10,8 +10,8 @@ from xml.parsers import expat
 
 from pydantic import Field
 
-from gristmill.data.sources.base import Cursor, Skipped
-from gristmill.data.sources.fields import Found, Unreadable, fact, iso_date, wrong_with
+from gristmill.data.sources.base import Cursor, Found, Skipped
+from gristmill.data.sources.fields import Unreadable, fact, iso_date, wrong_with
 from gristmill.data.sources.records import Record, too_large, until_damage
 from gristmill.data.sources.storage import Entry, StoredSource
 from gristmill.data.sources.streams import Stream

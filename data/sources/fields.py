@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import datetime
 import email.utils
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
 
-from gristmill.data.sources.base import SourceBase, has_surrogate
+from gristmill.data.sources.base import Found, SourceBase, has_surrogate
 
 LONGEST_ID = 1024
 LONGEST_FACT = 8192  # characters of a URL or licence; a longer one is none
 YEARS_OF_SECONDS = 1e11  # a number of seconds beyond is one of milliseconds (the year 5138)
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A text, and what its record says of it; `identifier` is none where its place names it."""
-
-    text: str
-    identifier: str | None = None
-    url: str | None = None
-    date: str | None = None
-    licence: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +54,12 @@ class RowFields(SourceBase):
         named = (self.text_field, self.id_field, self.url_field, self.date_field, self.licence_field)
         return tuple(dict.fromkeys(n for n in (*named, "metadata", *self.keep_fields) if n))
 
-    def found(self, row: object) -> Found | Unreadable:
-        """The text of a row, and what it says of it."""
+    def found(self, row: object, *, clean: bool = False) -> Found | Unreadable:
+        """The text of a row, and what it says of it.
+
+        Args:
+            clean: the row comes from a reader that lets no half surrogate pair through.
+        """
         if not isinstance(row, dict):
             return Unreadable("no text field", f"the record is a {type(row).__name__} and no object with fields")
         if self.text_field not in row:
@@ -75,32 +67,33 @@ class RowFields(SourceBase):
         text = row[self.text_field]
         if text is not None and not isinstance(text, str):
             return Unreadable("no text field", f"field {self.text_field!r} holds a {type(text).__name__} and no text")
-        if (wrong := wrong_with(text)) is not None:
+        if (wrong := wrong_with(text, clean=clean)) is not None:
             return wrong
         identifier = None
         if self.id_field is not None:
             identifier = _identifier(_looked_up(row, self.id_field))
             if identifier is None:
                 return Unreadable("no id", f"field {self.id_field!r} holds no short text or whole number")
+        url = _looked_up(row, self.url_field)
         date = _looked_up(row, self.date_field)
-        extra = {name: kept for name in self.keep_fields if (kept := _kept(_looked_up(row, name))) is not None}
+        licence = _looked_up(row, self.licence_field)
         return Found(
             text or "",
             identifier,
-            fact(_looked_up(row, self.url_field)),
+            None if url is None else fact(url),
             None if date is None else iso_date(date),
-            fact(_looked_up(row, self.licence_field)),
-            extra,
+            None if licence is None else fact(licence),
+            {name: kept for name in self.keep_fields if (kept := _kept(_looked_up(row, name))) is not None},
         )
 
 
-def wrong_with(text: str | None) -> Unreadable | None:
-    """What makes a text none: it is empty, or holds what no text holds."""
+def wrong_with(text: str | None, *, clean: bool = False) -> Unreadable | None:
+    """What makes a text none: it is empty, or holds what no text holds (a `clean` one no half surrogate pair)."""
     if not text or text.isspace():
         return Unreadable("no text", "the text is empty", empty=True)
     if "\0" in text:
         return Unreadable("NUL character", f"the text holds a NUL at character {text.index(chr(0))}")
-    if has_surrogate(text):
+    if not clean and has_surrogate(text):
         return Unreadable("lone surrogate", "the text holds half a surrogate pair, which is no text")
     return None
 

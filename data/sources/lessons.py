@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from gristmill.data.arithmetic import lesson
-from gristmill.data.sources.base import Contents, Cursor, Held, Item, Kind, SourceBase
+from gristmill.data.sources.base import Contents, Cursor, Found, Held, Item, Kind, SourceBase
 
 LESSONS_A_PART = 2500
 BYTES_A_LESSON = 370  # mean over those of `tiny`
@@ -45,4 +45,5 @@ class LessonsSource(SourceBase):
         first, end = part
         for index in range(first + cursor.record, end):
             cursor.record += 1
-            yield self.row(lesson(seed, index, (2, self.most_terms), self.largest), str(index))
+            text = lesson(seed, index, (2, self.most_terms), self.largest)
+            yield self.row(Found(text), str(index), {})

@@ -8,8 +8,8 @@ from typing import IO, Any
 
 import orjson
 
-from gristmill.data.sources.base import Cursor, Skipped
-from gristmill.data.sources.fields import Found, RowFields, Unreadable, wrong_with
+from gristmill.data.sources.base import Cursor, Found, Skipped
+from gristmill.data.sources.fields import RowFields, Unreadable, wrong_with
 from gristmill.data.sources.streams import DamagedError, Stream
 
 BATCH_BYTES = 8 << 20  # of text in a Parquet batch, by the mean size of a row
@@ -52,13 +52,11 @@ def json_lines(stream: Stream, fields: RowFields, cursor: Cursor, most: int) -> 
             continue
         seen += 1
         try:
-            row = orjson.loads(line)
+            found = fields.found(orjson.loads(line), clean=True)
         except orjson.JSONDecodeError:
             row = _leniently(line)
-            if isinstance(row, Unreadable):
-                yield row
-                continue
-        yield fields.found(row)
+            found = row if isinstance(row, Unreadable) else fields.found(row)
+        yield found
     if not seen:
         cursor.record = max(cursor.record, 1)
         yield Unreadable("no text", "the file holds no rows", empty=True)
@@ -144,7 +142,7 @@ def _batch_records(batch: Any, fields: RowFields, most: int) -> Iterator[Record]
     sizes = _text_sizes(column)
     if max(sizes, default=0) <= most:
         try:
-            yield from [fields.found(row) for row in batch.to_pylist()]
+            yield from [fields.found(row, clean=True) for row in batch.to_pylist()]
             return
         except UnicodeDecodeError:
             pass  # one of the rows: tell which

@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from gristmill.data.sources.base import BadRecord, Contents, Cursor, Held, Item, Kind, SourceBase
+from gristmill.data.sources.base import BadRecord, Contents, Cursor, Found, Held, Item, Kind, SourceBase
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 FILES_A_PART = 150
@@ -83,9 +83,9 @@ class StdlibSource(SourceBase):
                 text = _decoded((_root() / file).read_bytes())
                 if not self.docstrings:
                     if text.strip():  # a package's empty __init__ is no document, and not a bad one
-                        yield self.row(text, file)
+                        yield self.row(Found(text), file, {})
                     continue
-                yield from (self.row(doc, f"{file}#{name}") for name, doc in docstrings(text))
+                yield from (self.row(Found(doc), f"{file}#{name}", {}) for name, doc in docstrings(text))
             except (UnicodeDecodeError, SyntaxError) as error:
                 yield BadRecord(str(_root() / file), file, 1, "not Python", str(error))
 

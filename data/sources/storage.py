@@ -14,7 +14,7 @@ from typing import IO, Any
 import fsspec
 from pydantic import Field
 
-from gristmill.data.sources.base import BadRecord, Contents, Cursor, Held, Item, Skipped, SourceBase
+from gristmill.data.sources.base import BadRecord, Contents, Cursor, Found, Held, Item, SourceBase
 from gristmill.data.sources.fields import Unreadable
 from gristmill.data.sources.records import Record
 from gristmill.data.sources.streams import Stream, compression
@@ -107,20 +107,12 @@ class StoredSource(SourceBase):
             self.refuse_changed(entry)
 
     def _item(self, entry: Entry, number: int, found: Record) -> Item:
-        if isinstance(found, Skipped):
-            return found
+        if isinstance(found, Found):
+            metadata = {**found.extra, "file": entry.name, "record": number}
+            return self.row(found, found.identifier or self.place(entry, number), metadata)
         if isinstance(found, Unreadable):
             return BadRecord(entry.address, entry.name, number, found.reason, found.detail)
-        return self.row(
-            found.text,
-            found.identifier or self.place(entry, number),
-            url=found.url,
-            date=found.date,
-            licence=found.licence,
-            **found.extra,
-            file=entry.name,
-            record=number,
-        )
+        return found
 
     def entries(self) -> list[Entry]:
         """Every file that the paths name, by address.

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import fsspec
 from pydantic import Field, model_validator
 
-from gristmill.data.sources.base import Cursor, Kind, Skipped
-from gristmill.data.sources.fields import Found, Unreadable
+from gristmill.data.sources.base import Cursor, Found, Kind, Skipped
+from gristmill.data.sources.fields import Unreadable
 from gristmill.data.sources.languages import LANGUAGES, NOT_CODE, language_of
 from gristmill.data.sources.licences import WHOLE, is_licence_name, licence_of_text, stated_licence
 from gristmill.data.sources.records import Record, decoded, too_large

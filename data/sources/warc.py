@@ -16,8 +16,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from gristmill.data.sources.base import Cursor, Skipped
-from gristmill.data.sources.fields import Found, Unreadable, fact, iso_date, wrong_with
+from gristmill.data.sources.base import Cursor, Found, Skipped
+from gristmill.data.sources.fields import Unreadable, fact, iso_date, wrong_with
 from gristmill.data.sources.html import MOST_HTML, page_licence, page_text, web_text
 from gristmill.data.sources.records import Record, decoded, too_large, until_damage
 from gristmill.data.sources.storage import Entry, StoredSource

@@ -151,13 +151,13 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
         if length == first:
             continue  # the archive of one record, whole
         (tmp_path / str(length)).mkdir()
-        try:
-            _, rows, bad = go(tmp_path / str(length), "a.warc.gz", whole[:length])
-        except ValueError as error:
-            assert "gave no documents" in str(error)
+        if length < first:
+            with pytest.raises(ValueError, match="gave no documents"):
+                go(tmp_path / str(length), "a.warc.gz", whole[:length])
             continue
+        _, rows, bad = go(tmp_path / str(length), "a.warc.gz", whole[:length])
         assert len(bad) == 1
-        assert len(rows) == (length > first)
+        assert len(rows) == 1
 
 
 def test_bodies_as_servers_send_them(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_bodies_as_servers_send_them(tmp_path: Path) -> None:
         record(http(html + b"\0", "text/html; charset=punycode")),
         record(b"no HTTP at all"),
     ]
-    metrics, rows, bad = go(tmp_path, "a.warc", b"".join(records))
+    _, rows, bad = go(tmp_path, "a.warc", b"".join(records))
     assert [b["reason"] for b in bad] == ["not an HTTP response"]
     assert [f"page {n}" in r["text"] for n, r in zip([7] * 4 + ["für Müller"] * 2 + [7], rows, strict=True)] == [
         True
