@@ -3,8 +3,8 @@
 A document is its set of word n-grams. Its signature is the minima of rows × buckets permutations of 64-bit hashes (112
 for 14 × 8); the minima of a bucket are hashed to one key, and documents that share a key are candidates. Row i of
 bucket b permutes by x → mixᵢ(x) ⊕ cᵦ: both are bijections of the 64-bit numbers, so that each minimum is a fair draw
-from the set, and eight mixes and 112 exclusive-ors a shingle vectorise where 112 multiplications of 64 bits do not (AVX2 has
-none): 1.7 times as fast. The rows of a bucket are drawn with different mixes, the buckets of a row with one mix.
+from the set, and eight mixes and 112 exclusive-ors a shingle vectorise where 112 multiplications of 64 bits do not
+(AVX2 has none): 1.7 times as fast. The rows of a bucket are drawn with different mixes, the buckets of a row with one.
 """
 
 from __future__ import annotations
