@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.flows.cards import charts, figures, text
-from gristmill.flows.cards.corpus import corpus_parts, holds_decisions
+from gristmill.flows.cards.corpus import corpus_parts, holds_decisions, shown_in_funnel
 from gristmill.flows.cards.extras import EXTRAS
 from gristmill.flows.cards.folder import Row, StageFolder
 
@@ -32,7 +32,7 @@ def card_markdown(manifest: dict[str, Any], folder: Path) -> str:
     parts = [
         f"# {_escaped_title(stage)}",
         _summary(stage),
-        *_metrics(stage.metrics),
+        *_metrics({k: v for k, v in stage.metrics.items() if not shown_in_funnel(stage, k)}),
         *[part for extra in EXTRAS.get(stage.name, ()) for part in extra(stage)],
         *corpus_parts(stage),
         *_curves(stage),

@@ -9,6 +9,7 @@ repeats.jsonl, matches.jsonl, compression.jsonl    tables
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +23,21 @@ if TYPE_CHECKING:
 SHOWN = 20  # documents of an outcome
 REASONS, SOURCES = 30, 40  # rows of a table
 PAIRS, DIFF_LINES, DIFF_WIDTH = 6, 40, 200
+CONTEXT = 12  # words beside a difference
 ROWS, WIDE_CELL = 20, 700
 TABLES = {
     "repeats.jsonl": "Spans that repeat",
     "matches.jsonl": "Matches with evaluation sets",
     "compression.jsonl": "Compression",
+    "packing.jsonl": "What each packing does",
+    "sources.jsonl": "Sources in the run",
 }
+BEFORE_AND_AFTER = {"tokens_by_source": "run_tokens_by_source"}
 OUTCOMES = {
     "removed": "Removed, and why",
     "changed": "Kept with another text",
     "kept": "Kept as they are",
+    "quarantined": "Set aside",
 }
 
 
@@ -52,12 +58,37 @@ def holds_decisions(stage: StageFolder) -> bool:
     return "outcome" in (next(iter(stage.rows("samples.jsonl", 1)), {}))
 
 
+def shown_in_funnel(stage: StageFolder, metric: str) -> bool:
+    """Whether a table of the metrics says what the funnel says."""
+    tables = ("removed_by_reason", "removed_by_source", "changed_by_reason", "documents_by_source", "bytes_by_source")
+    return metric in tables and bool(funnel_rows(stage))
+
+
 def _picture(title: str, figure: Figure | None, dpi: int = 90) -> list[str]:
     return [] if figure is None else [f"![{title}]({charts.png_uri(figure, dpi)})"]
 
 
-def _funnel(stage: StageFolder) -> list[str]:
+def funnel_rows(stage: StageFolder) -> list[Row]:
+    """The rows of funnel.jsonl; of a stage that only takes in documents, what its metrics count by source."""
     rows = stage.rows("funnel.jsonl")
+    if rows:
+        return rows
+    documents, sizes = (stage.metrics.get(f"{what}_by_source") or {} for what in ("documents", "bytes"))
+    quarantined = stage.metrics.get("quarantined_by_source") or {}
+    kept = [
+        {"source": s, "outcome": "kept", "reason": "", "documents": n, "bytes_out": sizes.get(s, 0)}
+        for s, n in documents.items()
+    ]
+    aside = [
+        {"source": s, "outcome": "removed", "reason": "set aside", "documents": n, "bytes_out": 0}
+        for s, n in quarantined.items()
+        if n
+    ]
+    return [*kept, *aside]
+
+
+def _funnel(stage: StageFolder) -> list[str]:
+    rows = funnel_rows(stage)
     if not rows:
         return []
     sources = by_source(rows)
@@ -67,6 +98,8 @@ def _funnel(stage: StageFolder) -> list[str]:
         *_picture("Documents by source", corpus_figures.funnel(sources)),
         text.table(head, [_cells(row, head) for row in sources[:SOURCES]], right=right),
     ]
+    if len(sources) > SOURCES:
+        parts.append(f"The {SOURCES} largest of {len(sources) - 1} sources.")
     if reasons := by_reason(rows):
         every = sum(row["documents"] for row in rows)
         head, right = _columns(reasons)
@@ -74,7 +107,7 @@ def _funnel(stage: StageFolder) -> list[str]:
         removed = {row["reason"]: row["documents"] for row in reasons if row["outcome"] == "removed"}
         parts += [
             "### By reason",
-            *_picture("Removed by reason", figures.counts(removed, "documents removed, by reason")),
+            *_picture("Removed by reason", figures.counts(removed, "documents")),
             text.table([*head, "of all documents"], shares, right=[*right, len(head)]),
         ]
     return parts
@@ -91,15 +124,14 @@ def _cells(row: Row, head: Sequence[str]) -> list[Any]:
 
 
 def _before_and_after(stage: StageFolder) -> list[str]:
-    """Metrics `<what>_before` and `<what>_after`, tables by source, side by side."""
+    """Tokens of each source that there are, and those that the run reads, side by side."""
     parts = []
-    for name, before in stage.metrics.items():
-        what = name.removesuffix("_before")
-        after = stage.metrics.get(f"{what}_after")
-        if what == name or not isinstance(before, dict) or not isinstance(after, dict):
+    for name, name_after in BEFORE_AND_AFTER.items():
+        before, after = stage.metrics.get(name), stage.metrics.get(name_after)
+        if not isinstance(before, dict) or not isinstance(after, dict):
             continue
         names = list(dict.fromkeys([*before, *after]))
-        title = what.replace("_", " ")
+        title = "tokens by source"
         sums = [sum(t.get(n, 0) for n in names) or 1 for t in (before, after)]
         rows = [
             (n, b, f"{b / sums[0]:.1%}", a, f"{a / sums[1]:.1%}", f"{a / b:.2f} ×" if b else "–")
@@ -126,7 +158,8 @@ def _tables(stage: StageFolder) -> list[str]:
             columns = list(dict.fromkeys(name for row in rows for name in row))
             numbers = [i for i, c in enumerate(columns) if all(is_number(r.get(c, 0)) for r in rows)]
             lines = [[text.Marked(row.get(c)) for c in columns] for row in rows]
-            parts += [f"## {title}", text.table(columns, lines, right=numbers)]
+            drawn = corpus_figures.compression(stage.rows(file)) if file == "compression.jsonl" else None
+            parts += [f"## {title}", *_picture(title, drawn), text.table(columns, lines, right=numbers)]
     return parts
 
 
@@ -134,8 +167,8 @@ def _pairs(stage: StageFolder) -> list[str]:
     """Near duplicates: which was removed, which kept, how alike, and where they differ."""
     parts = []
     for row in stage.rows("pairs.jsonl", PAIRS):
-        facts = [f"{k} {text.cell(v)}" for k, v in row.items() if is_number(v) or _short(v)]
-        lines = str(row.get("diff", "")).splitlines()
+        facts = [f"{k} {text.cell(row[k])}" for k in ("removed", "kept", "similarity", "reason") if k in row]
+        lines = diff_lines(row)
         shown = [line if len(line) <= DIFF_WIDTH else f"{line[:DIFF_WIDTH]}…" for line in lines[:DIFF_LINES]]
         if len(lines) > DIFF_LINES:
             shown.append(f"  … {len(lines) - DIFF_LINES} lines more")
@@ -143,8 +176,32 @@ def _pairs(stage: StageFolder) -> list[str]:
     return ["## Duplicates, as diffs", *parts] if parts else []
 
 
-def _short(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= 160 and "\n" not in value
+def diff_lines(row: Row) -> list[str]:
+    """How two texts differ: `-` of the kept one, `+` of the removed one, between the words that they have in common."""
+    kept, removed = (str(row.get(f"{which}_text", "")).split() for which in ("kept", "removed"))
+    lines: list[str] = []
+    for kind, a0, a1, b0, b1 in difflib.SequenceMatcher(None, kept, removed, autojunk=False).get_opcodes():
+        if kind == "equal":
+            same = kept[a0:a1]
+            lines.append(
+                f"  {' '.join(same if len(same) <= 2 * CONTEXT else [*same[:CONTEXT], '…', *same[-CONTEXT:]])}"
+            )
+            continue
+        lines += [f"- {' '.join(kept[a0:a1])}"] * (a1 > a0) + [f"+ {' '.join(removed[b0:b1])}"] * (b1 > b0)
+    if any(line[0] in "-+" for line in lines):
+        return lines
+    # what was kept of the texts is the same: the words that differ come later
+    return [*lines, *(_run_line(run) for part in str(row.get("differs", "")).split(" … ") for run in _runs(part))]
+
+
+def _runs(part: str) -> list[str]:
+    """`−of the kept one +of the removed one` as its two halves."""
+    kept, plus, removed = part.partition(" +")
+    return [kept, f"+{removed}"] if plus else [kept]
+
+
+def _run_line(run: str) -> str:
+    return f"- {run[1:]}" if run.startswith("−") else f"+ {run[1:]}" if run.startswith("+") else f"  {run}"
 
 
 def _decisions(stage: StageFolder) -> list[str]:

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDE = 7.2  # inches: the funnel's bars need room for their names
-MOST_SOURCES, MOST_PANELS = 16, 9
+MOST_SOURCES, MOST_PANELS = 16, 12
 COLOURS = {"kept": PALETTE["cold_start"], "changed": PALETTE["hasty"], "removed": PALETTE["rl"]}
 STEP = 0.05  # width of a bin of values
+LENGTHS = "characters"  # the histogram whose bins are powers of two
 
 
 def funnel(sources: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -65,8 +66,11 @@ def _legend(ax: Axes, height: float, lefts: Sequence[float]) -> None:
 
 
 def histograms(joined: Mapping[str, Mapping[str, Mapping[float, int]]]) -> Figure | None:
-    """A panel a name: kept as an area, removed as a line, each as shares of its own documents."""
-    names = list(joined)[:MOST_PANELS]
+    """A panel a name: kept as an area, removed as a line, each as shares of its own documents.
+
+    Lengths come first, then what tells the two outcomes apart best.
+    """
+    names = sorted(joined, key=lambda name: (name != LENGTHS, -apart(joined[name]), name))[:MOST_PANELS]
     if not names:
         return None
     with charts.house_style():
@@ -76,12 +80,21 @@ def histograms(joined: Mapping[str, Mapping[str, Mapping[float, int]]]) -> Figur
     return figure
 
 
+def apart(outcomes: Mapping[str, Mapping[float, int]]) -> float:
+    """The total variation between two histograms, as shares: 0 where they are alike, 1 where they share no bin."""
+    shares = [{low: n / sum(bins.values()) for low, n in bins.items()} for bins in outcomes.values() if bins]
+    if len(shares) < 2:
+        return 0.0
+    return sum(abs(shares[0].get(low, 0.0) - shares[1].get(low, 0.0)) for low in {*shares[0], *shares[1]}) / 2
+
+
 def _histogram(ax: Axes, name: str, outcomes: Mapping[str, Mapping[float, int]]) -> None:
-    powers = name == "characters"
+    powers, highest = name == LENGTHS, 0.0
     for outcome, bins in outcomes.items():
         if not bins:
             continue
         lows, shares = _steps(bins, powers)
+        highest = max(highest, *shares)
         if outcome == "kept":
             ax.fill_between(lows, shares, step="post", color=COLOURS[outcome], alpha=0.35, linewidth=0)
         else:
@@ -106,7 +119,8 @@ def _histogram(ax: Axes, name: str, outcomes: Mapping[str, Mapping[float, int]])
         ax.minorticks_off()
     else:
         ax.set_xlim(0, 1)
-    ax.set_ylim(bottom=0)
+    ax.set_yticks([tick for tick in ax.get_yticks() if 0 <= tick <= 1.0])
+    ax.set_ylim(0, highest * 1.4)  # room for the two lines of words
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     ax.set_title(name.replace("_", " "))
 
@@ -121,6 +135,20 @@ def _steps(bins: Mapping[float, int], powers: bool) -> tuple[list[float], list[f
     held = {round(low, 2): number for low, number in bins.items()}
     whole = sum(bins.values())
     return lows, [held.get(low, 0) / whole for low in lows]
+
+
+def compression(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Bytes of text a token, by source and language; the largest first by text."""
+    shown = sorted(rows, key=lambda row: -row["bytes"])[:MOST_SOURCES]
+    if not shown:
+        return None
+    names = [f"{r['source']} ({r['language']})" if r.get("language") else str(r["source"]) for r in shown]
+    with charts.house_style():
+        figure, (ax,) = charts.panels(1, 1, WIDE, 0.6 + 0.27 * len(shown))
+        table = {name: r["bytes_per_token"] for name, r in zip(names, shown, strict=True)}
+        charts.bars(ax, table, PALETTE["cold_start"], "{:.2f}")
+        ax.set_title("bytes a token")
+    return figure
 
 
 def shares_before_and_after(before: Mapping[str, float], after: Mapping[str, float], title: str) -> Figure | None:

@@ -200,7 +200,9 @@ def _dedup(folder: Path, removed: bool) -> dict[str, Any]:
             "removed": f"stdlib/test{i}.py/1",
             "kept": "stdlib/contextlib.py/3",
             "similarity": round(0.76 + i / 50, 2),
-            "diff": f"-{TEXT.splitlines()[0]}\n+{TEXT.splitlines()[0].replace('thing', 'file')}\n     ```not a fence```",
+            "differs": "−thing +file … −_Closing(thing) +_Closing(file)",
+            "removed_text": TEXT.replace("thing", "file"),
+            "kept_text": TEXT,
         }
         for i in range(3)
     ]

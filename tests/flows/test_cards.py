@@ -57,7 +57,8 @@ def test_pictures_are_where_there_is_something_to_draw(folders) -> None:
     assert len(pictures(card(folders["rl"]))) == 2  # reward and length, curves
     assert len(pictures(card(folders["evaluate"]))) == 1
     assert len(pictures(card(folders["filter"]))) == 3  # by source, by reason, histograms
-    assert pictures(card(folders["ingest"])) == []
+    assert len(pictures(card(folders["ingest"]))) == 1  # by source
+    assert pictures(card(folders["problems"])) == []
 
 
 def test_a_new_stage_has_a_card_without_a_line_of_code(tmp_path: Path) -> None:

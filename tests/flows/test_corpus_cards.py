@@ -75,29 +75,49 @@ def test_at_most_twenty_samples_of_each_outcome(tmp_path: Path, outcome: str) ->
     assert card(tmp_path).count("| id-") == 20
 
 
+def pair(kept: str, removed: str, differs: str = "") -> dict[str, Any]:
+    names = {"removed": "x/1", "kept": "x/2", "similarity": 0.91}
+    return {**names, "kept_text": kept, "removed_text": removed, "differs": differs}
+
+
 def test_pairs_are_diffs_that_no_text_can_leave(tmp_path: Path) -> None:
-    diff = "- a\n+ b\n```\n# not a title"
-    write_rows(tmp_path / "pairs.jsonl", [{"removed": "x/1", "kept": "x/2", "similarity": 0.91, "diff": diff}])
+    write_rows(tmp_path / "pairs.jsonl", [pair("a b ``` c\n# no title", "a d ``` c\n# no title e")])
     shown = section(card(tmp_path), "## Duplicates, as diffs")
     assert "removed x/1 · kept x/2 · similarity 0.91" in shown
-    assert f"````diff\n{diff}\n````" in shown
+    assert "````diff\n  a\n- b\n+ d\n  ``` c # no title\n+ e\n````" in shown
+
+
+def test_texts_that_differ_behind_what_is_kept_of_them_show_the_words(tmp_path: Path) -> None:
+    write_rows(tmp_path / "pairs.jsonl", [pair("same words", "same words", "−one +two … −gone  … +new")])
+    assert "  same words\n- one\n+ two\n- gone \n+ new\n" in card(tmp_path)
 
 
 def test_long_diffs_are_cut_and_say_so(tmp_path: Path) -> None:
-    write_rows(tmp_path / "pairs.jsonl", [{"removed": "x", "kept": "y", "diff": "\n".join(["+ l" * 200] * 99)}])
+    kept = " ".join(f"k{i} same{i}" for i in range(60))
+    write_rows(tmp_path / "pairs.jsonl", [pair(kept, kept.replace("k", "r"))])
     shown = card(tmp_path)
-    assert "… 59 lines more" in shown
-    assert len(shown) < 12_000
+    assert "… 140 lines more" in shown
+    long = pair("w" * 5000, "v" * 5000)
+    write_rows(tmp_path / "pairs.jsonl", [long])
+    assert len(card(tmp_path)) < 1_000
 
 
 def test_a_mixture_is_shown_before_and_after(tmp_path: Path) -> None:
-    metrics = {"tokens_before": {"web": 300, "code": 100}, "tokens_after": {"web": 150, "code": 150}}
+    metrics = {"tokens_by_source": {"web": 300, "code": 100}, "run_tokens_by_source": {"web": 150, "code": 150}}
     shown = card(tmp_path, metrics=metrics)
     assert "| web | 300 | 75.0% | 150 | 50.0% | 0.50 × |" in shown
     assert "| code | 100 | 25.0% | 150 | 50.0% | 1.50 × |" in shown
 
 
-@pytest.mark.parametrize("file", ["repeats.jsonl", "matches.jsonl", "compression.jsonl"])
+def test_a_stage_of_sources_has_a_funnel_of_what_it_counts(tmp_path: Path) -> None:
+    metrics = {"documents_by_source": {"web": 9}, "bytes_by_source": {"web": 90}, "quarantined_by_source": {"web": 1}}
+    shown = card(tmp_path, metrics=metrics)
+    assert "| web | 10 | 9 | 0 | 1 | 90 B |" in shown
+    assert "| removed | set aside | 1 | 0 B | 10.00% |" in shown
+    assert "### Documents by source" not in shown
+
+
+@pytest.mark.parametrize("file", ["repeats.jsonl", "matches.jsonl", "packing.jsonl"])
 def test_tables_of_other_stages_are_shown(tmp_path: Path, file: str) -> None:
     write_rows(tmp_path / file, [{"what": "of ⟦this⟧ span", "times": 12}])
     assert "| of \u200a**this**\u200a span | 12 |" in card(tmp_path)
