@@ -23,7 +23,7 @@ class FilesSource(RowFields, StoredSource):
     def records(self, entry: Entry, cursor: Cursor, most: int) -> Iterator[Record]:
         """The records of a file, by its ending."""
         if entry.address.endswith(".parquet"):
-            with self.opened(entry) as raw:
+            with self.random_access(entry) as raw:
                 yield from parquet_rows(raw, self, cursor, most)
             return
         with self.stream(entry, cursor) as stream:

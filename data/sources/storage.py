@@ -186,6 +186,21 @@ class StoredSource(SourceBase):
             yield raw
 
     @contextmanager
+    def random_access(self, entry: Entry) -> Iterator[IO[bytes]]:
+        """A file's bytes for a reader that goes to and fro.
+
+        Raises:
+            ValueError: a web server gives no ranges.
+        """
+        with self.opened(entry) as raw:
+            if type(raw).__name__ == "HTTPStreamFile":
+                raise ValueError(
+                    f"source {self.name!r}: the server of {entry.address} gives no ranges of bytes, which this kind of "
+                    f"file needs: copy it to a disk"
+                )
+            yield raw
+
+    @contextmanager
     def stream(self, entry: Entry, cursor: Cursor) -> Iterator[Stream]:
         """A file's bytes, decompressed where its name says that they are compressed, from the cursor's offset on."""
         with self.opened(entry) as raw:

@@ -251,9 +251,10 @@ class Stream:
 
 def move_to(raw: IO[bytes], offset: int) -> None:
     """Go to an offset of a file; one that cannot seek (a server without ranges) is read up to there."""
-    if raw.seekable():
+    try:
         raw.seek(offset)
         return
-    left = offset
+    except (ValueError, OSError):  # a streamed file of a web server says that it can seek, and cannot
+        left = offset
     while left and (block := raw.read(min(left, BLOCK))):
         left -= len(block)

@@ -141,7 +141,7 @@ class TreeSource(StoredSource):
             yield Unreadable("no text", "the archive holds no files", empty=True)
 
     def _zip(self, entry: Entry) -> Iterator[tuple[str, int, Callable[[int], bytes]]]:
-        with self.opened(entry) as raw, zipfile.ZipFile(raw) as archive:
+        with self.random_access(entry) as raw, zipfile.ZipFile(raw) as archive:
             for member in archive.infolist():
                 if member.flag_bits & 1:
                     raise zipfile.BadZipFile(f"{member.filename} is encrypted")
