@@ -232,8 +232,9 @@ def job_queue_cluster(told: JobQueue, threads: int = 1) -> Any:
         ours |= {"job_cpu": told.processes * threads, "job_mem": f"{-(-(memory + nanny) // 2**20)}M"}
     try:
         return getattr(dask_jobqueue, JOB_QUEUES[told.kind])(**{**ours, **options})
-    except TypeError as error:
-        raise ValueError(f"dask-jobqueue refuses the options of the {told.kind} cluster: {error}") from error
+    except (TypeError, ValueError) as error:
+        said = str(error).partition(" Very likely")[0]  # what follows repeats all options
+        raise ValueError(f"dask-jobqueue refuses the options of the {told.kind} cluster: {said}") from error
 
 
 def kubernetes_spec(told: Kubernetes, threads: int = 1) -> dict[str, Any]:
@@ -257,6 +258,7 @@ def kubernetes_spec(told: Kubernetes, threads: int = 1) -> dict[str, Any]:
     for pod in (spec["spec"]["worker"]["spec"], spec["spec"]["scheduler"]["spec"]):
         pod["volumes"] = [{"name": v.claim, "persistentVolumeClaim": {"claimName": v.claim}} for v in told.volumes]
         for container in pod["containers"]:
+            container["command"] = ["env"]  # runs what follows whatever the image's own entry point is
             container["volumeMounts"] = [{"name": v.claim, "mountPath": v.mount} for v in told.volumes]
     return spec
 

@@ -111,6 +111,7 @@ def test_workers_killed_at_twenty_random_moments(
 def test_workers_restarted_by_their_nannies(corpus: Path, undisturbed: Path, tmp_path: Path, bytes_of: Bytes) -> None:
     """One worker, as from a dashboard; then the whole cluster, which forgets every task it held."""
     client = cluster_client(2)
+    client.wait_for_workers(2, timeout=60)  # the last test may have killed one
 
     def restart() -> None:
         time.sleep(0.4)
