@@ -1,6 +1,6 @@
 """Are all planted spans found and nothing else, how fast a core, in what memory? Ends with one line of JSON.
 
-    python bench/spans.py [--spans 2000] [--peer-megabytes 20] [--keep FOLDER]
+    python -P bench/spans.py [--spans 2000] [--peer-megabytes 20] [--keep FOLDER]
 
 The corpus is the PEPs, WikiText-2 and the running Python's own sources, freed of what repeats in them, then with spans
 of 50 to 150 tokens of earlier documents put into later ones. Four times as much text is the same in four alphabets
@@ -23,6 +23,7 @@ import gzip
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -149,9 +150,10 @@ def stage(documents: Path, out: Path) -> None:
     out.mkdir(parents=True)
     metrics = remove_spans(CONFIG, documents, out, workers=0, progress=silent)
     used = resource.getrusage(resource.RUSAGE_SELF)
+    held = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())  # ru_maxrss is the parent's at first
     print(json.dumps({
         "core_seconds": used.ru_utime + used.ru_stime,
-        "peak_mib": used.ru_maxrss / 1024,
+        "peak_mib": int(held[1]) / 1024 if held else used.ru_maxrss / 1024,
         "substring_characters": metrics["substring_characters"],
         "megabytes": metrics["bytes_in"] / 1e6,
     }))  # fmt: skip
@@ -215,7 +217,7 @@ def peer(texts: list[str]) -> tuple[float, int] | None:
         starts.append(start)
     everything = np.concatenate(hashes)
     numbers = np.unique(everything, return_inverse=True)[1].astype(">u4")
-    held = np.frombuffer(numbers.tobytes(), np.uint8)
+    held = numbers.view(np.uint8).copy()
     order = divsufsort(held)
     common = kasai(held, order)
     document_starts = np.repeat(np.array(starts, np.int64), [len(h) for h in hashes])

@@ -20,6 +20,7 @@ from gristmill.data.executor import Task, run_tasks
 from gristmill.data.sieve import conclude
 from gristmill.data.spans.config import LinesConfig, SpansConfig, SubstringConfig
 from gristmill.data.spans.cut import Cut, cut_marker, cut_shard, most_frequent
+from gristmill.data.spans.exchange import Exchange
 from gristmill.data.spans.lines import ask_lines, decide_lines
 from gristmill.data.spans.search import Search
 from gristmill.data.spans.substring import answer_links, ask_anchors, ask_links, ask_windows
@@ -92,7 +93,7 @@ def _substring_passes(config: SpansConfig, search: Search, sources: list[Path]) 
     ]
 
 
-def _answers(answer: Callable, exchange) -> list[Task]:
+def _answers(answer: Callable[..., None], exchange: Exchange) -> list[Task]:
     return [Task(answer, (exchange, p), exchange.answered(p)) for p in range(exchange.partitions)]
 
 

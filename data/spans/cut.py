@@ -113,14 +113,15 @@ class _Knife:
         links = self._links.of(number) if self._links else NO_LINKS
         if not len(text.lines) and not len(links):
             return KEEP
+        share: dict[str, int] = {}  # characters that go, by the document that keeps them
+        for line in self._lines(text):
+            self._note(row["text"], line, share)
         substrings, spans = self._substrings(text, links)
-        repeats = [*self._lines(text), *substrings]
+        for substring in substrings:
+            self._note(row["text"], substring, share)
         edits = self._edits(text, spans)
         if not edits:
             return KEEP
-        for repeat in sorted(repeats, key=lambda r: (r["start"], r["end"])):
-            self.write(repeat)
-            self._sample(row["text"], repeat)
         values = {"removed_share": sum(e.end - e.start for e in edits) / len(row["text"])}
         left = len(edited(row["text"], edits).strip())
         if left >= self._cut.least_characters_left:
@@ -130,7 +131,7 @@ class _Knife:
             values=values,
             detail=f"{left} characters are left of {len(row['text'])}",
             spans=[[e.start, e.end] for e in edits[:SPANS_NAMED]],
-            **_most_of(repeats),
+            **({"duplicate_of": min(share, key=lambda i: (-share[i], i))} if share else {}),
         )
 
     def _lines(self, text: Text) -> Iterator[Row]:
@@ -150,10 +151,10 @@ class _Knife:
                 "count": documents,
             }
 
-    def _substrings(self, text: Text, links: np.ndarray) -> tuple[list[Row], list[Span]]:
+    def _substrings(self, text: Text, links: np.ndarray) -> tuple[Iterator[Row], list[Span]]:
         """The links whose tokens are those of their originals, and the characters of `text` that they cover."""
         if not len(links):
-            return [], []
+            return iter(()), []
         tokens = [(first, first + count) for first, count in links[:, 1:3].tolist()]
         places = self._tokeniser.locate(text.text, tokens)
         alike = [
@@ -166,7 +167,7 @@ class _Knife:
         starts, ends = ({tokens[i][side]: places[i][side] for i in chosen} for side in (0, 1))
         # united as tokens: two spans with nothing but white space between are one
         spans = [(starts[first], ends[last]) for first, last in united([tokens[i] for i in chosen])]
-        return [self._repeat(text, links[i], places[i]) for i in chosen], spans
+        return (self._repeat(text, links[i], places[i]) for i in chosen), spans
 
     def _repeat(self, text: Text, link: np.ndarray, place: Span) -> Row:
         parts = back([place], text.gone)
@@ -197,7 +198,11 @@ class _Knife:
             self._ids[shard] = Ids(self._search.ids(shard))
         return self._ids[shard].of(place & WITHIN)
 
-    def _sample(self, text: str, repeat: Row) -> None:
+    def _note(self, text: str, repeat: Row, share: dict[str, int]) -> None:
+        """Write a repeat down, and keep it as a sample if it is among the most frequent."""
+        self.write(repeat)
+        if repeat["kept_id"] is not None:
+            share[repeat["kept_id"]] = share.get(repeat["kept_id"], 0) + repeat["end"] - repeat["start"]
         held = self.samples
         kept = {(r["kept_id"], r["kept_start"], r["kept_end"]) for r in held if r["kept_id"] is not None}
         known = (repeat["kept_id"], repeat["kept_start"], repeat["kept_end"]) in kept
@@ -207,12 +212,3 @@ class _Knife:
     def close(self) -> None:
         for ids in self._ids.values():
             ids.close()
-
-
-def _most_of(repeats: list[Row]) -> dict[str, str]:
-    """The document that most of what goes is a copy of."""
-    share: dict[str, int] = {}
-    for repeat in repeats:
-        if repeat["kept_id"] is not None:
-            share[repeat["kept_id"]] = share.get(repeat["kept_id"], 0) + repeat["end"] - repeat["start"]
-    return {"duplicate_of": min(share, key=lambda i: (-share[i], i))} if share else {}

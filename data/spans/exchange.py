@@ -131,7 +131,7 @@ class Asker:
             return
         to = np.concatenate(self._to)
         order = np.argsort(to, kind="stable")
-        self._file.write(np.ascontiguousarray(np.concatenate(self._rows)[order], "<u8"))
+        self._file.write(np.ascontiguousarray(np.concatenate(self._rows)[order], "<u8").data)
         self.index.append(np.concatenate([[0], np.cumsum(np.bincount(to, minlength=self._exchange.partitions))]))
         self._rows, self._to, self._waiting = [], [], 0
 

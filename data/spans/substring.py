@@ -245,10 +245,10 @@ def answer_links(search: Search, number: int, shard: Path) -> None:
         for questions in search.links.questions(number):
             held.append(questions)
             if sum(map(len, held)) >= BLOCK:
-                file.write(_originals(search, number, shard, np.concatenate(held)))
+                file.write(_originals(search, number, shard, np.concatenate(held)).data)
                 held = []
         if held:
-            file.write(_originals(search, number, shard, np.concatenate(held)))
+            file.write(_originals(search, number, shard, np.concatenate(held)).data)
 
     answer_all(search.links, number, write)
 

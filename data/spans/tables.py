@@ -201,7 +201,7 @@ def _over_answers(
         use(questions, answers)
         if changes:
             file.seek(at)
-            file.write(answers)
+            file.write(answers.data)
         at += size
 
 

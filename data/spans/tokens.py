@@ -1,10 +1,11 @@
 """Tokens of a text as spans are measured in them, and the places and hashes of these tokens.
 
 A token is a word (a run of letters, digits, marks and connectors such as _), or one character of anything else that is
-seen: punctuation, symbols; a rule drawn with one symbol (-----) is one token, as byte-pair encodings have it. Scripts written without blanks between words (Han, kana, Thai, Lao, Khmer, Burmese, Tai)
-give a token a letter, so that 50 tokens are about as much text in every language. White space, the zero-width space
-and the byte-order mark only separate: a text wrapped in another way has the same tokens. Letters are compared as they
-are, without case folding or normalisation. A token beyond 1,024 characters is cut into tokens of that length.
+seen: punctuation, symbols; a rule drawn with one symbol (-----) is one token, as byte-pair encodings have it. Scripts
+written without blanks between words (Han, kana, Thai, Lao, Khmer, Burmese, Tai) give a token a letter, so that 50
+tokens are about as much text in every language. White space, the zero-width space and the byte-order mark only
+separate: a text wrapped in another way has the same tokens. Letters are compared as they are, without case folding or
+normalisation. A token beyond 1,024 characters is cut into tokens of that length.
 
 The loops run over code points in numba: at hundreds of megabytes a second a core, where a regular expression and a
 list of strings make about fifteen.
@@ -142,7 +143,7 @@ class Tokeniser:
         sha = hashlib.sha256()
         for piece in self.pieces(text, start, end):
             size = _joined(piece.codes, piece.starts, piece.ends, len(piece.starts), self._out)
-            sha.update(self._out[:size])
+            sha.update(self._out[:size].data)
         return sha.digest()
 
     def locate(self, text: str, tokens: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
