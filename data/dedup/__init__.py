@@ -69,7 +69,7 @@ def deduplicate(config: DedupConfig, documents: Path, out: Path, *, workers: int
     parts.save(parts_file)
     groups = _groups(config, parts, parts_file, work)
     steps.run(groups)
-    decided = _decisions(config, parts, parts_file, [task.result for task in groups], work)
+    decided = _decisions(config, parts, parts_file, work)
     steps.run(decided)
     own = [task.result for task, part in zip(decided, parts.all[-len(decided) :], strict=True) if part.own]
 
@@ -116,13 +116,13 @@ def _groups(config: DedupConfig, parts: Parts, parts_file: Path, work: Path) -> 
     return made
 
 
-def _decisions(config: DedupConfig, parts: Parts, parts_file: Path, groups: list[Path], work: Path) -> list[Task]:
+def _decisions(config: DedupConfig, parts: Parts, parts_file: Path, work: Path) -> list[Task]:
     """With the policy first, what came before has its fate; with any other it may lose now."""
     made = []
     for number, part in enumerate(parts.all):
         if part.own or config.policy != "first":
             result = work / "decided" / f"{number:06d}.decided"
-            made.append(Task(write_decisions, (number, parts_file, groups, config, result), result))
+            made.append(Task(write_decisions, (number, parts_file, work / "groups", config, result), result))
     return made
 
 

@@ -52,8 +52,9 @@ class Fates:
         self.similarities[places] = similarities if isinstance(similarities, float) else similarities[new]
 
 
-def write_decisions(number: int, parts: Path, groups: list[Path], config: DedupConfig, result: Path) -> None:
+def write_decisions(number: int, parts: Path, groups_folder: Path, config: DedupConfig, result: Path) -> None:
     """Decide the documents of one part, from all the groups' files; of its own parts this run keeps the fates too."""
+    groups = sorted(groups_folder.glob("*.rows"))
     all_parts = Parts.load(parts)
     part = all_parts.all[number]
     fates = Fates.undecided(part.documents)

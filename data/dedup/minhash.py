@@ -9,6 +9,7 @@ from the set, and eight mixes and 112 exclusive-ors a shingle vectorise where 11
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numba
@@ -23,7 +24,7 @@ from gristmill.data.dedup.words import (
     STATE_SIZE,
     characters,
     normalised,
-    prepared,
+    pieces,
     scan,
     scan_ascii,
 )
@@ -65,17 +66,14 @@ class Signer:
 
     def sign(self, text: str) -> Signature:
         """The signature of a text."""
-        units = prepared(text)
-        scanned = scan_ascii if units.dtype == np.uint8 else scan
         hasher = xxhash.xxh3_128()
         shingles: list[np.ndarray] = []
         self._state[:] = 0
         self._minima[:] = MOST
-        for start in range(0, max(1, len(units)), BLOCK):
-            final = start + BLOCK >= len(units)
-            block = units[start : start + BLOCK]
+        for units, final in _blocks(text):
+            scanned = scan_ascii if units.dtype == np.uint8 else scan
             made, size = scanned(
-                block, final, self._characters, self.ngram, self._state, self._words, self._grams, self._text
+                units, final, self._characters, self.ngram, self._state, self._words, self._grams, self._text
             )
             hasher.update(self._text[:size])
             if final and int(self._state[COUNT]) < self.ngram:
@@ -102,6 +100,18 @@ class Signer:
         if not count:
             return np.uint64(digest & (2**64 - 1))
         return np.uint64(xxhash.xxh3_64_intdigest(self._words[self.ngram - count : self.ngram]))
+
+
+def _blocks(text: str) -> Iterator[tuple[np.ndarray, bool]]:
+    """A text's characters in blocks, and whether each is the last."""
+    held = None
+    for units in pieces(text):
+        for start in range(0, max(1, len(units)), BLOCK):
+            if held is not None:
+                yield held, False
+            held = units[start : start + BLOCK]
+    if held is not None:
+        yield held, True
 
 
 @numba.njit(cache=True, nogil=True)

@@ -16,7 +16,7 @@ from gristmill.data.dedup.parts import Part, Parts
 from gristmill.data.documents import Row, excerpt, write_json_lines
 from gristmill.data.sieve import KEEP, Verdict, remove, sieve_shard
 
-DIFFED = 2000  # characters of each text that are compared word by word
+DIFFED = 50_000  # characters of each text in which a difference is looked for
 BITS = 1 << 24  # documents looked at together when clusters are counted
 
 
@@ -82,7 +82,9 @@ def pair_rows(pairs: list[tuple[int, int, float]], parts: Parts, texts: list[Pat
 
 def differing(kept: str, removed: str, words: int = 400, most: int = 6) -> str:
     """The first runs of words in which two texts differ: −of the kept one, +of the removed one."""
-    a, b = kept.split()[:words], removed.split()[:words]
+    a, b = kept.split(), removed.split()
+    same = next((i for i, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
+    a, b = a[same : same + words], b[same : same + words]
     runs = []
     for kind, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         if kind != "equal":

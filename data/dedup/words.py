@@ -13,6 +13,7 @@ The pass runs over code points in numba: word hash, n-gram hash and normalised b
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
 from functools import cache
 
 import numba
@@ -39,6 +40,7 @@ COMMON = tuple(
 )
 LOWER_IN_CONTEXT = ("Σ", "İ")  # lower case by what is around, or two characters: left to Python
 
+PIECE = 1 << 20  # characters of a text that are normalised at a time
 BLOCK = 1 << 14  # characters in a pass, so that n-grams and what is made of them stay in the first cache
 NO_WORD, WORD, LONE = 0, 1, 2  # where the pass stands: outside words, in one, in one of a script without blanks
 INSIDE, HASH, COUNT, BLANK, BEGUN = range(5)  # what it carries from block to block
@@ -52,6 +54,28 @@ MIX = np.uint64(0xFF51AFD7ED558CCD)
 def normalised(text: str) -> str:
     """NFKC, lower case, white space as single blanks: what "exactly equal" means here."""
     return " ".join(unicodedata.normalize("NFKC", text).lower().split())
+
+
+def pieces(text: str) -> Iterator[np.ndarray]:
+    """A text as `prepared` gives it, a long one piece by piece: cut behind a blank and before an ASCII character.
+
+    There a text can be cut without a change of its normal form; one without such places is not cut.
+    """
+    start = 0
+    while len(text) - start > PIECE and (cut := _cut(text, start, start + PIECE)):
+        yield prepared(text[start:cut])
+        start = cut
+    yield prepared(text[start:] if start else text)
+
+
+def _cut(text: str, start: int, end: int, tries: int = 1000) -> int:
+    for _ in range(tries):
+        end = text.rfind(" ", start, end)
+        if end < 0:
+            return 0
+        if text[end + 1] < "\x80":
+            return end + 1
+    return 0
 
 
 def prepared(text: str) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -336,18 +335,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
+def peak_mib(folder: Path, count: int, long: int) -> int:
+    command = [sys.executable, "-P", "-c", MEMORY, str(folder), str(count), str(long)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def test_memory_does_not_grow_with_a_shard(tmp_path: Path) -> None:
-    """One shard of 2,000 and of 20,000 documents (12 MB): the second may hold 1 KB a document more, not its text."""
-    peaks = []
-    for count in (2000, 20000):
-        folder = tmp_path / str(count)
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", MEMORY, str(folder), str(count), "10"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        peaks.append(int(done.stdout))
-    assert peaks[1] - peaks[0] < 60, peaks  # MiB; arrays of a group's sort and of ids, and the allocator's slack
-    assert peaks[1] < 700, peaks
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 20
+    """One shard of 2,000 and of 20,000 documents (12 MB), and one with a document of one line of 30 MB."""
+    few, many = peak_mib(tmp_path / "few", 2000, 10), peak_mib(tmp_path / "many", 20000, 10)
+    assert many - few < 60, (few, many)  # MiB: 1 KB a document, for the sort of a group, ids and the allocator's slack
+    assert peak_mib(tmp_path / "long", 10, 6_000_000) < 700

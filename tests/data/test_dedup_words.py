@@ -74,6 +74,22 @@ def test_any_text_is_normalised_as_python_does(text: str) -> None:
     assert Signer(5, 2, 2).sign(text).exact == exact_of(text)
 
 
+def test_long_texts_are_normalised_in_pieces(signer: Signer, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [
+        "ΟΔΟΣ ΟΔΟΣ: e\u0301 a \u0301b ﬁn… İx  Plain ASCII words " * 40,
+        "中文。" * 200,
+        "one " * 300,
+        "x" * 900,
+        " " * 500,
+    ]
+    whole = [signer.sign(t) for t in texts]
+    for piece in (5, 64, 700):
+        monkeypatch.setattr(words, "PIECE", piece)
+        for text, one in zip(texts, whole, strict=True):
+            assert signer.sign(text).exact == one.exact == exact_of(text)
+            assert signer.sign(text).shingles.tolist() == one.shingles.tolist()
+
+
 @pytest.mark.parametrize("block", [1, 3, 64])
 def test_blocks_are_no_part_of_a_signature(block: int, signer: Signer, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [

@@ -1,0 +1,273 @@
+"""MinHash deduplication against datatrove and rensa, on one core each, disk to disk; the last line is JSON.
+
+    python bench/dedup.py [--documents 15000] [--default-documents 600] [--keep FOLDER]
+    python bench/dedup.py --growth 10000 100000 1000000
+    python bench/dedup.py --workers
+
+14 buckets × 8 rows of 64-bit hashes over word 5-grams, threshold 0.8. Every run is a process of its own, started and
+imported within its measure; core-seconds are the user and system time of the process. Keys of the last line:
+
+    ratio               datatrove with its fastest splitter (white space, xxhash) over ours, whole chain
+    ratio_default       datatrove with its default splitter (English, spaCy) over ours, whole chain; measured on a
+                        sample of documents, less the time of an empty run, and scaled by bytes
+    ratio_signatures    the first step alone (reading and signatures), fastest splitter, over ours
+    ratio_rensa         rensa's own recipe (white-space words, RMinHash of 112 permutations, LSH of 14 bands, in memory,
+                        reading included, nothing written) over ours
+    recall, precision   of the documents removed: those that brute force finds to have an earlier one at 0.8 or more
+    datatrove_recall, datatrove_precision   the same for datatrove, which removes candidates unverified
+    mb_per_core_second  of text, whole chain; signatures_mb_per_core_second of the first step
+    peak_mib_per_worker of our process, imports included
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+THREADS = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+BUCKETS, ROWS, THRESHOLD = 14, 8, 0.8
+WHITE_SPACE = "aii"  # a language to which datatrove assigns its white-space splitter
+
+
+def measured(what: str, *arguments: object) -> tuple[float, int]:
+    """Run one of the functions below in a process of its own: core-seconds, and its peak memory in MiB."""
+    command = [sys.executable, "-P", __file__, "--run", what, *map(str, arguments)]
+    process = subprocess.Popen(command, env={**os.environ, **THREADS}, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{what} ended with {process.returncode}")
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss // 1024
+
+
+def run_ours(documents: str, out: str) -> None:
+    """The stage, in one process."""
+    from gristmill.data.dedup import DedupConfig, deduplicate
+    from gristmill.data.stage_types import silent
+
+    Path(out).mkdir(parents=True)
+    config = DedupConfig(buckets=BUCKETS, rows=ROWS, threshold=THRESHOLD)
+    deduplicate(config, Path(documents), Path(out), workers=0, progress=silent)
+
+
+def run_our_signatures(documents: str, out: str) -> None:
+    """The stage's first step."""
+    from gristmill.data.dedup import DedupConfig
+    from gristmill.data.dedup.sign import write_index
+    from gristmill.data.documents import shards
+
+    for shard in shards(Path(documents)):
+        write_index(shard, Path(out), DedupConfig(buckets=BUCKETS, rows=ROWS, threshold=THRESHOLD))
+
+
+def run_datatrove(documents: str, out: str, language: str, steps: str) -> None:
+    """datatrove's recipe (examples/minhash_deduplication.py) in one process; `steps` is all or signatures."""
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter
+    from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.writers import JsonlWriter
+    from datatrove.utils.hashing import HashConfig
+
+    config = MinhashConfig(n_grams=5, num_buckets=BUCKETS, hashes_per_bucket=ROWS, hash_config=HashConfig(64, "xxhash"))
+    reader = JsonlReader(f"{documents}/documents", compression="zstd")
+    signatures = MinhashDedupSignature(f"{out}/signatures", config, language)
+    removed = JsonlWriter(f"{out}/removed", compression="zstd", output_filename="${rank}.jsonl.zst")
+    kept = JsonlWriter(f"{out}/documents", compression="zstd", output_filename="${rank}.jsonl.zst")
+    buckets = MinhashDedupBuckets(f"{out}/signatures", f"{out}/buckets", config=config)
+    cluster = MinhashDedupCluster(f"{out}/buckets", f"{out}/remove", config)
+    sifted = [reader, MinhashDedupFilter(f"{out}/remove", exclusion_writer=removed), kept]
+    tasks = len(list((Path(documents) / "documents").iterdir()))
+    chain = [([reader, signatures], tasks), ([buckets], BUCKETS), ([cluster], 1), (sifted, tasks)]
+    for number, (pipeline, count) in enumerate(chain[: 1 if steps == "signatures" else None]):
+        LocalPipelineExecutor(pipeline, tasks=count, workers=1, logging_dir=f"{out}/log{number}").run()
+
+
+def run_rensa(documents: str, out: str) -> None:
+    """What rensa's README does, a MinHash a document and LSH, over word 5-grams for equal work."""
+    from rensa import RMinHash, RMinHashLSH
+
+    from gristmill.data.documents import read_rows, shards
+
+    index = RMinHashLSH(threshold=THRESHOLD, num_perm=BUCKETS * ROWS, num_bands=BUCKETS)
+    removed, number = [], 0
+    for shard in shards(Path(documents)):
+        for row in read_rows(shard):
+            words = row["text"].lower().split()
+            minhash = RMinHash(num_perm=BUCKETS * ROWS, seed=42)
+            minhash.update([" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))])
+            if index.query(minhash):
+                removed.append(number)
+            index.insert(number, minhash)
+            number += 1
+    Path(out).write_text(json.dumps(removed))
+
+
+RUNS = {f.__name__: f for f in (run_ours, run_our_signatures, run_datatrove, run_rensa)}
+
+
+def removed_ids(folder: Path) -> set[int]:
+    """Numbers of the documents in a folder of removed rows."""
+    from gristmill.data.documents import read_rows
+
+    return {int(row["id"][1:]) for path in folder.glob("*.zst") for row in read_rows(path)}
+
+
+def quality(removed: set[int], pairs: dict[tuple[int, int], float]) -> tuple[float, float]:
+    """Recall and precision of removed documents against those with an earlier one at the threshold or above."""
+    expected = {j for (_, j), alike in pairs.items() if alike >= THRESHOLD}
+    return len(removed & expected) / len(expected), len(removed & expected) / max(1, len(removed))
+
+
+def print_by_similarity(removed: set[int], pairs: dict[tuple[int, int], float]) -> None:
+    """Removed documents by the similarity of their nearest earlier one, beside the LSH curve."""
+    nearest: dict[int, float] = {}
+    for (_, j), alike in pairs.items():
+        nearest[j] = max(alike, nearest.get(j, 0))
+    print("\nnearest earlier    documents   removed    1-(1-J^8)^14 at the middle")
+    for low in (x / 20 for x in range(10, 21)):
+        inside = [j for j, alike in nearest.items() if (low <= alike < low + 0.05 - 1e-12)]
+        middle = min(1.0, low + 0.025)
+        if inside:
+            share = sum(j in removed for j in inside) / len(inside)
+            curve = 1 - (1 - middle**ROWS) ** BUCKETS
+            print(f"  {low:.2f} – {low + 0.05:.2f} {len(inside):12d} {share:9.3f} {curve:9.3f}")
+
+
+def compare(documents: int, default_documents: int, folder: Path) -> dict[str, Any]:
+    """The benchmark itself."""
+    from dedup_corpus import grown, true_pairs, write_documents
+
+    texts = list(grown(documents))
+    size = write_documents(folder / "in", iter(texts)) / 1e6
+    few = texts[:: max(1, len(texts) // default_documents)]
+    few_size = write_documents(folder / "few", iter(few)) / 1e6
+    write_documents(folder / "nothing", iter(["one document"]))
+    print(f"{len(texts)} documents, {size:.1f} MB of text; the default setting on {len(few)}, {few_size:.1f} MB")
+    measured("run_ours", folder / "nothing", folder / "warm")  # numba's cache on disk
+
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, *arguments: object) -> int:
+        seconds[name], peak = measured(*arguments)  # type: ignore[arg-type]
+        print(f"{name:34s} {seconds[name]:8.2f} core-seconds {peak:6d} MiB", flush=True)
+        return peak
+
+    peak = timed("ours", "run_ours", folder / "in", folder / "ours")
+    timed("ours, signatures", "run_our_signatures", folder / "in", folder / "ours-signatures")
+    timed("datatrove, white space", "run_datatrove", folder / "in", folder / "theirs", WHITE_SPACE, "all")
+    timed(
+        "datatrove, white space, signatures", "run_datatrove", folder / "in", folder / "t1", WHITE_SPACE, "signatures"
+    )
+    timed("datatrove, English, sample", "run_datatrove", folder / "few", folder / "t2", "eng", "all")
+    timed("datatrove, English, nothing", "run_datatrove", folder / "nothing", folder / "t3", "eng", "all")
+    timed("rensa, in memory", "run_rensa", folder / "in", folder / "rensa.json")
+    start = seconds["datatrove, English, nothing"]
+    default = start + (seconds["datatrove, English, sample"] - start) * size / few_size
+
+    began = time.process_time()
+    pairs = true_pairs(texts)
+    print(f"brute force: {len(pairs)} pairs at 0.5 or more, {time.process_time() - began:.0f} core-seconds")
+    ours = removed_ids(folder / "ours" / "removed")
+    recall, precision = quality(ours, pairs)
+    theirs = quality(removed_ids(folder / "theirs" / "removed"), pairs)
+    print_by_similarity(ours, pairs)
+    return {
+        "ratio": round(seconds["datatrove, white space"] / seconds["ours"], 2),
+        "ratio_default": round(default / seconds["ours"], 2),
+        "ratio_signatures": round(seconds["datatrove, its signatures"] / seconds["ours, signatures"], 2),
+        "ratio_rensa": round(seconds["rensa, in memory"] / seconds["ours"], 2),
+        "recall": round(recall, 4),
+        "precision": round(precision, 4),
+        "datatrove_recall": round(theirs[0], 4),
+        "datatrove_precision": round(theirs[1], 4),
+        "mb_per_core_second": round(size / seconds["ours"], 2),
+        "signatures_mb_per_core_second": round(size / seconds["ours, signatures"], 2),
+        "peak_mib_per_worker": peak,
+        "documents": len(texts),
+        "mb": round(size, 1),
+        "documents_default": len(few),
+    }
+
+
+def growth(counts: list[int], folder: Path) -> dict[str, Any]:
+    """Time and memory as the corpus grows: `linear` is the time a document over that of the smallest corpus."""
+    from dedup_corpus import small, write_documents
+
+    rows: list[dict[str, Any]] = []
+    write_documents(folder / "nothing", iter(["one document"]))
+    measured("run_ours", folder / "nothing", folder / "warm")
+    start, _ = measured("run_ours", folder / "nothing", folder / "start")
+    for count in counts:
+        size = write_documents(folder / str(count), small(count), 20_000) / 1e6
+        seconds, peak = measured("run_ours", folder / str(count), folder / f"{count}-out")
+        each = (seconds - start) / count
+        row = {"documents": count, "mb": round(size, 1), "core_seconds": round(seconds, 2), "mib": peak}
+        rows.append({**row, "microseconds_each": round(1e6 * each, 1)})
+        print(rows[-1], flush=True)
+        shutil.rmtree(folder / str(count))
+        shutil.rmtree(folder / f"{count}-out")
+    return {"growth": rows, "linear": round(rows[-1]["microseconds_each"] / rows[0]["microseconds_each"], 3)}
+
+
+def workers(documents: int, folder: Path) -> dict[str, Any]:
+    """Wall time with one worker and with two, the cluster started before."""
+    from dedup_corpus import grown, write_documents
+
+    from gristmill.data.dedup import DedupConfig, deduplicate
+    from gristmill.data.executor import close_cluster
+    from gristmill.data.stage_types import silent
+
+    write_documents(folder / "in", grown(documents), 500)
+    write_documents(folder / "warm", iter(["one document"]))
+    walls = {}
+    for count in (1, 2):
+        for name, source in (("warm", folder / "warm"), ("run", folder / "in")):
+            out = folder / f"{name}-{count}"
+            out.mkdir()
+            began = time.perf_counter()
+            config = DedupConfig(buckets=BUCKETS, rows=ROWS, threshold=THRESHOLD)
+            deduplicate(config, source, out, workers=count, progress=silent)
+            walls[count] = time.perf_counter() - began
+        close_cluster()
+        print(f"{count} workers: {walls[count]:.2f} s", flush=True)
+    return {"speedup": round(walls[1] / walls[2], 2), "seconds": [round(w, 2) for w in walls.values()]}
+
+
+def main() -> None:
+    """Parse the arguments, run, print the line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=15_000, help="at least; real ones and grown ones")
+    parser.add_argument("--default-documents", type=int, default=600, help="sample for datatrove's English setting")
+    parser.add_argument("--growth", type=int, nargs="+", metavar="DOCUMENTS", help="measure growth instead")
+    parser.add_argument("--workers", action="store_true", help="measure one and two workers instead")
+    parser.add_argument("--keep", type=Path, help="work in this folder, and leave it")
+    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        RUNS[arguments.run[0]](*arguments.run[1:])
+        return
+    sys.path.insert(0, str(Path(__file__).parent))
+    os.environ.update(THREADS)
+    with tempfile.TemporaryDirectory(prefix="gristmill-dedup-") as temporary:
+        folder = arguments.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if arguments.growth:
+            result = growth(arguments.growth, folder)
+        elif arguments.workers:
+            result = workers(arguments.documents, folder)
+        else:
+            result = compare(arguments.documents, arguments.default_documents, folder)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
