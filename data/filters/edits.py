@@ -82,20 +82,21 @@ def _text_of(group: list[_Change], start: int, end: int) -> str:
 
 def original_spans(edits: Sequence[Edit], spans: Sequence[Sequence[int]]) -> list[list[int]]:
     """Spans of a text after its edits, as spans of the text before; what an edit put there stands for what it took."""
-    starts, shifts, shift = [], [], 0
+    found = []
+    for start, end in spans:
+        first, _ = _original(edits, int(start))
+        found.append([first, _original(edits, int(end) - 1)[1] if end > start else first])
+    return found
+
+
+def _original(edits: Sequence[Edit], at: int) -> tuple[int, int]:
+    """The characters of the text before that character `at` of the text after stands for."""
+    grown = 0
     for edit in edits:
-        starts.append((edit.start + shift, edit.start + shift + len(edit.now), edit))
-        shifts.append(shift)
-        shift += len(edit.now) - (edit.end - edit.start)
-
-    def back(at: int, up: bool) -> int:
-        moved = 0
-        for now_start, now_end, edit in starts:
-            if at < now_start or (at == now_start and not up):
-                break
-            if at < now_end:
-                return edit.end if up else edit.start
-            moved += len(edit.now) - (edit.end - edit.start)
-        return at - moved
-
-    return [[back(int(a), False), back(int(b), True)] for a, b in spans]
+        start = edit.start + grown
+        if at < start:
+            break
+        if at < start + len(edit.now):
+            return edit.start, edit.end
+        grown += len(edit.now) - (edit.end - edit.start)
+    return at - grown, at - grown + 1

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 MAGIC, VERSION = 793712314, 12
 HIERARCHICAL_SOFTMAX, SUPERVISED = 1, 3
 LABEL = "__label__"
+LABEL_MARK = np.frombuffer(LABEL.encode(), np.uint8)
 END = np.frombuffer(b"</s>", np.uint8)  # the word that stands for a line feed
 OFFSET, PRIME = np.uint32(2166136261), np.uint32(16777619)  # FNV-1a, 32 bits
 SCATTER, HALF = np.uint64(0xFF51AFD7ED558CCD), np.uint64(32)  # of an own 64-bit hash, for the memory of words
@@ -275,6 +276,15 @@ def _ends_word(letter):
 
 
 @njit(cache=True, nogil=True)
+def _is_label(text, start, end):
+    """Whether a word begins as labels do in training files: fastText takes it for one, and not for a word."""
+    same = 0
+    while same < len(LABEL_MARK) and start + same < end and text[start + same] == LABEL_MARK[same]:
+        same += 1
+    return same == len(LABEL_MARK)
+
+
+@njit(cache=True, nogil=True)
 def _mean_in_order(text, vectors, words, letters, word_ends, rows, known, shortest, longest):
     """Mean of the vectors of a text's words and n-grams; float32. The text ends with a line feed."""
     total, count, at = np.zeros(vectors.shape[1], np.float32), 0, 0
@@ -283,7 +293,7 @@ def _mean_in_order(text, vectors, words, letters, word_ends, rows, known, shorte
         end = at
         while not _ends_word(text[end]):
             end += 1
-        if end > at:
+        if end > at and not _is_label(text, at, end):
             number = _find_word(text, at, end, words, letters, word_ends)
             if number >= 0:
                 total += vectors[number]
@@ -315,7 +325,7 @@ def _mean_by_word(
             seen = (seen ^ np.uint64(text[end])) * SCATTER
             seen ^= seen >> HALF
             end += 1
-        if end > at:
+        if end > at and not _is_label(text, at, end):
             place = np.int64(seen & np.uint64(len(kept_hashes) - 1))
             if kept_hashes[place] != seen:
                 own[:] = 0

@@ -143,7 +143,7 @@ def _closing_dots(codes, table, start, end):
         return 1 if end - 3 >= start and table[codes[end - 3]] & UPPER else 0
     if before & LOWER and end - 3 >= start and codes[end - 3] == DOT:
         return 0  # e.g. and i.e.
-    return 1 if before & (LOWER | DIGIT | QUOTE | CLOSES | CATEGORY_P | ALONE) or codes[end - 2] == PLUS else 0
+    return 1 if before & (ALPHA | DIGIT | QUOTE | CLOSES | CATEGORY_P | ALONE) or codes[end - 2] == PLUS else 0
 
 
 @njit(cache=True, nogil=True)

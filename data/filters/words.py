@@ -238,13 +238,16 @@ def _spacy(language: str) -> Any:
     from spacy.tokenizer import Tokenizer
     from spacy.vocab import Vocab
 
-    splitter = load_word_tokenizer(language)
-    tokenizer = splitter.tokenizer.tokenizer if isinstance(splitter, SpaCyTokenizer) else None
+    refusal = (
+        f"the words of language {language!r} are not split by rules alone: use mode fast, which splits every script"
+    )
+    try:
+        splitter = load_word_tokenizer(language)
+        tokenizer = splitter.tokenizer.tokenizer if isinstance(splitter, SpaCyTokenizer) else None
+    except ImportError as error:  # of a model or dictionary
+        raise ValueError(f"{refusal} ({error})") from error
     if type(tokenizer) is not Tokenizer:
-        raise ValueError(
-            f"the words of language {language!r} are not split by rules alone, but by {type(splitter).__name__}: "
-            "use mode fast, which splits every script"
-        )
+        raise ValueError(refusal)
     return Tokenizer(
         Vocab(),
         rules=tokenizer.rules,
