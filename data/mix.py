@@ -53,6 +53,14 @@ class MixSection(Config):
         title="Packing",
         description="best_fit cuts no document that fits a sequence; concatenate lays them end to end.",
     )
+    window: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 31,
+        title="Window",
+        description="Tokens of a shard that best_fit packs together, 0 for all. Some hundred sequences keep what a "
+        "sequence is made of near each other, for reading from S3, at the price of some padding.",
+    )
     weights: dict[str, float] = Field(
         default_factory=dict,
         title="Weights",
@@ -94,7 +102,6 @@ class MixSection(Config):
         if self.phases and self.weights:
             raise ValueError("mix has weights and phases: put the weights into the phases")
         return self
-
 
     @property
     def named(self) -> dict[str, list[str]]:
@@ -142,7 +149,7 @@ def mix(config: MixConfig, tokens: Path, out: Path, seed: int, *, workers: int, 
     tasks = [
         Task(
             _pack_shard,
-            (tokens / "tokens", out, split, source, number, config.sequence_length, config.packing),
+            (tokens / "tokens", out, split, source, number, config),
             _tally(out, split, source, number),
         )
         for split, source in _streams(shards)
@@ -196,7 +203,7 @@ def _tally(out: Path, split: str, source: str, number: int) -> Path:
     return out / "work" / f"{split}.{source}.{number:05d}.json"
 
 
-def _pack_shard(tokens: Path, out: Path, split: str, source: str, number: int, length: int, packing: str) -> None:
+def _pack_shard(tokens: Path, out: Path, split: str, source: str, number: int, config: MixConfig) -> None:
     """Check a shard's hashes, pack it, count its token ids; the tally, with what either packing does, comes last."""
     shards = TokenShards(tokens)
     shards.check_hashes(split, source, number)
@@ -206,8 +213,9 @@ def _pack_shard(tokens: Path, out: Path, split: str, source: str, number: int, l
             f"shard {number} of {split}/{source} has {shard.entry.tokens} tokens, more than 2³¹: lower shard_tokens"
         )
     edges = np.append(np.asarray(shard.starts[0 : shard.entry.documents]).astype(np.int64), shard.entry.tokens)
-    made = {"best_fit": best_fit(edges, length), "concatenate": concatenate(edges, length)}
-    chosen = made[packing]
+    length = config.sequence_length
+    made = {"best_fit": best_fit(edges, length, config.window), "concatenate": concatenate(edges, length)}
+    chosen = made[config.packing]
     folder = out / split / source
     files = {"pieces": chosen.pieces.astype(PIECE), "firsts": chosen.firsts.astype(FIRST)}
     hashes = {f"{name}_sha256": _write(folder / f"{number:05d}.{name}", a.tobytes()) for name, a in files.items()}

@@ -17,6 +17,7 @@ batch is put together in one pass over its tokens. numba's compilations are kept
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numba import njit
@@ -49,14 +50,23 @@ class Packed:
     counts: Counts
 
 
-def pack(starts: np.ndarray, tokens: int, length: int, packing: str) -> Packed:
-    """Pack the documents of a shard of `tokens` tokens that begin at `starts`, ascending from 0."""
-    edges = np.append(starts.astype(np.int64), tokens)
-    return best_fit(edges, length) if packing == "best_fit" else concatenate(edges, length)
+def best_fit(edges: np.ndarray, length: int, window: int = 0) -> Packed:
+    """Best-fit decreasing; see the module.
+
+    With a `window`, documents are packed with those of the same so many tokens of the shard alone, so that a sequence
+    is read from one place; the end of each window pads a little more.
+    """
+    if not window or edges[-1] <= window:
+        return _best_fit(edges, length)
+    borders = np.unique(np.searchsorted(edges, np.arange(0, edges[-1] + window, window)).clip(max=len(edges) - 1))
+    parts = [_best_fit(edges[a : b + 1], length) for a, b in pairwise(borders.tolist())]
+    firsts = np.cumsum([0, *(n for p in parts for n in np.diff(p.firsts.astype(np.int64)))])
+    totals = [sum(values) for values in zip(*(vars(p.counts).values() for p in parts), strict=True)]
+    return Packed(np.concatenate([p.pieces for p in parts]), firsts.astype(FIRST), Counts(*totals))
 
 
-def best_fit(edges: np.ndarray, length: int) -> Packed:
-    """Best-fit decreasing; see the module."""
+def _best_fit(edges: np.ndarray, length: int) -> Packed:
+    """`edges`: where each document begins in the shard, and the end of the last."""
     sizes = np.maximum(np.diff(edges) - 1, 0)
     starts = edges[:-1]
     pieces_of = -(-sizes // length)

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 1 << 16  # bytes of a range: a sequence of 4,096 tokens and its neighbours
+BLOCK = 1 << 15  # bytes
+GAP = 4  # blocks between two wanted ones that are fetched along: cheaper than another request
+RUN = 128  # blocks of one request at most: 4 MiB
 CACHE = 256 << 20  # bytes of blocks held by default
-TOGETHER = 512  # blocks asked for in one go: 32 MiB, of which a file system fetches many at a time
 
 
 class RangeError(ValueError):
@@ -127,19 +128,18 @@ class RemoteFiles:
         return self._futures([(path, number)])[0].result()
 
     def _futures(self, keys: list[tuple[str, int]]) -> list[Future[bytes]]:
-        mine: list[tuple[tuple[str, int], Future[bytes]]] = []
-        found: list[Future[bytes]] = []
+        """The blocks, those that lack on their way; each is fetched by the thread that asked first."""
+        mine: dict[tuple[str, int], Future[bytes]] = {}
         with self._lock:
+            missing = [key for key in keys if key not in self._blocks]
+            for key in _with_gaps(missing):
+                if key not in self._blocks:
+                    mine[key] = self._blocks[key] = Future()
+            found = [self._blocks[key] for key in keys]
             for key in keys:
-                future = self._blocks.get(key)
-                if future is None:
-                    future = self._blocks[key] = Future()
-                    mine.append((key, future))
-                else:
-                    self._blocks.move_to_end(key)
-                found.append(future)
-        for start in range(0, len(mine), TOGETHER):
-            self._fetch(mine[start : start + TOGETHER])
+                self._blocks.move_to_end(key)
+        if mine:
+            self._fetch(mine)
         for future in found:
             future.result()
         with self._lock:
@@ -147,31 +147,55 @@ class RemoteFiles:
                 self._blocks.popitem(last=False)
         return found
 
-    def _fetch(self, missing: list[tuple[tuple[str, int], Future[bytes]]]) -> None:
-        paths = [f"{self.root}/{path}" for (path, _), _ in missing]
-        starts = [number * BLOCK for (_, number), _ in missing]
-        ends = [min(start + BLOCK, self._sizes[path]) for ((path, _), _), start in zip(missing, starts, strict=True)]
+    def _fetch(self, missing: dict[tuple[str, int], Future[bytes]]) -> None:
+        runs = _runs(sorted(missing))
+        names = [run[0][0] for run in runs]
+        starts = [run[0][1] * BLOCK for run in runs]
+        ends = [min((run[-1][1] + 1) * BLOCK, self._sizes[run[0][0]]) for run in runs]
         try:
-            parts = self.filesystem.cat_ranges(paths, starts, ends, on_error="return")
+            parts = self.filesystem.cat_ranges([f"{self.root}/{n}" for n in names], starts, ends, on_error="return")
         except Exception as error:
-            parts = [error] * len(missing)
-        for ((path, number), future), part, start, end in zip(missing, parts, starts, ends, strict=True):
+            parts = [error] * len(runs)
+        for run, part, start, end in zip(runs, parts, starts, ends, strict=True):
             if isinstance(part, bytes) and len(part) == end - start:
-                future.set_result(part)
+                for i, key in enumerate(run):
+                    missing[key].set_result(part[i * BLOCK : (i + 1) * BLOCK])
                 continue
-            with self._lock:
-                self._blocks.pop((path, number), None)  # asked for again by whoever tries next
             why = part if isinstance(part, Exception) else f"{len(part)} bytes came"
-            future.set_exception(
-                RangeError(
-                    f"bytes {start} to {end} of {self.name(path)} cannot be read ({why}): it changed while it was "
-                    f"read, or is out of reach; open it again"
-                )
+            error = RangeError(
+                f"bytes {start} to {end} of {self.name(run[0][0])} cannot be read ({why}): it changed while it was "
+                f"read, or is out of reach; open it again"
             )
+            with self._lock:  # asked for again by whoever tries next
+                for key in run:
+                    self._blocks.pop(key, None)
+            for key in run:
+                missing[key].set_exception(error)
 
     def close(self) -> None:
         """End the background thread; what it has not begun is dropped."""
         self._background.shutdown(wait=True, cancel_futures=True)
+
+
+def _with_gaps(keys: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The blocks, and those in small gaps between them."""
+    filled: list[tuple[str, int]] = []
+    for path, number in sorted(keys):
+        if filled and filled[-1][0] == path and 1 < number - filled[-1][1] <= GAP + 1:
+            filled += [(path, between) for between in range(filled[-1][1] + 1, number)]
+        filled.append((path, number))
+    return filled
+
+
+def _runs(keys: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
+    """Blocks that follow each other in a file, in runs of at most `RUN`."""
+    runs: list[list[tuple[str, int]]] = []
+    for path, number in keys:
+        if runs and runs[-1][-1] == (path, number - 1) and len(runs[-1]) < RUN:
+            runs[-1].append((path, number))
+        else:
+            runs.append([(path, number)])
+    return runs
 
 
 class RemoteArray:
