@@ -2,7 +2,8 @@
 
 The URL rules are those of datatrove's URLFilter, with its normalisation, and in its order: domain, address, hard word,
 soft words, part. They differ where its own do less than they say: an entry `example.org` also excludes each of its
-subdomains, however deep, and an IP address can be an entry; an address is met with or without its scheme and its last slash; words do not depend on case.
+subdomains, however deep, and an IP address can be an entry; an address is met with or without its scheme and its last
+slash; words do not depend on case.
 
 Words of a text are whole words, or phrases of them, after Unicode's full case folding; in scripts without blanks
 (Chinese, Thai, …) an entry is met wherever its characters stand. Accents count: `pêche` does not exclude `peche`.

@@ -164,7 +164,7 @@ def test_verdicts_are_datatroves(tmp_path: Path) -> None:
             assert differs_as_listed(url, ours, their, set(listed["domains"])), (url, ours, their)
     print(f"verdicts {seen}, {different} stricter")
     assert all(seen.get(reason, 0) > 30 for reason in ("", "domain", "word", "soft words", "part"))
-    assert different < 250
+    assert different < 400
 
 
 @pytest.mark.parametrize(
