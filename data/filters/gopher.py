@@ -36,7 +36,7 @@ ELLIPSES = ("...", "…")
 
 
 class GopherQuality(RuleConfig):
-    """Bounds on words, symbols and lines: table A1's document-wise rules. A bound that is null is off."""
+    """Bounds on words, symbols and lines (section A.1.1, quality filtering). A bound that is null is off."""
 
     least_words: int | None = Field(
         default=50,

@@ -9,11 +9,13 @@ from pydantic import Field, model_validator
 
 from gristmill.data.config import Config
 from gristmill.data.documents import Row
+from gristmill.data.filters.blocklist import BlocklistConfig
 from gristmill.data.filters.c4 import C4Paragraphs, C4Quality
 from gristmill.data.filters.fineweb import FineWebQuality
 from gristmill.data.filters.gopher import GopherQuality, GopherRepetition
 from gristmill.data.filters.language import Language
 from gristmill.data.filters.lines import Length, Lines
+from gristmill.data.filters.pii import PiiConfig
 from gristmill.data.filters.rule import Rule, RuleConfig, judge_in_turn
 from gristmill.data.filters.words import ExactSplitter, FastSplitter, Splitter
 from gristmill.data.sieve import Verdict
@@ -40,11 +42,14 @@ class Profile(Config):
         title="Order",
         description="Rules that come first, by the names of their sections; the others follow in the order below.",
     )
+    blocklist: BlocklistConfig | None = Field(
+        default=None, title="Blocklists", description="Of domains, URLs and words: documents that a list excludes."
+    )
     length: Length | None = Field(default=None, title="Length", description="Characters of a document.")
     lines: Lines | None = Field(default=None, title="Lines", description="Repeated lines and long ones.")
     language: Language | None = Field(default=None, title="Language", description="Identified by fastText.")
     gopher_repetition: GopherRepetition | None = Field(
-        default=None, title="Gopher repetition", description="Rae et al. 2021, table A1."
+        default=None, title="Gopher repetition", description="Rae et al. 2021, table A1: repeated lines, n-grams."
     )
     gopher_quality: GopherQuality | None = Field(
         default=None, title="Gopher quality", description="Rae et al. 2021, section A.1.1."
@@ -55,6 +60,9 @@ class Profile(Config):
     )
     fineweb: FineWebQuality | None = Field(
         default=None, title="FineWeb quality", description="Penedo et al. 2024, section 3.6."
+    )
+    pii: PiiConfig | None = Field(
+        default=None, title="Personal data", description="Addresses, numbers and keys: redacted, or their documents go."
     )
 
     @model_validator(mode="after")
