@@ -162,7 +162,8 @@ class DaskPipelineExecutor(PipelineExecutor):
     def _wait_for_dependency(self) -> None:
         if self.depends is None:
             return
-        if not getattr(self.depends, "_launched", False):
+        failed_before = isinstance(self.depends, DaskPipelineExecutor) and self.depends.get_incomplete_ranks()
+        if failed_before or not getattr(self.depends, "_launched", False):
             self.depends.run()
         while left := len(self.depends.get_incomplete_ranks(skip_completed=True)):
             logger.info(f"waiting for {left} of {self.depends.world_size} tasks of {self.depends.logging_dir.path}")

@@ -108,8 +108,13 @@ class Staging:
         root = Path(str(folder.resolve_paths("")))
         final = Path(str(folder.resolve_paths(path)))
         root.mkdir(parents=True, exist_ok=True)
-        if root.parent == root or root.parent.stat().st_dev != root.stat().st_dev:
-            logger.warning(f"{root} is a mount point: {path} is written in place, and is half a file if this is killed")
+        inside = os.path.relpath(final, root)
+        apart = root.parent == root or root.parent.stat().st_dev != root.stat().st_dev
+        if apart or not os.access(root.parent, os.W_OK) or inside.startswith(".."):
+            logger.warning(
+                f"{root} has no place beside it on its disk: {path} is written where it goes, and is half a file if "
+                "this process is killed"
+            )
             return None
         beside = root.parent / f".{root.name}.unfinished"
         if beside not in self.roots:
@@ -117,7 +122,7 @@ class Staging:
             for left in beside.glob(f"{self.task}.*"):  # of an attempt that was killed
                 shutil.rmtree(left, ignore_errors=True)
         # Under its own name: gzip writes that into the file.
-        part = beside / f"{self.task}.{self.attempt}" / os.path.relpath(final, root)
+        part = beside / f"{self.task}.{self.attempt}" / inside
         part.parent.mkdir(parents=True, exist_ok=True)
         raw = part.open("wb")
 

@@ -158,7 +158,7 @@ class Elsewhere:
         return process, executor.read_cluster(str(file))  # type: ignore[return-value]
 
     def _worker(self) -> subprocess.Popen:
-        return self._start("worker", "--nthreads", "1", "--host", "127.0.0.1", "--death-timeout", "5", self.address)
+        return self._start("worker", "--nthreads", "1", "--host", "127.0.0.1", "--death-timeout", "60", self.address)
 
     def again(self) -> None:
         """The scheduler at the address where it was, and workers."""
@@ -217,11 +217,12 @@ def test_a_nanny_killed_with_its_worker_and_then_the_scheduler(
 
     def lose() -> None:
         os.kill(elsewhere.workers[0].pid, signal.SIGKILL)
-        before = len(list((out / "work").glob("*.json")))
-        while len(list((out / "work").glob("*.json"))) < before + 2:
+        before, until = len(list((out / "work").glob("*.json"))), time.monotonic() + 60
+        while len(list((out / "work").glob("*.json"))) < before + 2 and time.monotonic() < until:
             time.sleep(0.02)
         elsewhere.scheduler.kill()
 
+    cluster_client(2, cluster=address).wait_for_workers(2, timeout=60)
     with (
         running_on(address),
         when(lambda: some_done(out), lose),
