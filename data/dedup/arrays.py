@@ -32,7 +32,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with atomic(path) as part, part.open("wb") as file:
         file.write(MAGIC + len(text).to_bytes(8, "little") + text)
         for array in arrays.values():
-            file.write(memoryview(np.ascontiguousarray(array)).cast("B") if len(array) else b"")
+            file.write(np.ascontiguousarray(array).data.cast("B") if len(array) else b"")
 
 
 class Arrays:
@@ -91,7 +91,7 @@ def read_exactly(descriptor: int, into: np.ndarray, offset: int, path: Path) -> 
     Raises:
         ValueError: the file ends before.
     """
-    view = memoryview(into).cast("B")
+    view = into.data.cast("B")
     while view:
         got = os.preadv(descriptor, [view], offset)
         if not got:

@@ -44,12 +44,12 @@ class Fates:
         """All stay."""
         return cls(np.zeros(count, np.uint8), np.zeros(count, np.uint64), np.zeros(count, np.float32))
 
-    def remove(self, places: np.ndarray, reason: int, of: np.ndarray, similarities: np.ndarray | float = 1.0) -> None:
+    def remove(self, places: np.ndarray, reason: int, of: np.ndarray, similarities: np.ndarray | None = None) -> None:
         """Those of the places that stay until now go."""
         new = self.reasons[places] == 0
         places = places[new]
         self.reasons[places], self.of[places] = reason, of[new]
-        self.similarities[places] = similarities if isinstance(similarities, float) else similarities[new]
+        self.similarities[places] = 1 if similarities is None else similarities[new]
 
 
 def write_decisions(number: int, parts: Path, groups_folder: Path, config: DedupConfig, result: Path) -> None:

@@ -75,7 +75,7 @@ class Signer:
             made, size = scanned(
                 units, final, self._characters, self.ngram, self._state, self._words, self._grams, self._text
             )
-            hasher.update(self._text[:size])
+            hasher.update(self._text[:size].data)
             if final and int(self._state[COUNT]) < self.ngram:
                 self._grams[0] = self._whole(hasher.intdigest())
                 made = 1
@@ -99,7 +99,7 @@ class Signer:
         count = int(self._state[COUNT])
         if not count:
             return np.uint64(digest & (2**64 - 1))
-        return np.uint64(xxhash.xxh3_64_intdigest(self._words[self.ngram - count : self.ngram]))
+        return np.uint64(xxhash.xxh3_64_intdigest(self._words[self.ngram - count : self.ngram].data))
 
 
 def _blocks(text: str) -> Iterator[tuple[np.ndarray, bool]]:

@@ -97,6 +97,8 @@ def characters() -> np.ndarray:
     lower, kinds = np.arange(CODE_POINTS, dtype=np.uint32), np.full(CODE_POINTS, OTHER, np.uint8)
     for code in range(ASSIGNED):
         character = chr(code)
+        if unicodedata.category(character) in ("Cn", "Co", "Cs"):  # half of them, and nothing to look up
+            continue
         small = character.lower()
         kinds[code] = _kind(character, code)
         if len(small) == 1:
