@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import orjson
 
@@ -17,6 +17,7 @@ BATCH_ROWS = 1024
 BUFFER = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
+Other = TypeVar("Other")
 Record = Found | Unreadable | Skipped
 """What a reader of files gives; the cursor that it keeps tells the place: `record`, from 1."""
 
@@ -27,7 +28,7 @@ def too_large(most: int, size: int | None = None) -> Unreadable:
     return Unreadable("too large", f"{how} than max_record_bytes ({most:,})")
 
 
-def until_damage(records: Iterator[Record], cursor: Cursor) -> Iterator[Record]:
+def until_damage(records: Iterator[Record | Other], cursor: Cursor) -> Iterator[Record | Other]:
     """The records before a compressed file's end that came too early, and then that end."""
     try:
         yield from records

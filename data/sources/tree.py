@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import fsspec
 from pydantic import Field, model_validator
@@ -150,21 +150,11 @@ class TreeSource(StoredSource):
                         yield member.filename, member.file_size, file.read
 
     def _tar(self, entry: Entry) -> Iterator[tuple[str, int, Callable[[int], bytes]]]:
-        with self.stream(entry, Cursor()) as stream, tarfile.open(fileobj=_Readable(stream), mode="r|") as archive:
+        with self.stream(entry, Cursor()) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]
             for member in archive:
                 file = archive.extractfile(member) if member.isfile() else None
                 if file is not None:
                     yield member.name.removeprefix("./"), member.size, file.read
-
-
-class _Readable:
-    """A stream with the one method that tarfile asks for, which tells apart an end and an end too early."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def read(self, size: int) -> bytes:
-        return self._stream.read(size)
 
 
 def _named(record: Record, entry: Entry, name: str, number: int) -> Record:

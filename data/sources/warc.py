@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from email.message import Message
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -140,7 +140,7 @@ def _next_record(stream: Stream) -> bool:
 
 def _document(header: dict[str, str], content: bytes, most: int, precise: bool) -> Record:
     url, date = fact(header.get("warc-target-uri", "").strip("<>")), iso_date(header.get("warc-date"))
-    extra = {"truncated": cut} if (cut := fact(header.get("warc-truncated"))) else {}
+    extra: dict[str, Any] = {"truncated": cut} if (cut := fact(header.get("warc-truncated"))) else {}
     if header["warc-type"] == "conversion":
         found = decoded(content)
         return found if isinstance(found, Unreadable) else Found(found.text, None, url, date, None, extra)
