@@ -197,7 +197,7 @@ class Mixture:
         rows = np.empty((4, len(places), self.sequence_length), np.int64)
         for row, ((part, _), pieces) in enumerate(zip(places, chosen, strict=True)):
             self._fill(part, pieces, across, pad, rows[:, row])
-        return Sequences(*rows, sources)
+        return Sequences(rows[0], rows[1], rows[2], rows[3], sources)
 
     def _load_tokens(self, places: list[tuple[_Part, int]], chosen: list[np.ndarray]) -> None:
         self.shards.files.load(

@@ -89,7 +89,7 @@ def write_arrays(
     for ending, array in zip(ENDINGS, (tokens, starts.astype(START), ids.astype(ID)), strict=True):
         path = folder / file_name(split, source, number, ending)
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = np.ascontiguousarray(array).data.cast("B")
+        data = np.ascontiguousarray(array).data.cast("B") if len(array) else b""
         part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         part.write_bytes(data)
         os.replace(part, path)
@@ -247,7 +247,7 @@ class TokenShards:
     def _hash(self, path: str) -> str:
         digest, data = hashlib.sha256(), self.files.array(path, np.dtype("u1"))
         for start in range(0, len(data), CHUNK):
-            digest.update(data[start : start + CHUNK])
+            digest.update(np.ascontiguousarray(data[start : start + CHUNK]).data)
         return digest.hexdigest()
 
     def verify(self) -> list[str]:

@@ -385,6 +385,19 @@ def test_counts_of_a_run_are_exact(tokens: Path, tmp_path: Path) -> None:
     assert listed["a"]["pool"] == 900 // 16
 
 
+def test_an_empty_shard_changes_nothing(tmp_path: Path) -> None:
+    """As a shard is whose documents were all taken out."""
+    streams = {**STREAMS, ("train", "a"): [lengths(1, 90), [], lengths(3, 5)]}
+    tokens = token_folder(tmp_path / "in", streams)
+    for packing in ("best_fit", "concatenate"):
+        config = MixConfig(sequence_length=32, sequences=200, packing=packing, weights={"a": 1})
+        mixture, _ = mixed(config, tokens, tmp_path / packing)
+        rows = mixture.batch(np.arange(mixture.orders["train"].sizes[0]))
+        assert predicted(rows) == pairs_of(tokens, "train", "a", 1)
+        assert mixture.where("train", "a", 1, 0, 10) == []
+    assert len(TokenShards(tokens / "tokens").stream("train", "a")) == sum(map(sum, streams["train", "a"]))
+
+
 def test_temperature_flattens_sizes(tokens: Path, tmp_path: Path) -> None:
     sizes = {s: sum(map(sum, STREAMS["train", s])) for s in "abc"}
     for temperature in (1.0, 2.0):

@@ -340,6 +340,34 @@ def test_the_order_is_that_of_the_hashes(tmp_path: Path, laid_out) -> None:
     assert metrics["shards"] >= 5
 
 
+def test_stopped_anywhere_and_begun_again_it_ends_in_the_same_bytes(tmp_path: Path, bytes_of, laid_out) -> None:
+    rows = [row(f"{PROSE[:80]} {i}", str(i), source="ab"[i % 2]) for i in range(60)]
+    documents = laid_out(tmp_path / "in", rows, 20)
+    config = TokenizeConfig(vocab_size=300, held_out=0.2, shard_tokens=500)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    tokenize(config, documents, whole, 0, workers=0, progress=silent)
+    out = tmp_path / "stopped"
+    out.mkdir()
+    stops = 0
+    for last in range(1, 60):  # each attempt gets a little further, in the same folder
+        seen = 0
+
+        def stop(*_: object, last: int = last, **__: float) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == last:
+                raise KeyboardInterrupt
+
+        try:
+            tokenize(config, documents, out, 0, workers=0, progress=stop)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops >= 5
+    assert bytes_of(out) == bytes_of(whole)
+
+
 def test_a_small_source_trains_first(tmp_path: Path, laid_out) -> None:
     rows = [row(PROSE, f"{source}{i}", source=source) for source, n in (("a", 1), ("b", 2), ("c", 3)) for i in range(n)]
     for seed in range(4):
