@@ -76,12 +76,11 @@ class SpansConfig(Config):
     substring: SubstringConfig | None = Field(
         default_factory=SubstringConfig, title="Substring", description="Repeated spans of tokens."
     )
-    kinds: list[str] = Field(
+    kinds: list[Literal["prose", "code", "lessons"]] = Field(
         default_factory=lambda: ["prose", "code"],
         min_length=1,
         title="Kinds",
-        description="Kinds of documents that are looked at: prose, code, lessons. Others pass whole, and nothing is "
-        "removed because of them.",
+        description="Kinds of documents that are looked at. Others pass whole, and nothing is removed because of them.",
     )
     least_characters_left: int = Field(
         default=20,

@@ -7,8 +7,8 @@ tokens are about as much text in every language. White space, the zero-width spa
 separate: a text wrapped in another way has the same tokens. Letters are compared as they are, without case folding or
 normalisation. A token beyond 1,024 characters is cut into tokens of that length.
 
-The loops run over code points in numba: at hundreds of megabytes a second a core, where a regular expression and a
-list of strings make about fifteen.
+The loops run over code points in numba: on the PEPs at 175 MB a second a core, where this definition as a regular
+expression makes three.
 """
 
 from __future__ import annotations

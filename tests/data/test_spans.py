@@ -7,6 +7,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -405,3 +407,37 @@ def test_a_damaged_shard_is_named(tmp_path: Path, laid_out) -> None:
 def test_a_stage_without_work_is_refused() -> None:
     with pytest.raises(ValidationError, match="neither lines nor substring"):
         SpansConfig(substring=None)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(tmp_path: Path, laid_out, bytes_of) -> None:
+    """The whole process killed with signal 9 at random moments, until one attempt gets through."""
+    config = {"lines": {"unit": "line", "least_characters": 8}, "substring": {"tokens": 20}}
+    laid_out(tmp_path / "in", rows_of([t for k in range(40) for t in stitched(k, 40, "abcdefgh", 120)]), 100)
+    run(tmp_path / "in", tmp_path / "whole", **config)
+    script = tmp_path / "attempt.py"
+    script.write_text(
+        "import json, sys\nfrom pathlib import Path\nfrom gristmill.data.spans import SpansConfig, remove_spans\n"
+        "from gristmill.data.stage_types import silent\n"
+        "config = SpansConfig.model_validate_json(sys.argv[1])\n"
+        "print('ready', flush=True)\n"
+        "remove_spans(config, Path(sys.argv[2]), Path(sys.argv[3]), workers=0, progress=silent)\n"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, "-P", str(script), json.dumps(config), str(tmp_path / "in"), str(out)]
+    rng, kills = random.Random(0), 0
+    while True:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as attempt:
+            assert attempt.stdout is not None
+            assert attempt.stdout.readline() == "ready\n"
+            try:
+                attempt.wait(rng.uniform(0.0, 0.3) if kills < 20 else None)
+            except subprocess.TimeoutExpired:
+                attempt.kill()
+                kills += 1
+        if attempt.returncode == 0:
+            break
+        assert attempt.returncode == -signal.SIGKILL
+    assert kills >= 5
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
