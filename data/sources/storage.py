@@ -30,7 +30,10 @@ STAMPS = ("VersionId", "ETag", "etag", "mtime", "LastModified", "Last-Modified",
 
 @dataclass(frozen=True)
 class Entry:
-    """A file as it was listed: where it is, its name inside the source, its size in bytes, and what marks a change."""
+    """A file as it was listed: where it is, its name inside the source, its size in bytes, and what marks a change.
+
+    The size is -1 where a web server does not tell it.
+    """
 
     address: str
     name: str
@@ -62,7 +65,7 @@ class StoredSource(SourceBase):
             ValueError: with the path and what to do.
         """
         entries = self.entries()
-        if not any(e.size for e in entries) or not self._some_text(entries):
+        if not any(e.size for e in entries) or not self.some_text(entries):
             raise ValueError(
                 f"source {self.name!r}: the {len(entries)} files of {self.paths} hold no text: give it some, or "
                 f"correct its paths or fields"
@@ -76,7 +79,7 @@ class StoredSource(SourceBase):
 
     def expected_bytes(self) -> int | None:
         """Bytes of text, by the sizes of the files; a compressed byte is taken for four of text."""
-        return self.bounded(sum(e.size * (4 if e.address.endswith(PACKED) else 1) for e in self.entries()))
+        return self.bounded(sum(max(e.size, 0) * (4 if e.address.endswith(PACKED) else 1) for e in self.entries()))
 
     def parts(self, seed: int) -> list[list[Entry]]:
         """Files in the order of their addresses, small ones together."""
@@ -125,7 +128,7 @@ class StoredSource(SourceBase):
             found |= self._listed(pattern)
         addresses = sorted(found)
         shared = common_folder(addresses)
-        return [Entry(a, a[len(shared) :], found[a]["size"] or 0, self._stamp(a, found[a])) for a in addresses]
+        return [Entry(a, a[len(shared) :], size_of(found[a]), self._stamp(a, found[a])) for a in addresses]
 
     def _listed(self, pattern: str) -> dict[str, dict[str, Any]]:
         try:
@@ -157,7 +160,7 @@ class StoredSource(SourceBase):
             )
         return stamp
 
-    def _some_text(self, entries: list[Entry]) -> bool:
+    def some_text(self, entries: list[Entry]) -> bool:
         """Whether the first files' first records hold text, or something that is for the run to judge."""
         local = [e for e in entries if is_local(e.address)]
         for entry in local[:LOOKED_INTO]:
@@ -235,7 +238,7 @@ class StoredSource(SourceBase):
             found = filesystem.info(path)
         except FileNotFoundError:
             found = None
-        if found is None or (found["size"] or 0, stamp_of(entry.address, found)) != (entry.size, entry.stamp):
+        if found is None or (size_of(found), stamp_of(entry.address, found)) != (entry.size, entry.stamp):
             raise self._changed(entry, "changed" if found else "went away")
 
     def _changed(self, entry: Entry, how: str) -> ValueError:
@@ -271,6 +274,11 @@ def common_folder(addresses: list[str]) -> str:
     levels = zip(*folders, strict=False)
     shared = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)]
     return "/".join([*shared, ""]) if shared else ""
+
+
+def size_of(entry: dict[str, Any]) -> int:
+    """Bytes of a listed file; -1 where they are not known."""
+    return -1 if entry["size"] is None else entry["size"]
 
 
 def stamp_of(address: str, entry: dict[str, Any]) -> str:

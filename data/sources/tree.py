@@ -73,6 +73,10 @@ class TreeSource(StoredSource):
                 found.setdefault(folder, entry.address)
         return [TreeEntry(e.address, e.name, e.size, e.stamp, _above(e.address, found)) for e in files]
 
+    def some_text(self, entries: list[Entry]) -> bool:
+        """An archive is for the run to judge: looking into one means to read it through for its licences."""
+        return any(e.address.endswith(ARCHIVES) for e in entries) or super().some_text(entries)
+
     def place(self, entry: Entry, number: int) -> str:
         """The file's name; a member of an archive is named by its own."""
         return entry.name

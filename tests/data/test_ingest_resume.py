@@ -353,3 +353,48 @@ def test_a_served_file_that_changes_is_refused(web, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(intake._Shard, "write", changing)
     with pytest.raises(ValueError, match=r"a\.jsonl changed while it was read"):
         go(tmp_path / "out", {"type": "files", "name": "mine", "paths": [f"{address}/a.jsonl"]}, on_bad="refuse")
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from gristmill.data.ingest import IngestConfig, ingest
+from gristmill.data.stage_types import silent
+source = {"type": "files", "name": "mine", "paths": [sys.argv[1]]}
+config = IngestConfig.model_validate({"sources": [source], "documents_per_shard": 200})
+ingest(config, Path(sys.argv[2]), 0, workers=0, progress=silent)
+"""
+
+
+@pytest.mark.slow
+def test_signal_9_at_moments_of_its_own_ends_in_the_same_bytes(tmp_path: Path, bytes_of) -> None:
+    """One large file, one task: each start goes on with the shard at which the last one was killed."""
+    import random
+    import subprocess
+    import sys
+    import time
+
+    data = b"".join(json.dumps({"text": f"{n} " + "some words of it " * 60}).encode() + b"\n" for n in range(20_000))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(data))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    command = [sys.executable, "-P", "-c", KILLED, str(tmp_path / "a.jsonl.zst")]
+    for folder in (whole, out):
+        folder.mkdir()
+    subprocess.run([*command, str(whole)], check=True)
+    draw, kills = random.Random(0), 0
+    for attempt in range(40):
+        held = len(list((out / "work").glob("*.jsonl.zst"))) if (out / "work").exists() else 0
+        process = subprocess.Popen([*command, str(out)])
+        while process.poll() is None and attempt < 8:
+            made = len(list((out / "work").glob("*.jsonl.zst"))) if (out / "work").exists() else 0
+            if made >= held + 5:
+                time.sleep(draw.random() / 50)
+                process.kill()
+                kills += 1
+                break
+            time.sleep(0.005)
+        if process.wait() == 0:
+            break
+    assert kills >= 5
+    assert process.returncode == 0
+    assert bytes_of(out) == bytes_of(whole)
