@@ -18,6 +18,7 @@ from gristmill.data.executor import Task, run_tasks
 from gristmill.data.filters.gopher import GopherQuality, GopherRepetition
 from gristmill.data.filters.language import Language
 from gristmill.data.filters.lines import Length, Lines
+from gristmill.data.filters.outside import check_outside, made_ready, outside_files, reports
 from gristmill.data.filters.profile import Profile
 from gristmill.data.sieve import KEEP, Verdict, conclude, sieve_shard, tally_path
 from gristmill.data.stage_types import Metrics, Progress
@@ -42,15 +43,36 @@ class FilterConfig(Config):
     )
 
 
+def rule_files(config: FilterConfig) -> list[str]:
+    """The files outside the store that rules are read from; their contents belong to the stage's key.
+
+    Raises:
+        ValueError: a pattern names no file.
+    """
+    return outside_files(config.profiles)
+
+
+def check_filters(config: FilterConfig) -> None:
+    """Refuse lists, examples and models that cannot be read, before anything runs.
+
+    Raises:
+        ValueError: with the file and what to do.
+    """
+    check_outside(config.profiles)
+
+
 def filter_documents(config: FilterConfig, documents: Path, out: Path, *, workers: int, progress: Progress) -> Metrics:
     """Write documents/ (what passed, with the edits made), removed/, changed/ and the tables of `sieve.conclude`.
+
+    A quality classifier of a profile is trained first, into classifiers/<kind>; the metrics say how well it tells.
 
     Raises:
         ValueError: a shard of `documents` is damaged, or a profile cannot be made (a language's words, a model).
     """
     sources = shards(documents)
-    run_tasks([Task(_filter_shard, (config, s, out), tally_path(out, s)) for s in sources], workers, progress)
-    metrics = conclude(out, sources)
+    ready = config.model_copy(update={"profiles": made_ready(config.profiles, sources, out / "classifiers")})
+    run_tasks([Task(_filter_shard, (ready, s, out), tally_path(out, s)) for s in sources], workers, progress)
+    metrics = conclude(out, sources) | reports(out / "classifiers")
     shutil.rmtree(out / "work", ignore_errors=True)
     return metrics
 
@@ -70,4 +92,4 @@ def _filter_shard(config: FilterConfig, shard: Path, out: Path) -> None:
     sieve_shard(shard, out, judge)
 
 
-__all__ = ["FilterConfig", "Profile", "filter_documents"]
+__all__ = ["FilterConfig", "Profile", "check_filters", "filter_documents", "rule_files"]

@@ -125,7 +125,7 @@ def resolve(config: QualityConfig, shards: Sequence[Path], folder: Path, kind: s
         classifier_of(config).save(folder)
     least = config.least_score
     if config.keep_share is not None:
-        scores = [Classifier.load(folder).score(text) for text in _sample(shards, kind)]
+        scores = list(map(Classifier.load(folder).score, _sample(shards, kind)))
         least = float(np.quantile(scores, 1 - config.keep_share)) if scores else 0.0
     origin = {"positive": [], "negative": [], "model": str(folder)}
     return config.model_copy(update={**origin, "least_score": least, "keep_share": None})
@@ -381,8 +381,7 @@ def train(config: QualityConfig) -> Classifier:
         "deciles": deciles(scores, labels),
     }
     made = config.model_dump(include={"ngram", "bits", "epochs", "learning_rate", "l2", "most_characters"})
-    files = {Path(f).name: sha256_of(Path(f)) for f in rule_files(config)}
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256("".join(sorted(sha256_of(Path(f)) for f in rule_files(config))).encode()).hexdigest()
     about = {"config": made, "report": report, "examples_sha256": digest}
     return Classifier(weights, float(bias), slope, offset, about)
 

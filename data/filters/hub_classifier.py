@@ -154,6 +154,7 @@ class HubClassifier:
 @lru_cache(maxsize=2)
 def _loaded(model: str, revision: str | None, name: str) -> tuple[Any, Any]:
     """(tokenizer, model) for inference; weights from safetensors alone, and no code of the repository's own."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
@@ -161,7 +162,7 @@ def _loaded(model: str, revision: str | None, name: str) -> tuple[Any, Any]:
         loaded = AutoModelForSequenceClassification.from_pretrained(
             model, revision=revision, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         said = str(error).splitlines()[0]
         raise ValueError(f"{name}: {model!r} cannot be loaded ({said}): {CODE_OR_PICKLE}") from error
     return tokenizer, loaded.eval()

@@ -11,8 +11,10 @@ from gristmill.data.config import Config
 from gristmill.data.documents import Row
 from gristmill.data.filters.blocklist import BlocklistConfig
 from gristmill.data.filters.c4 import C4Paragraphs, C4Quality
+from gristmill.data.filters.classifier import QualityConfig
 from gristmill.data.filters.fineweb import FineWebQuality
 from gristmill.data.filters.gopher import GopherQuality, GopherRepetition
+from gristmill.data.filters.hub_classifier import HubClassifierConfig
 from gristmill.data.filters.language import Language
 from gristmill.data.filters.lines import Length, Lines
 from gristmill.data.filters.pii import PiiConfig
@@ -60,6 +62,12 @@ class Profile(Config):
     )
     fineweb: FineWebQuality | None = Field(
         default=None, title="FineWeb quality", description="Penedo et al. 2024, section 3.6."
+    )
+    quality: QualityConfig | None = Field(
+        default=None, title="Quality classifier", description="Trained on examples of good and bad documents."
+    )
+    hub_classifier: HubClassifierConfig | None = Field(
+        default=None, title="Hugging Face classifier", description="Any model that classifies sequences."
     )
     pii: PiiConfig | None = Field(
         default=None, title="Personal data", description="Addresses, numbers and keys: redacted, or their documents go."

@@ -16,8 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from gristmill.data.documents import shards
+from gristmill.data.documents import read_rows, shards
+from gristmill.data.filters import FilterConfig, check_filters, filter_documents
+from gristmill.data.filters import rule_files as rule_files_of_filter
 from gristmill.data.filters.classifier import (
     Classifier,
     QualityConfig,
@@ -32,6 +35,7 @@ from gristmill.data.filters.classifier import (
     train_classifier,
 )
 from gristmill.data.filters.rule import Prepared
+from gristmill.data.stage_types import silent
 
 
 def texts_of(path: Path) -> list[str]:
@@ -227,3 +231,34 @@ def test_bad_examples_and_models_are_refused(folders: dict[str, list[str]], tmp_
     (tmp_path / "model" / "weights.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match="no whole classifier"):
         Classifier.load(tmp_path / "model")
+
+
+def test_in_the_filter_stage(
+    folders: dict[str, list[str]], tmp_path: Path, laid_out: Callable[..., Path], bytes_of: Callable
+) -> None:
+    """Ten lines of YAML: trained once, applied by tasks, the same bytes with 0 and 2 workers; deciles in the card."""
+    recipe = f"""
+profiles:
+  prose:
+    quality:
+      positive: [{folders["wiki"][0]}]
+      negative: [{", ".join(folders["code"])}]
+      keep_share: 0.5
+      bits: 12
+"""
+    config = FilterConfig.model_validate(yaml.safe_load(recipe))
+    check_filters(config)
+    assert len(set(rule_files_of_filter(config))) == len(rule_files(config.profiles["prose"].quality))  # type: ignore[arg-type]
+    texts = [json.loads(line)["text"] for line in Path(folders["peps"][0]).read_text().splitlines()]
+    rows = [{"text": t, "id": str(i), "metadata": {"source": "p", "kind": "prose"}} for i, t in enumerate(texts)]
+    documents = laid_out(tmp_path / "in", rows, 100)
+    metrics = filter_documents(config, documents, tmp_path / "0", workers=0, progress=silent)
+    assert abs(metrics["documents_out"] / len(rows) - 0.5) < 0.01
+    assert metrics["removed_by_reason"] == {"quality: below threshold": len(rows) - metrics["documents_out"]}
+    assert metrics["quality_auc"]["prose"] > 0.98
+    table = [json.loads(line) for line in (tmp_path / "0" / "histograms.jsonl").read_text().splitlines()]
+    assert sum(row["documents"] for row in table if row["name"] == "quality") == len(rows)
+    kept = [row for shard in shards(tmp_path / "0") for row in read_rows(shard)]
+    assert all(0 <= row["metadata"]["quality"] <= 1 for row in kept)
+    filter_documents(config, documents, tmp_path / "2", workers=2, progress=silent)
+    assert bytes_of(tmp_path / "2") == bytes_of(tmp_path / "0")
