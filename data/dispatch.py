@@ -79,12 +79,15 @@ class _Flight:
         self.most = most
         self.held: dict[Any, tuple[Job, int, int]] = {}
         self._ended: SimpleQueue[Any] = SimpleQueue()
-        self._threads, self._counted, self._seen, self._told = 0, 0.0, time.monotonic(), False
+        self._threads, self._counted = 0, 0.0
+        self._alone_since: float | None = None  # since when there has been no worker
+        self._told = False
 
     def has_room(self) -> bool:
         return len(self.held) < (self.most or max(FEWEST, QUEUED * self._count()))
 
     def submit(self, job: Job, round_: int, cancels: int) -> None:
+        self._wait_for_connection()
         future = self.client.submit(job.function, *job.arguments, pure=False)
         self.held[future] = (job, round_, cancels)
         future.add_done_callback(self._ended.put)
@@ -98,6 +101,7 @@ class _Flight:
         except Empty:
             self._look()
             return
+        self._alone_since = None
         job, round_, cancels = self.held.pop(future)
         error = _error(future)
         if isinstance(error, KilledWorker):
@@ -129,7 +133,12 @@ class _Flight:
     def _look(self) -> None:
         """Nothing ended for a moment: is anybody at work?"""
         self._wait_for_connection()
-        if self._count() or time.monotonic() - self._seen < PATIENCE or self._told:
+        if self._count():
+            self._alone_since, self._told = None, False
+            return
+        now = time.monotonic()
+        self._alone_since = now if self._alone_since is None else self._alone_since
+        if now - self._alone_since < PATIENCE or self._told:
             return
         if self.client.cluster is not None and type(self.client.cluster).__name__ == "LocalCluster":
             raise ClusterLost(
@@ -152,8 +161,6 @@ class _Flight:
                 self._threads = sum(self.client.nthreads().values())
             except OSError:  # the connection broke under the question; the jobs in flight will tell
                 return self._threads
-        if self._threads:
-            self._seen, self._told = now, False
         return self._threads
 
 
@@ -161,15 +168,12 @@ def _error(future: Any) -> BaseException | None:
     """What the job raised. What it returned is not fetched: its files are its result."""
     from distributed import CancelledError
 
-    if future.status == "finished":
+    status = future.status
+    if status == "finished":
         return None
-    if future.status == "lost":  # done, and then its worker died, the note of it with it
-        return CancelledError(future.key)
-    try:
-        future.result(timeout=30)
-    except BaseException as error:
-        return error
-    return None
+    error = future.exception(timeout=30) if status == "error" else None
+    # Cancelled with its connection or its cluster; or lost: done, and then its worker died, the note of it with it.
+    return error.with_traceback(future.traceback(timeout=30)) if error is not None else CancelledError(future.key)
 
 
 def _died(job: Job, times: int, memory: str, cause: BaseException) -> WorkerDied:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -12,6 +13,7 @@ WATCH_SECONDS = 0.5
 def dask_setup(worker: object) -> None:
     """Called by Dask in each worker: watch the process that started it (its nanny lives in the run's process)."""
     parent = os.getppid()
+    logging.getLogger("distributed.worker").setLevel(logging.CRITICAL)  # what a task raises reaches its run by itself
 
     def look() -> None:
         while os.getppid() == parent:
