@@ -191,7 +191,9 @@ class Tally:
 
 
 def _sample_row(outcome: str, reason: str, row: Row, verdict: Verdict) -> Row:
-    spans = verdict.because.get("spans") or [[e.start, e.end] for e in verdict.edits]
+    text, spans = row["text"], verdict.because.get("spans") or [[e.start, e.end] for e in verdict.edits]
+    if any(e.now.strip() for e in verdict.edits):  # what was replaced may be a secret: what stands there now is shown
+        text, spans = edited(text, verdict.edits), _places_after(verdict.edits)
     shown = {k: v for k, v in verdict.because.items() if k != "spans" and isinstance(v, str | int | float)}
     return {
         "outcome": outcome,
@@ -199,8 +201,17 @@ def _sample_row(outcome: str, reason: str, row: Row, verdict: Verdict) -> Row:
         "source": row["metadata"]["source"],
         "id": row["id"],
         **shown,
-        "text": highlighted(row["text"], spans),
+        "text": highlighted(text, spans),
     }
+
+
+def _places_after(edits: Sequence[Edit]) -> list[list[int]]:
+    """Where, in the text after, stands what edits put there."""
+    places, shift = [], 0
+    for edit in edits:
+        places.append([edit.start + shift, edit.start + shift + len(edit.now)])
+        shift += len(edit.now) - (edit.end - edit.start)
+    return places
 
 
 def highlighted(text: str, spans: Iterable[Sequence[int]], characters: int = EXCERPT) -> str:

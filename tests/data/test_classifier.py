@@ -240,6 +240,7 @@ def test_in_the_filter_stage(
     recipe = f"""
 profiles:
   prose:
+    mode: fast
     quality:
       positive: [{folders["wiki"][0]}]
       negative: [{", ".join(folders["code"])}]

@@ -15,7 +15,7 @@ import pytest
 from gristmill.data.documents import read_rows, shards
 from gristmill.data.filters.pii import KINDS, Pii, PiiConfig, emails, ips, luhn
 from gristmill.data.filters.rule import Prepared
-from gristmill.data.sieve import edited, sieve_shard
+from gristmill.data.sieve import conclude, edited, sieve_shard
 
 HEAD = base64.urlsafe_b64encode(b'{"alg":"HS256","typ":"JWT"}').decode().rstrip("=")
 JWT = f"{HEAD}.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U"
@@ -166,6 +166,10 @@ def test_the_secret_is_in_no_file_of_what_was_changed(tmp_path: Path, laid_out: 
     sieve_shard(shard, tmp_path, lambda row, _: rule.judge(Prepared(row, row["text"], None)))  # type: ignore[arg-type]
     changed = list(read_rows(tmp_path / "changed" / shard.name))
     kept = list(read_rows(tmp_path / "documents" / shard.name))
+    conclude(tmp_path, [shard])
+    samples = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    assert "⟦<email>⟧" in samples
+    assert not any(json.dumps(secret)[1:-1] in samples for secret in secrets)
     assert len(changed) == len(kept) == len(rows)
     for secret, change, row in zip(secrets, changed, kept, strict=True):
         assert secret not in json.dumps(change)
