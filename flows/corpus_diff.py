@@ -16,11 +16,12 @@ from typing import Any
 
 from gristmill.data.documents import id_hash
 from gristmill.flows.corpus_results import Result, Row
+from gristmill.flows.identity import canonical
 
-PART_ENTRIES = 1 << 20  # of a partition, about: 24 bytes each
+PART_ENTRIES = 1 << 20  # of a partition, about: 26 bytes each
 MOST_PARTS = 1024  # files open at once
 NOT_INGESTED = "not ingested"
-FIELDS = [("id", "<u8"), ("rule", "<u2"), ("shard", "<u4"), ("place", "<u4")]
+FIELDS = [("id", "<u8"), ("edits", "<u8"), ("rule", "<u2"), ("shard", "<u4"), ("place", "<u4")]
 
 
 @dataclass
@@ -30,11 +31,13 @@ class Difference:
     Attributes:
         kept_by: "first" or "second".
         counts: (stage, reason) of the other side → documents.
-        examples: the first few of each, in the order of their shards: id, source, stage, reason, because, text.
+        edited: (stage, reason) of this side → documents that both kept and this side alone edited, or edited otherwise.
+        examples: the first few of each rule, in the order of their shards: id, source, stage, reason, because, text.
     """
 
     kept_by: str
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
+    edited: dict[tuple[str, str], int] = field(default_factory=dict)
     examples: list[Row] = field(default_factory=list)
 
     @property
@@ -61,6 +64,7 @@ def difference(first: list[Result], second: list[Result], examples: int = 3) -> 
             entries = [side.entries(part) for side in sides]
             for kept, lost in ((0, 1), (1, 0)):
                 _compare(sides, entries, kept, lost, same_source, found[kept], places[kept], examples)
+                _compare_edits(sides[kept].rules, entries[kept], entries[lost], same_source, found[kept])
         for kept, lost in ((0, 1), (1, 0)):
             found[kept].examples = _examples(sides, kept, lost, places[kept])
     return found
@@ -82,6 +86,7 @@ class _Side:
         self._parts = parts
         self.folder.mkdir()
         self._write("removed", self._removed())
+        self._write("changed", self._changed())
         if with_ingested:
             self._write("ingested", self._ingested())
 
@@ -107,9 +112,22 @@ class _Side:
         for result in self.chain:
             for number, name in enumerate(result.shards):
                 rows = [
-                    (id_hash(row["id"]), self._rule(result.stage, row["reason"]), number, place)
+                    (id_hash(row["id"]), 0, self._rule(result.stage, row["reason"]), number, place)
                     for place, row in enumerate(result.rows("removed", name))
                 ]
+                if rows:
+                    yield np.array(rows, dtype=FIELDS)
+
+    def _changed(self) -> Iterator[Any]:
+        """Of each shard's changed documents: the id's hash, that of the edits, and the first rule by name."""
+        import numpy as np
+
+        for result in self.chain:
+            for number, name in enumerate(result.shards):
+                rows = []
+                for place, row in enumerate(result.rows("changed", name)):
+                    rule = self._rule(result.stage, min(edit["reason"] for edit in row["edits"]))
+                    rows.append((id_hash(row["id"]), id_hash(canonical(row["edits"])), rule, number, place))
                 if rows:
                     yield np.array(rows, dtype=FIELDS)
 
@@ -131,7 +149,7 @@ class _Side:
     def entries(self, part: int) -> dict[str, Any]:
         import numpy as np
 
-        paths = {kind: self.folder / f"{kind}-{part}" for kind in ("removed", "ingested")}
+        paths = {kind: self.folder / f"{kind}-{part}" for kind in ("removed", "changed", "ingested")}
         return {kind: np.fromfile(path, dtype=FIELDS) for kind, path in paths.items() if path.exists()}
 
 
@@ -162,6 +180,23 @@ def _compare(
             found.counts["ingest", NOT_INGESTED] = found.counts.get(("ingest", NOT_INGESTED), 0) + len(missing)
             held = [*places.get(-1, []), *missing]
             places[-1] = sorted(held, key=lambda e: (e["shard"], e["place"]))[:examples]
+
+
+def _compare_edits(
+    rules: list[tuple[str, str]], mine: dict[str, Any], other: dict[str, Any], same_source: bool, found: Difference
+) -> None:
+    """One partition: the edits of this side, of documents that both kept, which the other did not make."""
+    import numpy as np
+
+    own = mine["changed"]
+    made = ~np.isin(own["id"] ^ own["edits"], other["changed"]["id"] ^ other["changed"]["edits"])
+    for side in (mine, other):
+        made &= ~np.isin(own["id"], side["removed"]["id"])
+    if not same_source:
+        made &= np.isin(own["id"], other["ingested"]["id"])
+    for rule, number in zip(*np.unique(own[made]["rule"], return_counts=True), strict=True):
+        name = rules[int(rule)]
+        found.edited[name] = found.edited.get(name, 0) + int(number)
 
 
 def _count(

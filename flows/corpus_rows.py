@@ -83,7 +83,11 @@ def _changed(result: Result, name: str) -> Iterator[Row]:
     holder = before if before is not None and before.shard("documents", name) is not None else result
     rows = holder.rows("documents", name)
     for change in result.rows("changed", name):
-        row = next(row for row in rows if row["id"] == change["id"])
+        row = next((row for row in rows if row["id"] == change["id"]), None)
+        if row is None:
+            raise ValueError(
+                f"{holder.name}: documents/{name} lacks {change['id']!r}, which {result.name} changed: verify the store"
+            )
         yield {
             "outcome": "changed",
             "reason": ", ".join(sorted({edit["reason"] for edit in change["edits"]})),

@@ -149,7 +149,9 @@ def training(store: Store, tokens: Result, places: list[Row]) -> list[Row]:
 def is_checkpoint(store: Store, entry: Row) -> bool:
     """Whether a result holds a model's weights."""
     manifest = store.manifest(entry["stage"], entry["key"])
-    return manifest is not None and any("model" in f["path"].split("/")[0] for f in manifest["files"])
+    return manifest is not None and any(
+        part.startswith("model") for f in manifest["files"] for part in f["path"].split("/")
+    )
 
 
 def _positions(tokens: Result, mixed: Result, places: list[Row], split: str) -> list[int]:

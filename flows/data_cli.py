@@ -198,25 +198,35 @@ def diff(
         print(json.dumps([_as_json(d, names) for d in found], indent=1, ensure_ascii=False, sort_keys=True))
         return
     for side, other, part in ((0, 1, found[0]), (1, 0, found[1])):
+        if part.edited:
+            print_table(f"{names[side]} alone edited", ["stage", "reason", "documents"], _counted(part.edited))
         if not part.documents:
             print(f"{names[side]} kept nothing that {names[other]} did not")
             continue
-        rows = [[s, r, f"{n:,}"] for (s, r), n in sorted(part.counts.items(), key=lambda item: (-item[1], item[0]))]
         number = f"{part.documents:,} document{'' if part.documents == 1 else 's'}"
         title = f"{names[side]} kept {number} that {names[other]} did not"
-        print_table(title, ["removed there by", "reason", "documents"], rows)
+        print_table(title, ["removed there by", "reason", "documents"], _counted(part.counts))
         for row in part.examples:
             print("\n".join(as_lines(row, characters, sys.stdout.isatty())))
 
 
+def _counted(counts: dict[tuple[str, str], int]) -> list[list[str]]:
+    """Rows of a table, the most first."""
+    return [[s, r, f"{n:,}"] for (s, r), n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+
+
 def _as_json(part: Any, names: list[str]) -> dict[str, Any]:
     side = 0 if part.kept_by == "first" else 1
-    counts = [{"stage": s, "reason": r, "documents": n} for (s, r), n in sorted(part.counts.items())]
+    counts, edited = (
+        [{"stage": s, "reason": r, "documents": n} for (s, r), n in sorted(table.items())]
+        for table in (part.counts, part.edited)
+    )
     return {
         "kept_by": names[side],
         "not_by": names[1 - side],
         "documents": part.documents,
         "rules": counts,
+        "edited": edited,
         "examples": part.examples,
     }
 

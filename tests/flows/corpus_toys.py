@@ -47,6 +47,7 @@ class Dedup(Frozen):
 
 class Filter(Frozen):
     least_words: int = 3
+    redact: bool = True
 
 
 class Tokenize(Frozen):
@@ -114,7 +115,8 @@ def filter_rows(config: Filter, documents: Path, out: Path) -> dict[str, Any]:
         words = row["text"].split()
         if len(words) < config.least_words:
             return remove("too few words", detail=f"{len(words)} words", spans=[[0, len(row["text"])]])
-        edits = [Edit(m.start(), m.end(), "e-mail", "<email>") for m in EMAIL.finditer(row["text"])]
+        found = EMAIL.finditer(row["text"]) if config.redact else ()
+        edits = [Edit(m.start(), m.end(), "e-mail", "<email>") for m in found]
         return Verdict(edits=edits, values={"digits": sum(c.isdigit() for c in row["text"]) / len(row["text"])})
 
     return _sieved(documents, out, judge)

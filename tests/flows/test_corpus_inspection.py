@@ -167,6 +167,15 @@ def test_diff_of_other_sources_agrees_with_sets_of_ids(store: Store, place: Path
     assert {row["id"] for row in other.examples} == {"more/0", "web/17"}
 
 
+def test_diff_counts_what_only_one_edited(place: Path, store: Store) -> None:
+    files = {name: place / f"{name}.jsonl" for name in ("web", "notes")}
+    plain = toys.go(store, toys.recipe_of(files, name="plain", filter=toys.Filter(redact=False)), until="filter")
+    one, other = difference(chain_of_run(store, store.runs()[0]), chain_of_run(store, plain))
+    assert one.edited == {("filter", "e-mail"): 1}
+    assert (one.counts, other.counts, other.edited) == ({}, {}, {})
+    assert "alone edited" in said(place, "diff", store.runs()[0]["run"], plain["run"])
+
+
 def test_diff_in_many_parts_is_the_same(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (chain_of_run(store, run) for run in store.runs()[:2])
     whole = difference(first, second)
@@ -175,9 +184,9 @@ def test_diff_in_many_parts_is_the_same(store: Store, monkeypatch: pytest.Monkey
 
 
 def test_diff_holds_no_more_than_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """3,000 removed rows of 9 KB, 27 MB in all: what is held is a few rows and the entries of a shard."""
-    monkeypatch.setattr(toys, "A_SHARD", 300)
-    rows = [{"name": str(i), "text": f"{i} " * 40 + "x" * 9000} for i in range(3_000)]
+    """900 removed rows of 9 KB, 8 MB in all: what is held is a few rows and the entries of a shard."""
+    monkeypatch.setattr(toys, "A_SHARD", 100)
+    rows = [{"name": str(i), "text": f"{i} " * 40 + "7" * 9000} for i in range(900)]
     files = {"web": toys.written_source(tmp_path / "web.jsonl", rows)}
     store = Store(tmp_path / "store")
     first = toys.go(store, toys.recipe_of(files), until="filter")
@@ -187,8 +196,8 @@ def test_diff_holds_no_more_than_a_shard(tmp_path: Path, monkeypatch: pytest.Mon
     one, _ = difference(*chains)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert one.counts == {("filter", "too few words"): 3_000}
-    assert peak < 4 << 20
+    assert one.counts == {("filter", "too few words"): 900}
+    assert peak < 2 << 20
 
 
 def test_names_that_are_not_there_are_refused(store: Store, place: Path) -> None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -341,6 +346,35 @@ def test_killed_and_called_again_it_ends_in_the_same_state(
     store = Store(place / "store")
     assert sorted(row["id"] for row in tombstones.read(store)) == ["web/22", "web/3"]
     assert verify_store(store)["bad"] == []
+
+
+@pytest.mark.slow
+def test_killed_by_signal_9_at_twenty_moments(place: Path, made: Path) -> None:
+    """The command itself, ended from outside at any moment of the second in which it works."""
+    whole = made / "settled"
+    if not whole.exists():
+        shutil.copytree(made / "store", whole / "store")
+        remove(whole, "web/3", "web/22")
+    expected = settled_state(whole / "store")
+    command = [sys.executable, "-P", "-c", "from gristmill.flows.cli import main; main()", "data", "remove"]
+    rng, landed = random.Random(9), 0
+    for attempt in range(20):
+        own = place / str(attempt)
+        shutil.copytree(made / "store", own / "store")
+        process = subprocess.Popen(
+            [*command, "web/3", "web/22", "--yes", "--store", str(own / "store")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and not (own / "store" / tombstones.TOMBSTONES).exists():
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        landed += process.wait() == -signal.SIGKILL
+        remove(own, "web/3", "web/22")
+        assert settled_state(own / "store") == expected
+        shutil.rmtree(own)
+    assert landed >= 10
 
 
 def test_settling_again_changes_nothing(place: Path) -> None:
