@@ -29,16 +29,65 @@ def _scattered(value):
 
 
 @njit(cache=True, nogil=True)
+def _power(exponent):
+    """The base to that power."""
+    value, factor = np.uint64(1), BASE
+    while exponent:
+        if exponent & 1:
+            value *= factor
+        factor *= factor
+        exponent >>= 1
+    return value
+
+
+@njit(cache=True, nogil=True)
 def piece_hashes(codes, starts, ends):
-    """Hash of each piece of a text, uint64, and the base to the power of its length."""
-    hashes, powers = np.empty(len(starts), np.uint64), np.empty(len(starts), np.uint64)
+    """Hash of each piece of a text, its length in it; uint64."""
+    hashes = np.empty(len(starts), np.uint64)
     for w in range(len(starts)):
-        value, power = np.uint64(0), np.uint64(1)
+        value = np.uint64(0)
         for i in range(starts[w], ends[w]):
             value = value * BASE + _scattered(np.uint64(codes[i]) + np.uint64(1))
-            power *= BASE
-        hashes[w], powers[w] = value, power
-    return hashes, powers
+        hashes[w] = _with_length(value, ends[w] - starts[w])
+    return hashes
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _with_length(value, length):
+    return _scattered(value + np.uint64(length) * JOINT)
+
+
+@njit(cache=True, nogil=True)
+def joined_words(codes, starts, ends):
+    """Of the words before each, joined with nothing between, the polynomial (uint64) and the length; shapes [W + 1].
+
+    Polynomial and length of words i to j, joined, follow from those before i and before j.
+    """
+    before, lengths = np.zeros(len(starts) + 1, np.uint64), np.zeros(len(starts) + 1, np.int32)
+    value = np.uint64(0)
+    for w in range(len(starts)):
+        for i in range(starts[w], ends[w]):
+            value = value * BASE + _scattered(np.uint64(codes[i]) + np.uint64(1))
+        before[w + 1] = value
+        lengths[w + 1] = lengths[w] + ends[w] - starts[w]
+    return before, lengths
+
+
+@njit(cache=True, nogil=True)
+def _powers():
+    """The base to the powers that words need most, so that they are looked up."""
+    powers = np.ones(256, np.uint64)
+    for i in range(1, len(powers)):
+        powers[i] = powers[i - 1] * BASE
+    return powers
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _hash_of_words(before, lengths, powers, i, j):
+    """Hash of words i to j, joined."""
+    length = lengths[j] - lengths[i]
+    power = powers[length] if length < len(powers) else _power(length)
+    return _with_length(before[j] - before[i] * power, length)
 
 
 @njit(cache=True, nogil=True)
@@ -51,11 +100,11 @@ def _empty_table(entries):
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _place(table, keys, key, length, lengths):
-    """Where an entry of this key and length is in the table, or the free place where it belongs."""
+def _place(table, keys, key):
+    """Where the entry of a key is in the table, or the free place where it belongs."""
     mask = len(table) - 1
-    at = np.int64(_scattered(key + np.uint64(length)) & np.uint64(mask))
-    while table[at] >= 0 and (keys[table[at]] != key or lengths[table[at]] != length):
+    at = np.int64(key & np.uint64(mask))
+    while table[at] >= 0 and keys[table[at]] != key:
         at = (at + 1) & mask
     return at
 
@@ -63,11 +112,10 @@ def _place(table, keys, key, length, lengths):
 @njit(cache=True, nogil=True)
 def repeated_pieces(codes, starts, ends):
     """Indexes (int32) of the pieces of a text that occurred before."""
-    keys, _ = piece_hashes(codes, starts, ends)
-    lengths = (ends - starts).astype(np.int64)
+    keys = piece_hashes(codes, starts, ends)
     table, found, count = _empty_table(len(keys)), np.empty(len(keys), np.int32), 0
     for i in range(len(keys)):
-        at = _place(table, keys, keys[i], lengths[i], lengths)
+        at = _place(table, keys, keys[i])
         if table[at] >= 0:
             found[count] = i
             count += 1
@@ -77,45 +125,40 @@ def repeated_pieces(codes, starts, ends):
 
 
 @njit(cache=True, nogil=True)
-def top_n_gram(hashes, lengths, n):
+def top_n_gram(before, lengths, n):
     """(first word, characters with a space between words, occurrences) of the commonest n-gram, the first of several.
 
-    There are at least n words.
+    There are at least n words; `before` and `lengths` come from `joined_words`.
     """
-    grams = len(hashes) - n + 1
-    keys, sizes = np.empty(grams, np.uint64), np.empty(grams, np.int64)
+    grams = len(before) - n
+    keys, powers = np.empty(grams, np.uint64), _powers()
     for i in range(grams):
-        key, size = np.uint64(0), np.int64(n - 1)
+        key = np.uint64(0)
         for j in range(i, i + n):
-            key = key * JOINT + _scattered(hashes[j] + np.uint64(lengths[j]))
-            size += lengths[j]
-        keys[i], sizes[i] = key, size
+            key = key * JOINT + _hash_of_words(before, lengths, powers, j, j + 1)
+        keys[i] = _scattered(key)
     table, counts = _empty_table(grams), np.zeros(grams, np.int32)
     for i in range(grams):
-        at = _place(table, keys, keys[i], sizes[i], sizes)
+        at = _place(table, keys, keys[i])
         if table[at] < 0:
             table[at] = i
         counts[table[at]] += 1
     best = np.argmax(counts)
-    return best, sizes[best], counts[best]
+    return best, lengths[best + n] - lengths[best] + n - 1, counts[best]
 
 
 @njit(cache=True, nogil=True)
-def repeated_n_grams(hashes, powers, lengths, n):
+def repeated_n_grams(before, lengths, n):
     """First words (int32) of the n-grams that occurred before, not counting those that overlap a repeated one.
 
-    Words are joined with nothing between, as in the reference.
+    Words are joined with nothing between, as in the reference; `before` and `lengths` come from `joined_words`.
     """
-    grams = max(0, len(hashes) - n + 1)
-    keys, sizes = np.empty(grams, np.uint64), np.empty(grams, np.int64)
+    grams = max(0, len(before) - n)
+    keys, powers = np.empty(grams, np.uint64), _powers()
     table, found, count, i = _empty_table(grams), np.empty(grams // n + 1, np.int32), 0, 0
     while i < grams:
-        key, size = np.uint64(0), np.int64(0)
-        for j in range(i, i + n):
-            key = key * powers[j] + hashes[j]
-            size += lengths[j]
-        keys[i], sizes[i] = key, size
-        at = _place(table, keys, key, size, sizes)
+        keys[i] = _hash_of_words(before, lengths, powers, i, i + n)
+        at = _place(table, keys, keys[i])
         if table[at] >= 0:
             found[count] = i
             count += 1
@@ -124,6 +167,24 @@ def repeated_n_grams(hashes, powers, lengths, n):
             table[at] = i
             i += 1
     return found[:count].copy()
+
+
+@njit(cache=True, nogil=True)
+def different_words(codes, starts, ends, wanted, longest):
+    """How many of the wanted words, sorted hashes of words of at most `longest` characters, occur."""
+    found, count = np.zeros(len(wanted), np.bool_), 0
+    for w in range(len(starts)):
+        if ends[w] - starts[w] > longest or count == len(wanted):
+            continue
+        value = np.uint64(0)
+        for i in range(starts[w], ends[w]):
+            value = value * BASE + _scattered(np.uint64(codes[i]) + np.uint64(1))
+        value = _with_length(value, ends[w] - starts[w])
+        at = np.searchsorted(wanted, value)
+        if at < len(wanted) and wanted[at] == value and not found[at]:
+            found[at] = True
+            count += 1
+    return count
 
 
 @njit(cache=True, nogil=True)

@@ -16,6 +16,7 @@ from pydantic import Field
 from gristmill.data.filters.characters import character_table
 from gristmill.data.filters.counting import (
     count_words,
+    different_words,
     piece_hashes,
     repeated_n_grams,
     repeated_pieces,
@@ -26,7 +27,7 @@ from gristmill.data.filters.counting import (
     top_n_gram,
 )
 from gristmill.data.filters.rule import Prepared, Rule, RuleConfig
-from gristmill.data.filters.words import Words
+from gristmill.data.filters.words import Words, code_points
 from gristmill.data.sieve import Verdict, remove
 
 SPANS = 40  # places of a removed document that are shown
@@ -119,12 +120,11 @@ class _Quality:
 
     def __init__(self, config: GopherQuality) -> None:
         self.config = config
-        self._stop_words = frozenset(config.stop_words)
-        texts = [np.array([ord(c) for c in word], np.uint32) for word in sorted(self._stop_words) if word]
-        ends = np.cumsum([len(t) for t in texts], dtype=np.int32) if texts else np.zeros(0, np.int32)
-        codes = np.concatenate(texts) if texts else np.zeros(0, np.uint32)
-        starts = ends - np.array([len(t) for t in texts], np.int32)
-        self._stop_hashes = np.sort(piece_hashes(codes, starts, ends)[0])
+        stop_words = sorted(set(config.stop_words) - {""})
+        lengths = np.array([len(word) for word in stop_words], np.int32)
+        ends = np.cumsum(lengths, dtype=np.int32)
+        self._stop_hashes = np.sort(piece_hashes(code_points("".join(stop_words)), ends - lengths, ends))
+        self._longest_stop_word = int(lengths.max(initial=0))
 
     def judge(self, document: Prepared) -> Verdict:
         config, words = self.config, document.words
@@ -175,19 +175,12 @@ class _Quality:
         if config.least_lettered_words and share < config.least_lettered_words:
             return self._remove("gopher_below_alpha_threshold", f"{share:.3f} of the words have a letter")
         if config.least_stop_words:
-            found = self._stop_words_in(document)
+            found = different_words(
+                document.codes, words.starts, words.ends, self._stop_hashes, self._longest_stop_word
+            )
             if found < config.least_stop_words:
                 return self._remove("gopher_enough_stop_words", f"{found} stop words")
         return Verdict(values={"words with a letter": share})
-
-    def _stop_words_in(self, document: Prepared) -> int:
-        """Different stop words of a document."""
-        hashes, _, _ = document.word_hashes
-        places = np.searchsorted(self._stop_hashes, hashes)
-        places[places == len(self._stop_hashes)] = 0
-        if not len(self._stop_hashes):
-            return 0
-        return len(np.unique(places[self._stop_hashes[places] == hashes]))
 
     def _remove(self, reason: str, detail: str, spans: Iterable[tuple[int, int]] = ()) -> Verdict:
         return remove(f"{self.name}: {reason}", detail=detail, spans=[list(s) for s in spans])
@@ -243,20 +236,19 @@ class _Repetition:
 
     def _n_grams(self, document: Prepared) -> Verdict:
         words, size, values = document.words, len(document.codes), {}
-        hashes, powers, lengths = document.word_hashes
+        before, lengths = document.joined_words
         for n, most in self.config.top_n_grams:
             if n > len(words):
                 continue
-            first, characters, count = top_n_gram(hashes, lengths, n)
+            first, characters, count = top_n_gram(before, lengths, n)
             ratio = int(characters) * int(count) / size
             values[f"top {n}-gram"] = ratio
             if ratio > most:
-                spans = _n_grams_like(words, hashes, int(first), n)
+                spans = _n_grams_like(document, int(first), n)
                 return self._remove(f"top_{n}_gram", ratio, *spans)
-        ends_of_words = np.concatenate([[0], np.cumsum(lengths)])
         for n, most in self.config.duplicate_n_grams:
-            repeated = repeated_n_grams(hashes, powers, lengths, n)
-            ratio = int((ends_of_words[repeated + n] - ends_of_words[repeated]).sum()) / size
+            repeated = repeated_n_grams(before, lengths, n)
+            ratio = int((lengths[repeated + n] - lengths[repeated]).sum()) / size
             values[f"repeated {n}-grams"] = ratio
             if ratio > most:
                 return self._remove(
@@ -269,10 +261,10 @@ class _Repetition:
         return remove(f"{self.name}: {reason}", detail=f"{ratio:.3f}", spans=spans)
 
 
-def _n_grams_like(
-    words: Words, hashes: NDArray[np.uint64], first: int, n: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def _n_grams_like(document: Prepared, first: int, n: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Where the n-gram of words that begins at word `first` occurs, without those that overlap an earlier one."""
+    words = document.words
+    hashes = piece_hashes(document.codes, words.starts, words.ends)
     same = np.ones(len(words) - n + 1, bool)
     for j in range(n):
         same &= hashes[j : len(words) - n + 1 + j] == hashes[first + j]

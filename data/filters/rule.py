@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gristmill.data.config import Config
 from gristmill.data.documents import Row
-from gristmill.data.filters.counting import piece_hashes
+from gristmill.data.filters.counting import joined_words
 from gristmill.data.filters.edits import compose, original_spans
 from gristmill.data.filters.words import Splitter, Words, code_points
 from gristmill.data.sieve import KEEP, Edit, Verdict, edited
@@ -45,11 +45,9 @@ class Prepared:
         return self._splitter.split(self.text, self.codes)
 
     @cached_property
-    def word_hashes(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64]]:
-        """Hash of each word, the hashes' base to the power of its length, and its length; see `counting.py`."""
-        words = self.words
-        hashes, powers = piece_hashes(self.codes, words.starts, words.ends)
-        return hashes, powers, (words.ends - words.starts).astype(np.int64)
+    def joined_words(self) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+        """Polynomial and length of the words before each word, joined; see `counting.py`."""
+        return joined_words(self.codes, self.words.starts, self.words.ends)
 
     @property
     def splitter(self) -> Splitter:
