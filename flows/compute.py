@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gristmill.data.executor import running_on
 from gristmill.flows import tombstones
 from gristmill.flows.errors import StoreDamaged
 from gristmill.flows.execution import Execution, environment
@@ -110,7 +111,8 @@ def _work(
     services = {n: progress if n == "progress" else getattr(execution, n) for n in stage.services}
     folders = {name: store.folder(a.stage, a.key) for name, a in call.inputs.items()}
     seed = {"seed": call.seed} if stage.seeded else {}
-    return stage.function(config=call.config, **folders, out=out, **seed, **services)
+    with running_on(execution.cluster):
+        return stage.function(config=call.config, **folders, out=out, **seed, **services)
 
 
 def _refuse_leftovers(call: Call, out: Path) -> None:

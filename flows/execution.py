@@ -33,6 +33,12 @@ class Execution(BaseModel):
         title="Workers",
         description="Dask worker processes for the corpus stages; 0 works in the run's own process.",
     )
+    cluster: str | None = Field(
+        default=None,
+        title="Cluster",
+        description="Dask scheduler address, or path of a cluster's description (Slurm, Kubernetes), for the corpus "
+        "stages; none starts workers here.",
+    )
     threads: int = Field(
         default_factory=_cores,
         ge=1,
@@ -58,6 +64,15 @@ class Execution(BaseModel):
     watts: float | None = Field(
         default=None, ge=0, title="Power", description="Watts a device, in place of the table's."
     )
+
+    @field_validator("cluster")
+    @classmethod
+    def _is_one(cls, cluster: str | None) -> str | None:
+        if cluster is not None:
+            from gristmill.data.cluster import read_cluster
+
+            read_cluster(cluster)
+        return cluster
 
     @field_validator("hardware")
     @classmethod

@@ -8,7 +8,7 @@ from pathlib import Path
 from gristmill.data.decontaminate import DecontaminateConfig, check_decontamination, evaluation_files
 from gristmill.data.decontaminate import decontaminate as decontaminate_documents
 from gristmill.data.dedup import check_indexes, deduplicate, index_fingerprints
-from gristmill.data.filters import filter_documents
+from gristmill.data.filters import FilterConfig, check_filters, filter_documents, rule_files
 from gristmill.data.ingest import IngestConfig, check_sources, fingerprint_sources
 from gristmill.data.ingest import ingest as ingest_documents
 from gristmill.data.mix import mix as mix_tokens
@@ -52,6 +52,10 @@ def _ingest_sources(config: IngestConfig) -> dict[str, str]:
     return fingerprint_sources(config, HASHES)
 
 
+def _rule_sources(config: FilterConfig) -> dict[str, str]:
+    return _hashes(rule_files(config))
+
+
 def _evaluation_sources(config: DecontaminateConfig) -> dict[str, str]:
     return _hashes(evaluation_files(config))
 
@@ -90,6 +94,8 @@ filter_ = stage(
     "filter",
     version=2,
     title="Quality filters",
+    sources=_rule_sources,
+    check=check_filters,
     estimate=estimates.of_corpus(rate=2.2e6, kept=0.25),
 )(filter_documents)
 decontaminate = stage(
