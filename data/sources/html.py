@@ -6,6 +6,7 @@ import codecs
 import re
 
 MOST_HTML = 16 << 20  # bytes; a larger page would take a parser beyond a worker's memory
+MOST_TAGS = 60_000  # trafilatura's time grows with their square: seconds here, minutes at four times as many
 HEAD = 4096
 # What browsers understand by names that servers give (WHATWG Encoding, section 4.2)
 WIDER = {

@@ -108,8 +108,8 @@ def parquet_rows(raw: IO[bytes], fields: RowFields, cursor: Cursor, most: int) -
                         cursor.record = number
                         yield found
     except (pa.ArrowException, OSError) as error:
-        if type(error).__module__.startswith(("s3fs", "aiohttp", "botocore")):
-            raise  # the store's word, not the file's
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise  # the disk's or the network's word, not Arrow's on the file
         cursor.record = number + 1
         yield Unreadable("not a whole Parquet file", f"{str(error).splitlines()[0]}; what follows is not read")
         return

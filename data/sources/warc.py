@@ -18,7 +18,7 @@ from pydantic import Field
 
 from gristmill.data.sources.base import Cursor, Found, Skipped
 from gristmill.data.sources.fields import Unreadable, fact, iso_date, wrong_with
-from gristmill.data.sources.html import MOST_HTML, page_licence, page_text, web_text
+from gristmill.data.sources.html import MOST_HTML, MOST_TAGS, page_licence, page_text, web_text
 from gristmill.data.sources.records import Record, decoded, too_large, until_damage
 from gristmill.data.sources.storage import Entry, StoredSource
 from gristmill.data.sources.streams import BLOCK, Stream
@@ -158,6 +158,8 @@ def _document(header: dict[str, str], content: bytes, most: int, precise: bool) 
         extra["replaced_characters"] = replaced
     licence = None
     if form != PLAIN:
+        if (tags := text.count("<")) > MOST_TAGS:
+            return Unreadable("too large", f"a page of {tags:,} tags; its main text is looked for among {MOST_TAGS:,}")
         licence, text = page_licence(text), page_text(text, precise=precise)
         if not text:
             return Skipped("a page without main text")

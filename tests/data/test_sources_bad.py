@@ -277,3 +277,21 @@ def test_the_largest_record_stays_below_a_worker_s_memory(tmp_path: Path) -> Non
     said, peak = measured(path, tmp_path / "out")
     assert said == "1 {'not JSON': 1}"
     assert int(peak) < 1024
+
+
+def test_a_network_that_fails_is_no_damaged_file() -> None:
+    import io
+
+    from gristmill.data.sources import Cursor, FilesSource
+    from gristmill.data.sources.records import parquet_rows
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() < 100:
+                raise ConnectionResetError("the other side hung up")
+            return super().read(size)
+
+    data = parquet_of(text=[f"text {n} " * 50 for n in range(1000)])
+    source = FilesSource(name="mine", paths=["x"])
+    with pytest.raises(ConnectionResetError):
+        list(parquet_rows(Failing(data), source, Cursor(), 1 << 20))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,15 @@ def test_a_decompression_bomb_stays_small(tmp_path: Path) -> None:
     _, rows, bad = go(tmp_path, "a.warc", b"".join([record(http(bomb, more="Content-Encoding: gzip\r\n")), *pages(1)]))
     assert [b["reason"] for b in bad] == ["too large"]
     assert len(rows) == 1
+
+
+def test_a_page_of_a_million_tags_costs_no_hours(tmp_path: Path) -> None:
+    started = time.process_time()
+    page = b"<html><body>" + b"<b>x</b>" * 500_000
+    _, rows, bad = go(tmp_path, "a.warc", b"".join([record(http(page)), *pages(1)]))
+    assert [(b["record"], b["reason"]) for b in bad] == [(1, "too large")]
+    assert len(rows) == 1
+    assert time.process_time() - started < 10
 
 
 def test_encodings() -> None:
