@@ -135,8 +135,7 @@ class _Knife:
         )
 
     def _lines(self, text: Text) -> Iterator[Row]:
-        for line in text.lines:
-            start, end, documents = (int(line[name]) for name in ("start", "end", "documents"))
+        for _, start, end, place, kept_start, kept_end, documents in text.lines.tolist():
             kept = not (self._cut.drops_all_from and documents >= self._cut.drops_all_from)
             self.counts["lines"] += 1
             self.counts["line_characters"] += end - start
@@ -145,9 +144,9 @@ class _Knife:
                 "id": text.row["id"],
                 "start": start,
                 "end": end,
-                "kept_id": self._id(int(line["kept"])) if kept else None,
-                "kept_start": int(line["kept_start"]) if kept else None,
-                "kept_end": int(line["kept_end"]) if kept else None,
+                "kept_id": self._id(place) if kept else None,
+                "kept_start": kept_start if kept else None,
+                "kept_end": kept_end if kept else None,
                 "count": documents,
             }
 
@@ -204,9 +203,7 @@ class _Knife:
         if repeat["kept_id"] is not None:
             share[repeat["kept_id"]] = share.get(repeat["kept_id"], 0) + repeat["end"] - repeat["start"]
         held = self.samples
-        kept = {(r["kept_id"], r["kept_start"], r["kept_end"]) for r in held if r["kept_id"] is not None}
-        known = (repeat["kept_id"], repeat["kept_start"], repeat["kept_end"]) in kept
-        if not known and (len(held) < SHOWN or repeat["count"] > held[-1]["count"]):
+        if len(held) < SHOWN or repeat["count"] > held[-1]["count"]:
             self.samples = most_frequent([*held, {**repeat, "text": excerpt(text[repeat["start"] : repeat["end"]])}])
 
     def close(self) -> None:
