@@ -102,7 +102,7 @@ def plain_words(text: str) -> Iterator[tuple[str, int, int]]:
 
 def test_words_are_those_of_the_definition(corpora: dict[str, list[dict]]) -> None:
     """On 388 languages, and on texts of code and prose: the numba loop against the definition written plainly."""
-    texts = [row["text"][:500] for row in corpora["udhr"]] + [row["text"][:1500] for row in corpora["peps"][:40]]
+    texts = [row["text"][:300] for row in corpora["udhr"]] + [row["text"][:1500] for row in corpora["peps"][:20]]
     texts += [
         "５-1＋9 - 6 = ? ﬁne Straße İstanbul e\u0301le\u0300ve 東京ﾄﾞｰﾑ 3×4÷2 −5 well-known 1.5 2**3 x=1 soft\u00adhyphen ½"
     ]
@@ -180,11 +180,11 @@ def rewritten(text: str, how: int) -> str:
 
 @pytest.mark.parametrize("how", range(4))
 def test_every_planted_problem_is_found(gsm8k: list[Problem], humaneval: list[Problem], how: int) -> None:
-    """All 1,319 + 164 problems inside longer documents: written otherwise, each is found, and none in its place."""
+    """1,319 + 164 problems inside longer documents, as they are and written otherwise: each is found, in its place."""
     finder = Finder(DecontaminateConfig(), [*gsm8k, *humaneval])
     assert finder.too_short == []
     assert finder.found(FILLER * 20) == []
-    for problem in [*gsm8k, *humaneval]:
+    for problem in [*gsm8k, *humaneval][how :: 4 if how else 1]:  # as they are, all; otherwise, a quarter each
         found = finder.found(f"{FILLER}\n{rewritten(problem.text, how)}\n{FILLER}")
         assert (problem.set, problem.id) in [(m.problem.set, m.problem.id) for m in found[:2]], problem
         own = next(m for m in found if m.problem == problem)
@@ -265,13 +265,14 @@ def test_a_sum_stands_by_itself(text: str, found: bool) -> None:
     assert stands_alone("1+2", 0, 3)
 
 
-def test_lessons_lose_no_document_wrongly(tmp_path: Path) -> None:
-    """The recipe `tiny`: 12,000 lessons against its 700 test problems, which share no chain; and each is found."""
+@pytest.mark.parametrize("count", [3000, pytest.param(12_000, marks=pytest.mark.slow)])
+def test_lessons_lose_no_document_wrongly(tmp_path: Path, count: int) -> None:
+    """The recipe `tiny`: its (first) lessons against its 700 test problems, which share no chain; and each is found."""
     make_problems(ProblemsConfig(test=700), tmp_path, 0, progress=silent)
     problems = [Problem("problems", r["id"], r["question"]) for r in map(json.loads, (tmp_path / "test.jsonl").open())]
     finder = Finder(DecontaminateConfig(), problems)
     assert finder.too_short == []
-    assert [i for i in range(12_000) if finder.found(lesson(0, i))] == []
+    assert [i for i in range(count) if finder.found(lesson(0, i))] == []
     for problem in problems:
         assert finder.found(f"Exercises, page 3\n\n1. {problem.text.upper()}\nAnswer: 7\n")
 
