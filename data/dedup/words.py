@@ -97,7 +97,11 @@ def characters() -> np.ndarray:
     lower, kinds = np.arange(CODE_POINTS, dtype=np.uint32), np.full(CODE_POINTS, OTHER, np.uint8)
     for code in range(ASSIGNED):
         character = chr(code)
-        if unicodedata.category(character) in ("Cn", "Co", "Cs"):  # half of them, and nothing to look up
+        category = unicodedata.category(character)
+        if category in ("Cn", "Co", "Cs"):  # half of them, and nothing to look up
+            continue
+        if category == "Lo" and (0x3400 <= code < 0xA000 or 0xAC00 <= code < 0xD800 or code >= 0x20000):
+            kinds[code] = LETTER if 0xAC00 <= code < 0xD800 else ALONE  # Hangul syllables, Chinese: most of the rest
             continue
         small = character.lower()
         kinds[code] = _kind(character, code)
