@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ THREAD_COUNTS = (
 )
 MEMORY_LIMIT = "1GiB"  # a worker above 95 % of it is ended, and its task run again
 NANNY_MEMORY = "256MiB"  # of a job or pod, beside its workers: the process that starts them, and starts them anew
+GIVEN_UP = 4.0  # seconds without a process after which nobody will start it; a nanny takes milliseconds
 SCHEDULER = "DASK_SCHEDULER_ADDRESS"
 # Spilling and pausing are for results kept in memory; tasks here keep none. A worker that pauses on the memory of its
 # libraries never goes on: only the limit itself is acted on. The profiler would take a few percent of each worker.
@@ -191,6 +193,34 @@ def local_cluster(workers: int, threads: int = 1, memory: str = MEMORY_LIMIT, sc
             # No time to live: a task that holds the interpreter for minutes is at work; a process that ends is seen.
             scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0", "worker_ttl": None},
         )
+
+
+class Revival:
+    """Replaces the workers of a local cluster that nobody starts anew.
+
+    Dask's nanny starts its worker again when that dies; but when the start itself fails (no room for the worker's
+    folder, say) the nanny gives up, and the cluster has a worker less for ever.
+    """
+
+    def __init__(self, cluster: Any) -> None:
+        self.cluster, self.wanted = cluster, len(cluster.worker_spec)
+        self._still: dict[Any, float] = {}  # by worker: since when it has had no process
+
+    def at_work(self) -> bool:
+        """Is any worker's process there, be it only starting (a minute, on a machine that has too much to do)?"""
+        return any(nanny.is_alive() for nanny in list(self.cluster.workers.values()))
+
+    def look(self) -> None:
+        """Cheap; to be called now and then."""
+        now = time.monotonic()
+        still = [name for name, nanny in list(self.cluster.workers.items()) if not nanny.is_alive()]
+        self._still = {name: self._still.get(name, now) for name in still}
+        gone = [name for name, since in self._still.items() if now - since >= GIVEN_UP]
+        for name in gone:
+            self.cluster.worker_spec.pop(name, None)
+            del self._still[name]
+        if gone:
+            self.cluster.scale(self.wanted)
 
 
 def described_cluster(told: JobQueue | Kubernetes, threads: int = 1) -> Any:

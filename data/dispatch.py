@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from gristmill.data.cluster import Revival
+
 LOG = logging.getLogger(__name__)
 QUEUED = 2  # jobs in flight for a thread: the one at work and the next, so that no worker waits for this process
 FEWEST = 8  # jobs in flight where no worker has come yet: an adaptive cluster starts workers for what it sees
@@ -80,6 +82,9 @@ class _Flight:
         self.held: dict[Any, tuple[Job, int, int]] = {}
         self._ended: SimpleQueue[Any] = SimpleQueue()
         self._threads, self._counted = 0, 0.0
+        local = type(client.cluster).__name__ == "LocalCluster"
+        self._revival = Revival(client.cluster) if local else None
+        self._revived = 0.0
         self._alone_since: float | None = None  # since when there has been no worker
         self._told = False
 
@@ -96,6 +101,9 @@ class _Flight:
         """Wait a moment for a job to end; what a fault took is submitted again."""
         from distributed import CancelledError, KilledWorker
 
+        if self._revival is not None and time.monotonic() - self._revived >= TICK:
+            self._revived = time.monotonic()
+            self._revival.look()
         try:
             future = self._ended.get(timeout=TICK)
         except Empty:
@@ -133,14 +141,14 @@ class _Flight:
     def _look(self) -> None:
         """Nothing ended for a moment: is anybody at work?"""
         self._wait_for_connection()
-        if self._count():
+        if self._count() or (self._revival is not None and self._revival.at_work()):
             self._alone_since, self._told = None, False
             return
         now = time.monotonic()
         self._alone_since = now if self._alone_since is None else self._alone_since
         if now - self._alone_since < PATIENCE or self._told:
             return
-        if self.client.cluster is not None and type(self.client.cluster).__name__ == "LocalCluster":
+        if self._revival is not None:
             raise ClusterLost(
                 "all worker processes are gone and none came back (memory of the machine, or the disk of "
                 ".gristmill/dask, is full?): make room and run again, what is done is kept"

@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -86,6 +87,38 @@ def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
     run_tasks([Task(subprocess.check_call, (command,), tmp_path / "x")], 1, silent)
     assert (tmp_path / "x").exists()
     assert list(client.run(os.getpid).values()) != [first]
+
+
+def worker_processes() -> set[int]:
+    """Of this process, those that are up and those that are being started."""
+    found = set()
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # ended meanwhile
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.add(child.pid)
+    return found
+
+
+def test_a_worker_killed_before_it_was_up_is_replaced_too(tmp_path: Path) -> None:
+    """Its nanny gives up on it."""
+    client = cluster_client(1)
+
+    def kill() -> None:
+        time.sleep(0.5)
+        first = worker_processes()
+        for pid in first:
+            os.kill(pid, signal.SIGKILL)
+        while not (second := worker_processes() - first):
+            time.sleep(0.005)
+        os.kill(second.pop(), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    program = "test -e begun || { touch begun; sleep 5; }; touch x"
+    command = ["sh", "-c", f"cd {shlex.quote(str(tmp_path))}; {program}"]
+    run_tasks([Task(subprocess.check_call, (command,), tmp_path / "x")], 1, silent)
+    killer.join()
+    assert len(client.nthreads()) == 1
 
 
 def test_one_cluster_serves_stages_that_follow_each_other() -> None:

@@ -51,3 +51,9 @@ def hold(size: int, result: Path) -> None:
 def touch(result: Path) -> None:
     """The least a task can do."""
     result.touch()
+
+
+def peak() -> int:
+    """The most memory that this process has had, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

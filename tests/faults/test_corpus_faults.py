@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,16 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def worker_processes() -> set[int]:
+    """Of this process, those that are up and those that are being started."""
+    found = set()
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # ended meanwhile
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.add(child.pid)
+    return found
+
+
 class Killer(threading.Thread):
     """Kills workers, drawn by a seed, at moments drawn by it."""
 
@@ -75,8 +85,7 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         while len(self.killed) < self.kills and not self.over.wait(self.draw.uniform(0.05, 0.8)):
-            alive = sorted(p.pid for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline()))
-            alive = [p for p in alive if p not in self.killed]
+            alive = sorted(worker_processes() - set(self.killed))
             if alive:
                 self.killed.append(self.draw.choice(alive))
                 self.how(self.killed[-1])
@@ -293,22 +302,19 @@ def test_a_task_above_the_memory_limit_is_told(tmp_path: Path, monkeypatch: pyte
         run_tasks(tasks, 1, silent)
 
 
-@pytest.mark.slow
-def test_a_hundred_thousand_tasks_do_not_flood_the_scheduler(tmp_path: Path) -> None:
-    """The scheduler never holds more than what is in flight, and this process holds no future more."""
-    client = cluster_client(2)
-    held = []
+def test_the_scheduler_holds_what_is_in_flight_and_no_more(tmp_path: Path) -> None:
+    """However many tasks there are: two for each worker, and what it has not forgotten yet."""
+    client, held = cluster_client(2), []
 
     def progress(done: int, total: int, **_: float) -> None:
-        if done % 2000 == 0:
+        if done % 20 == 1:
             held.append(client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
 
-    tasks = [Task(slow_sieve.touch, (tmp_path / str(i),), tmp_path / str(i)) for i in range(10_000)]
-    began = time.monotonic()
+    tasks = [Task(slow_sieve.touch, (tmp_path / str(i),), tmp_path / str(i)) for i in range(200)]
     run_tasks(tasks, 2, progress)
-    print(f"{10_000 / (time.monotonic() - began):.0f} tasks a second")
+    assert len(held) == 10
     assert max(held) <= 8
-    assert len(list(tmp_path.iterdir())) == 10_000
+    assert len(list(tmp_path.iterdir())) == 200
 
 
 @pytest.mark.slow
@@ -331,13 +337,7 @@ def test_a_worker_stays_below_a_gibibyte_on_a_large_shard(tmp_path: Path) -> Non
     (worker,) = client.run(os.getpid).values()
     run_tasks([Task(slow_sieve.keep_all, (big, out), tally_path(out, big))], 1, silent)
     assert list(client.run(os.getpid).values()) == [worker]
-    (peak,) = client.run(_peak).values()
+    (peak,) = client.run(slow_sieve.peak).values()
     print(f"peak {peak / 2**20:.0f} MiB")
     assert peak < 2**28
     assert sum(1 for _ in read_rows(out / "documents" / big.name)) == number
-
-
-def _peak() -> int:
-    """On a worker: the most memory it has had, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
