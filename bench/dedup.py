@@ -44,10 +44,17 @@ def measured(what: str, *arguments: object) -> tuple[float, int]:
         process = subprocess.Popen(command, env={**os.environ, **THREADS}, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            raise RuntimeError(f"{what} ended with {process.returncode}: {log.read()[-2000:]}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss // 1024
+        log.seek(0)
+        said = log.read()
+    if process.returncode:
+        raise RuntimeError(f"{what} ended with {process.returncode}: {said[-2000:]}")
+    return usage.ru_utime + usage.ru_stime, int(said.split()[-1])
+
+
+def peak_mib() -> int:
+    """The most memory this process held. Not ru_maxrss, which begins with what the process that started it held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024
 
 
 def run_ours(documents: str, out: str) -> None:
@@ -264,6 +271,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.run:
         RUNS[arguments.run[0]](*arguments.run[1:])
+        print(peak_mib())
         return
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ.update(THREADS)
