@@ -260,5 +260,6 @@ def test_every_field_of_every_rule_is_explained() -> None:
     for section in sections():
         (rule,) = [t for t in Profile.model_fields[section].annotation.__args__ if t is not type(None)]
         assert issubclass(rule, RuleConfig)
-        missing = {section, *rule.model_fields} - named
+        assert f"\n## {section}\n" in page
+        missing = set(rule.model_fields) - named
         assert not missing, (section, missing)
