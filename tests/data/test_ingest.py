@@ -96,7 +96,11 @@ BAD = {
     "truncated gz": ("bad.jsonl.gz", gzip.compress("\n".join(LINES * 50).encode())[:-20], "cut short or damaged"),
     "truncated zst": ("bad.jsonl.zst", zstandard.compress("\n".join(LINES * 50).encode())[:-8], "cut short or damaged"),
     "invalid utf-8 line": ("bad.jsonl", LINES[0].encode() + b'\n{"text": "\xff\xfe"}\n', "record 2: invalid UTF-8"),
-    "invalid utf-8 text": ("bad.txt", b"good line\nbad \xff line\n", "invalid UTF-8 .at byte 14 of the file, in its line 2"),
+    "invalid utf-8 text": (
+        "bad.txt",
+        b"good line\nbad \xff line\n",
+        "invalid UTF-8 .at byte 14 of the file, in its line 2",
+    ),
     "no text": ("bad.jsonl", b'{"text": "fine"}\n{"body": "x"}\n', "record 2: no text field .no field 'text'"),
     "empty text": ("bad.jsonl", b'{"text": "fine"}\n{"text": "  "}\n', "record 2: no text"),
     "not json": ("bad.jsonl", b'{"text": "fine"}\nnot json\n', "record 2: not JSON"),
@@ -161,7 +165,14 @@ def test_workers_change_no_byte_and_the_seed_does(tmp_path: Path, bytes_of) -> N
     from gristmill.data.executor import close_cluster
 
     config = IngestConfig.model_validate(
-        {"sources": [{"type": "lessons", "count": 5100}, {"type": "stdlib", "max_documents": 20}]}
+        {
+            "sources": [
+                {"type": "lessons", "count": 5100},
+                {"type": "stdlib", "max_documents": 20},
+                files(written(tmp_path, "jsonl.zst")),
+                files(written(tmp_path, "parquet")) | {"name": "other"},
+            ]
+        }
     )
     made = {}
     for name, workers, seed in (("none", 0, 0), ("two", 2, 0), ("other seed", 0, 1)):

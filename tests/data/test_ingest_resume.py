@@ -137,7 +137,7 @@ def test_a_stop_at_any_shard_ends_in_the_same_bytes(
     source = source_of(form, tmp_path)
     whole = go(tmp_path / "whole", source)
     assert whole["documents_out"] == COUNT
-    for done in range(5):
+    for done in (0, 2, 4):
         out = tmp_path / f"stopped{done}"
         with monkeypatch.context() as patch:
             stop_after(patch, done)
