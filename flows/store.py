@@ -45,6 +45,7 @@ TRASH = ".trash"
 SHOWN = (
     *("view/", "samples.jsonl", "curves.jsonl", "results.jsonl", "report.json", "log/timings.jsonl"),
     *("funnel.jsonl", "histograms.jsonl", "pairs.jsonl", "repeats.jsonl", "matches.jsonl", "compression.jsonl"),
+    *("packing.jsonl", "sources.jsonl", "classifiers/"),
 )
 KEY = re.compile(r"[0-9a-f]{16}")
 

@@ -10,6 +10,7 @@ repeats.jsonl, matches.jsonl, compression.jsonl    tables
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ def corpus_parts(stage: StageFolder) -> list[str]:
         *_funnel(stage),
         *_before_and_after(stage),
         *_histograms(stage),
+        *_classifiers(stage),
         *_tables(stage),
         *_pairs(stage),
         *_decisions(stage),
@@ -149,6 +151,25 @@ def _histograms(stage: StageFolder) -> list[str]:
     joined = joined_histograms(stage.rows("histograms.jsonl"))
     drawn = _picture("Histograms", corpus_figures.histograms(joined), 80)
     return ["## Kept against removed", "Each outcome by its own total.", *drawn] if drawn else []
+
+
+def _classifiers(stage: StageFolder) -> list[str]:
+    """Of each classifier that was trained here: how well it tells, and the deciles of its scores."""
+    parts = []
+    for file in sorted(stage.path.glob("classifiers/*/classifier.json")):
+        report = json.loads(file.read_text(encoding="utf-8"))["report"]
+        rows = [(f"{d['from']:g} – {d['to']:g}", d["examples"], f"{d['good']:.1%}") for d in report["deciles"]]
+        said = (
+            f"On examples that training did not see: area under the curve {report['auc']:.4g}, calibration error "
+            f"{report['calibration_error']:.4g}. A tenth of them a row, by score."
+        )
+        parts += [
+            f"## Quality classifier of {text.cell(file.parent.name)}",
+            said,
+            *_picture("Deciles", corpus_figures.deciles(report["deciles"])),
+            text.table(("score", "examples", "good ones"), rows, right=(1, 2)),
+        ]
+    return parts
 
 
 def _tables(stage: StageFolder) -> list[str]:

@@ -137,6 +137,24 @@ def _steps(bins: Mapping[float, int], powers: bool) -> tuple[list[float], list[f
     return lows, [held.get(low, 0) / whole for low in lows]
 
 
+def deciles(rows: Sequence[Mapping[str, float]]) -> Figure | None:
+    """The share of good examples in each tenth of the scores, and the tenth's middle score: calibrated ones agree."""
+    if not rows:
+        return None
+    with charts.house_style():
+        figure, (ax,) = charts.panels(1, 1, 4.5, 2.75)
+        places = list(range(1, len(rows) + 1))
+        ax.bar(places, [row["good"] for row in rows], width=0.7, color=COLOURS["kept"])
+        middles = [(row["from"] + row["to"]) / 2 for row in rows]
+        ax.plot(places, middles, "D", color="none", mec=PALETTE["ink"], markersize=5)
+        ax.set_ylim(0, 1.05)
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        ax.set_xticks(places)
+        ax.set_xlabel("tenth of the scores (◇ the score itself)", loc="left")
+        ax.set_title("good examples")
+    return figure
+
+
 def compression(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Bytes of text a token, by source and language; the largest first by text."""
     shown = sorted(rows, key=lambda row: -row["bytes"])[:MOST_SOURCES]

@@ -123,6 +123,18 @@ def test_tables_of_other_stages_are_shown(tmp_path: Path, file: str) -> None:
     assert "| of \u200a**this**\u200a span | 12 |" in card(tmp_path)
 
 
+def test_deciles_of_a_classifier_are_shown(tmp_path: Path) -> None:
+    deciles = [{"from": i / 10, "to": (i + 1) / 10, "examples": 5, "good": i / 9} for i in range(10)]
+    about = {"report": {"auc": 0.98765, "calibration_error": 0.0321, "deciles": deciles}}
+    (tmp_path / "classifiers" / "prose").mkdir(parents=True)
+    (tmp_path / "classifiers" / "prose" / "classifier.json").write_text(json.dumps(about))
+    shown = card(tmp_path)
+    assert "## Quality classifier of prose" in shown
+    assert "area under the curve 0.9877, calibration error 0.0321" in shown
+    assert "| 0.9 – 1 | 5 | 100.0% |" in shown
+    assert shown.count("data:image/png") == 1
+
+
 def test_a_whole_card_stays_small(tmp_path: Path) -> None:
     folder = make_run(tmp_path)["dedup"]
     long = [

@@ -28,9 +28,10 @@ from gristmill.flows.recipe import load_recipe
 from gristmill.flows.runners import Plain
 from gristmill.flows.store import Store
 
-CORPUS = ("ingest", "dedup", "filter", "decontaminate", "tokenize")
+CORPUS = ("ingest", "dedup", "spans", "filter", "decontaminate", "tokenize")
 WORDS = ["mill", "stone", "grain", "sieve", "flour", "sack", "wheel", "water", "miller", "baker"]
 WORDS += ["the", "and", "of", "to", "in", "that", "is", "on", "with", "for"]
+SHARED = " ".join(f"shared{i:03d} words{i % 7}" for i in range(60))  # a paragraph that two documents have
 
 
 def prose(seed: int, sentences: int = 12) -> str:
@@ -50,6 +51,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = rows[5]["text"].split()
     rows[40]["text"] = " ".join([*words[:-3], "quite", "another", "end."])
     rows[7]["text"] = "Too short."
+    rows[9]["text"] += f"\n\n{SHARED}"
+    rows[50]["text"] += f"\n\n{SHARED}"
     (place / "web").mkdir()
     for number in range(2):
         lines = [json.dumps(row) + "\n" for row in rows[30 * number : 30 * number + 30]]
@@ -67,6 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 {"type": "files", "name": "books", "paths": [str(place / "books" / "*.txt")]},
             ],
         },
+        "spans": {},
         "mix": {"weights": {}},
         "filter": {"profiles": {"prose": {"length": {"least_characters": 40}}}},
         "tokenize": {"vocab_size": 512, "sample_bytes": 100_000, "held_out": 0.1, "shard_tokens": 4000},
