@@ -23,6 +23,7 @@ ROUNDS = 2  # Dask blames every job a dead worker held, those that only waited t
 CANCELS = 10  # restarts of the whole cluster, and lost connections, that one job is submitted again after
 TICK = 1.0  # seconds between looks at the cluster while nothing ends
 COUNT = 5.0  # seconds between counts of the workers
+GONE = 15.0  # seconds without any worker process on this machine before the cluster counts as lost
 PATIENCE = 60.0  # seconds without any worker before it is said
 
 
@@ -146,7 +147,7 @@ class _Flight:
             return
         now = time.monotonic()
         self._alone_since = now if self._alone_since is None else self._alone_since
-        if now - self._alone_since < PATIENCE or self._told:
+        if now - self._alone_since < (GONE if self._revival else PATIENCE) or self._told:
             return
         if self._revival is not None:
             raise ClusterLost(

@@ -52,6 +52,7 @@ __all__ = [
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SETTLE_SECONDS = 90.0  # a file that another machine wrote may be seen so much later (NFS keeps "not there" for 60 s)
 CONNECT_SECONDS = 30.0
+CLUSTERS = 3  # local ones, one after another, before it is said that their workers do not stay
 
 _PLACE: ContextVar[str | None] = ContextVar("cluster", default=None)
 
@@ -141,7 +142,16 @@ def run_tasks(
             progress(done, whole)
     else:
         place = asked_for(cluster or _PLACE.get())
-        _on_dask(missing, cluster_client(workers, threads_per_worker, place), place, workers, progress, done, whole)
+        for attempt in range(CLUSTERS):
+            left = [t for t in missing if not t.result.exists()]
+            done = done_before + len(tasks) - len(left)
+            try:
+                client = cluster_client(workers, threads_per_worker, place)
+                _on_dask(left, client, place, workers, progress, done, whole)
+                break
+            except ClusterLost:  # all workers here were ended while they started: their nannies give up, so new ones
+                if place or attempt == CLUSTERS - 1:
+                    raise
 
 
 def _here(task: Task) -> None:
