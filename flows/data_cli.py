@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections.abc import Callable
 from itertools import islice
 from typing import Annotated, Any
 
 import typer
 
-from gristmill.flows.errors import UsageError
+from gristmill.flows.errors import StoreDamaged, UsageError
 from gristmill.flows.terminal import print_table, size
 
 DEFAULT_STORE = ".gristmill/store"
@@ -25,7 +27,21 @@ StageOrKey = Annotated[str, typer.Argument(help="A stage (its result in the late
 RunOrKey = Annotated[str, typer.Argument(help="A run, or a result's key, or a stage of the latest run.")]
 
 
+def _refusing(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that says in one sentence what is damaged in a store."""
+
+    @functools.wraps(command)
+    def guarded(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except (StoreDamaged, ValueError) as error:
+            raise UsageError(str(error)) from error
+
+    return guarded
+
+
 @data_app.command()
+@_refusing
 def show(
     what: StageOrKey,
     removed: Annotated[bool, typer.Option("--removed", help="What the stage removed.")] = False,
@@ -76,6 +92,7 @@ def _seen(row: dict[str, Any], result: Any, shards: list[str]) -> bool:
 
 
 @data_app.command()
+@_refusing
 def stats(
     what: Annotated[str | None, typer.Argument(help="A stage or a result's key; none: all stages of a run.")] = None,
     store: Store = DEFAULT_STORE,
@@ -176,6 +193,7 @@ def _overview(chain: list[Any], as_json: bool) -> None:
 
 
 @data_app.command()
+@_refusing
 def diff(
     first: RunOrKey,
     second: RunOrKey,
@@ -232,6 +250,7 @@ def _as_json(part: Any, names: list[str]) -> dict[str, Any]:
 
 
 @data_app.command()
+@_refusing
 def trace(
     identifier: Annotated[str, typer.Argument(metavar="DOC-ID", help="As `gristmill data show` prints it.")],
     run: Annotated[str | None, typer.Option(help="A run; by default the latest that has documents.")] = None,
@@ -258,6 +277,7 @@ def trace(
 
 
 @data_app.command()
+@_refusing
 def remove(
     identifiers: Annotated[list[str] | None, typer.Argument(metavar="[DOC-ID]…", help="Ids of documents.")] = None,
     url: Annotated[str | None, typer.Option(help="Every document from this address.")] = None,

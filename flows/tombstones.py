@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gristmill.flows.errors import UsageError
 from gristmill.flows.identity import canonical
 from gristmill.flows.manifest import write_json
 from gristmill.flows.store import Store
@@ -26,13 +27,31 @@ Row = dict[str, Any]
 
 
 def read(store: Store) -> list[Row]:
-    """Every tombstone of a store, oldest first."""
+    """Every tombstone of a store, oldest first.
+
+    Raises:
+        UsageError: a line is no JSON object with an id or a URL: nothing is run that may bring a document back.
+    """
     if store.remote:
         data = store.far.read(TOMBSTONES) or b""
     else:
         path = store.local / TOMBSTONES
         data = path.read_bytes() if path.exists() else b""
-    return [json.loads(line) for line in data.splitlines()]
+    return [_parsed(line, number, store) for number, line in enumerate(data.splitlines(), 1)]
+
+
+def _parsed(line: bytes, number: int, store: Store) -> Row:
+    try:
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("id", row.get("url")), str):
+            return row
+        reason = "neither an id nor a url"
+    except ValueError as error:
+        reason = str(error)
+    raise UsageError(
+        f"line {number} of {TOMBSTONES} in store {store.uri!r} is damaged ({reason}): mend it, or take it from a copy; "
+        f"without it a document that was taken out could come back"
+    )
 
 
 def record(store: Store, rows: Iterable[Row]) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ def test_what_decided_is_bold_and_nothing_else_is_a_mark(tmp_path: Path) -> None
     row = next(line for line in card(tmp_path).splitlines() if line.startswith("| r | s |"))
     assert "a\\|b \u200a**&lt;b&gt;\\*c\\*&lt;/b&gt;**\u200a \u200a**d**\u200a\\`e\\`\u200a**␣**\u200a ⟦f" in row
     assert row.replace("\\|", "").count("|") == 4
+
+
+def test_markdown_reads_marks_as_bold_wherever_they_stand() -> None:
+    """By a CommonMark parser: the bold part is the text between the marks, and nothing else is markup."""
+    from markdown_it import MarkdownIt
+
+    insides = ("b", "(b)", '"b"', " b ", "*b*", "b_c", "<i>b</i>", "`b`")
+    for before, inside, after in product(("", "a", "a ", "(", "*", "é"), insides, ("", "c", " c", ")", "*", "中")):
+        html = MarkdownIt().renderInline(text.cell(text.Marked(f"x{before}⟦{inside}⟧{after}")))
+        bold = inside.strip().replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+        assert f"<strong>{bold}</strong>" in html, (before, inside, after)
+        assert html.count("<") == 2, (before, inside, after)
 
 
 def test_a_cut_inside_a_mark_closes_it() -> None:

@@ -288,6 +288,23 @@ def test_ids_that_no_document_has_are_refused_unless_asked_for(place: Path, made
     assert {e["state"] for e in record["stages"]} == {"cached"}
 
 
+@pytest.mark.parametrize("line", ["{", "[]", '{"who": "x"}', '{"id": 3}'])
+def test_damaged_tombstones_stop_every_run(place: Path, made: Path, line: str) -> None:
+    remove(place, "web/3")
+    with (place / "store" / tombstones.TOMBSTONES).open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UsageError, match=r"line 2 of tombstones\.jsonl .* is damaged"):
+        toys.go(Store(place / "store"), toys.recipe_of({n: made / f"{n}.jsonl" for n in ("web", "notes")}))
+
+
+def test_a_damaged_shard_is_named_and_nothing_is_taken_out(place: Path) -> None:
+    shard = next((place / "store" / "ingest").glob("*/documents/00000.jsonl.zst"))
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(UsageError, match=r"00000\.jsonl\.zst is not a whole document shard"):
+        remove(place, "web/3")
+    assert tombstones.read(Store(place / "store")) == []
+
+
 def test_a_no_changes_nothing(place: Path, bytes_of: Callable[[Path], str]) -> None:
     before = hashes(place / "store")
     result = CliRunner().invoke(data_app, ["remove", "web/3", "--store", str(place / "store")], input="n\n")
