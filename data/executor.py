@@ -259,7 +259,7 @@ def cluster_client(workers: int, threads_per_worker: int = 1, cluster: str | Non
                 elif place is not None:
                     target = described_cluster(place, threads_per_worker)
                 else:
-                    target = local_cluster(workers, threads_per_worker)
+                    target = _started(workers, threads_per_worker)
                 try:
                     _Cluster.client = Client(target, timeout=CONNECT_SECONDS)
                 except OSError as error:
@@ -285,6 +285,13 @@ def kept_cluster() -> Iterator[None]:
         _Cluster.keepers -= 1
         if not found and _Cluster.keepers == 0:
             close_cluster()
+
+
+def _started(workers: int, threads_per_worker: int) -> Any:
+    try:
+        return local_cluster(workers, threads_per_worker)
+    except RuntimeError as error:
+        raise ClusterLost(f"worker processes end while they start ({error}): make room, and run again") from error
 
 
 def close_cluster() -> None:
