@@ -37,7 +37,7 @@ def quiet(done: int, total: int, **values: float) -> None:
 
 def report(folders: dict[str, Path], out: Path, **config: Any) -> tuple[dict, dict, str]:
     out.mkdir()
-    metrics = make_report(ReportConfig(**config), **folders, out=out, progress=quiet)
+    metrics = make_report(ReportConfig(**config), **folders, trimmed=folders["dedup"], out=out, progress=quiet)
     numbers = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return metrics, numbers, (out / "view" / "report.html").read_text(encoding="utf-8")
 

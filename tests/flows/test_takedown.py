@@ -328,7 +328,7 @@ def settled_state(store: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "moment", [m if m % 18 == 0 else pytest.param(m, marks=pytest.mark.slow) for m in range(0, 124, 3)]
+    "moment", [m if m % 36 == 0 else pytest.param(m, marks=pytest.mark.slow) for m in range(0, 124, 3)]
 )
 def test_killed_and_called_again_it_ends_in_the_same_state(
     place: Path, made: Path, moment: int, monkeypatch: pytest.MonkeyPatch
