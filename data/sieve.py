@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gristmill.data.documents import Row, RowWriter, fresh, open_rows, read_rows, write_json_lines
+from gristmill.data.documents import Row, RowWriter, open_rows, read_rows, write_json_lines
 from gristmill.data.stage_types import Metrics
 
 SHOWN = 20  # documents of each outcome among the samples
@@ -97,13 +97,12 @@ def sieve_shard(shard: Path, out: Path, judge: Judge) -> None:
         ValueError: the shard is damaged.
     """
     tally = Tally()
-    paths = {kind: fresh(out / kind / shard.name) for kind in ("removed", "changed")}
     with ExitStack() as stack:
         writers: dict[str, RowWriter] = {"documents": stack.enter_context(open_rows(out / "documents" / shard.name))}
 
         def writer(kind: str) -> RowWriter:
             if kind not in writers:
-                writers[kind] = stack.enter_context(open_rows(paths[kind]))
+                writers[kind] = stack.enter_context(open_rows(out / kind / shard.name))
             return writers[kind]
 
         for place, row in enumerate(read_rows(shard)):

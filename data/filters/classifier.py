@@ -308,7 +308,8 @@ class Classifier:
             if about.pop("format", None) != FORMAT:
                 raise ValueError(f"{folder / ABOUT} has another format than {FORMAT}: train the classifier again")
             weights = load((folder / WEIGHTS).read_bytes())["weights"]
-            own = cls(weights, *(float(about.pop(name)) for name in ("bias", "slope", "offset")), about)
+            bias, slope, offset = (float(about.pop(name)) for name in ("bias", "slope", "offset"))
+            own = cls(weights, bias, slope, offset, about)
             if weights.shape != (1 << about["config"]["bits"],) or weights.dtype != np.float32:
                 raise ValueError(f"{folder / WEIGHTS} does not fit {ABOUT}: train the classifier again")
         except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:

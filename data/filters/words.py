@@ -243,7 +243,7 @@ def _spacy(language: str) -> Any:
     )
     try:
         splitter = load_word_tokenizer(language)
-        tokenizer = splitter.tokenizer.tokenizer if isinstance(splitter, SpaCyTokenizer) else None
+        tokenizer: Any = splitter.tokenizer.tokenizer if isinstance(splitter, SpaCyTokenizer) else None
     except ImportError as error:  # of a model or dictionary
         raise ValueError(f"{refusal} ({error})") from error
     if type(tokenizer) is not Tokenizer:

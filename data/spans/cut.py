@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gristmill.data.documents import Row, excerpt, fresh, open_rows, write_json_lines
+from gristmill.data.documents import Row, excerpt, open_rows, write_json_lines
 from gristmill.data.sieve import KEEP, Edit, Verdict, edited, remove, sieve_shard
 from gristmill.data.spans.exchange import SHIFT, WITHIN
 from gristmill.data.spans.search import Search
@@ -47,7 +47,7 @@ def cut_marker(out: Path, number: int) -> Path:
 
 def cut_shard(search: Search, cut: Cut, number: int, shard: Path, out: Path) -> None:
     """Write documents/, removed/, changed/ and repeats/ of a shard."""
-    path = fresh(out / "repeats" / shard.name)
+    path = out / "repeats" / shard.name
     with ExitStack() as stack:
         knife = stack.enter_context(closing(_Knife(search, cut, number)))
         repeats = stack.enter_context(open_rows(path))
