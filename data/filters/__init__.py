@@ -53,11 +53,16 @@ def rule_files(config: FilterConfig) -> list[str]:
 
 
 def check_filters(config: FilterConfig) -> None:
-    """Refuse lists, examples and models that cannot be read, before anything runs.
+    """Refuse languages without a splitter, and lists, examples and models that cannot be read, before anything runs.
 
     Raises:
-        ValueError: with the file and what to do.
+        ValueError: with the language or the file, and what to do.
     """
+    for kind, profile in config.profiles.items():
+        try:
+            profile.check()
+        except ValueError as error:
+            raise ValueError(f"the profile of {kind!r}: {error}") from error
     check_outside(config.profiles)
 
 

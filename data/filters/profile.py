@@ -19,7 +19,7 @@ from gristmill.data.filters.language import Language
 from gristmill.data.filters.lines import Length, Lines
 from gristmill.data.filters.pii import PiiConfig
 from gristmill.data.filters.rule import Rule, RuleConfig, judge_in_turn
-from gristmill.data.filters.words import ExactSplitter, FastSplitter, Splitter
+from gristmill.data.filters.words import FastSplitter, Splitter, SplitterOnDemand, check_words
 from gristmill.data.sieve import Verdict
 
 
@@ -37,7 +37,10 @@ class Profile(Config):
         "in one pass for all scripts, which is several times quicker and differs in few verdicts of a thousand.",
     )
     words: str = Field(
-        default="en", title="Words of", description="Language whose rules split words in mode exact (ISO 639-1)."
+        default="en",
+        title="Words of",
+        description="Language whose rules split words in mode exact (ISO 639-1; with its script where it has several, "
+        "such as ar_Arab).",
     )
     order: tuple[str, ...] = Field(
         default=(),
@@ -89,12 +92,17 @@ class Profile(Config):
         return [section.rule(self.mode == "exact") for section in found if section is not None]
 
     def splitter(self) -> Splitter:
-        """What splits words for these rules.
+        """What splits words for these rules; it loads nothing before the first word is asked for."""
+        return SplitterOnDemand(self.words) if self.mode == "exact" else FastSplitter()
+
+    def check(self) -> None:
+        """Refuse a language whose words these rules cannot split.
 
         Raises:
             ValueError: the mode is exact and the words of the language are not split by spaCy's rules.
         """
-        return ExactSplitter(self.words) if self.mode == "exact" else FastSplitter()
+        if self.mode == "exact":
+            check_words(self.words)
 
     def judge(self) -> Callable[[Row], Verdict]:
         """From a document to what becomes of it under these rules; models are loaded once, by this call."""

@@ -6,6 +6,7 @@ Python string a word. Words include punctuation marks, as datatrove's do.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -66,7 +67,7 @@ class ExactSplitter:
     is split by the fast rules, since spaCy's time grows with the square of its length.
 
     Raises:
-        ValueError: datatrove splits the language with something else, a model or a dictionary.
+        ValueError: see `check_words`.
     """
 
     def __init__(self, language: str = "en") -> None:
@@ -172,6 +173,25 @@ class ExactSplitter:
             at += 1  # the line break
 
 
+class SplitterOnDemand:
+    """The exact splitter of a language, made when the first words are asked for: spaCy takes seconds to load.
+
+    A thread has one a language, which goes on from shard to shard with what it remembers.
+    """
+
+    def __init__(self, language: str = "en") -> None:
+        self._language = language
+
+    def split(self, text: str, codes: NDArray[np.uint32]) -> Words:
+        made: dict[str, ExactSplitter] = vars(_of_thread).setdefault("splitters", {})
+        if self._language not in made:
+            made[self._language] = ExactSplitter(self._language)
+        return made[self._language].split(text, codes)
+
+
+_of_thread = threading.local()
+
+
 class _Faces:
     """Where spaCy's special words of several marks, such as `:-)`, might reach over a space.
 
@@ -230,14 +250,38 @@ def _fits(run: str, half: str) -> bool:
     return run.startswith(half) and not (half[-1].isalpha() and run[len(half)].isalpha())
 
 
+def check_words(language: str) -> None:
+    """Refuse a language whose words `ExactSplitter` does not split, before it is asked to.
+
+    Raises:
+        ValueError: datatrove does not know the language, splits it with a model or a dictionary, or splits each of its
+            scripts in another way and the code names none.
+    """
+    if language != "en":  # which is known to be split by rules: a run of the defaults is planned without spaCy
+        _spacy(language)
+
+
 @cache
 def _spacy(language: str) -> Any:
     """The tokenizer of a language as datatrove has it, over a vocabulary of bare words: what a word looks like
     is half of spaCy's time, and nobody asks here."""
-    from datatrove.utils.word_tokenizers import SpaCyTokenizer, load_word_tokenizer
+    from datatrove.utils.word_tokenizers import SpaCyTokenizer, load_tokenizer_assignments, load_word_tokenizer
     from spacy.tokenizer import Tokenizer
     from spacy.vocab import Vocab
 
+    known = load_tokenizer_assignments()
+    if language not in known:
+        raise ValueError(
+            f"words of {language!r} are asked for, a language that datatrove's table lacks: give a code such as en or "
+            f"de (ISO 639-1), or use mode fast, which splits every script"
+        )
+    # Of a code without a script the table takes what stands last in it, which for zh and ar is Latin letters.
+    scripts = {code: known[code].args for code in sorted(known) if code.startswith(f"{language}_")}  # type: ignore[attr-defined]
+    if len(set(scripts.values())) > 1:
+        raise ValueError(
+            f"the words of language {language!r} are split in another way in each of its scripts: name one "
+            f"({', '.join(scripts)}), or use mode fast, which splits every script"
+        )
     refusal = (
         f"the words of language {language!r} are not split by rules alone: use mode fast, which splits every script"
     )

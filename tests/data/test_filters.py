@@ -6,6 +6,9 @@ import gzip
 import json
 import re
 import resource
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,10 @@ from pydantic import ValidationError
 
 from gristmill.data.documents import read_rows, shards
 from gristmill.data.executor import close_cluster
-from gristmill.data.filters import FilterConfig, Profile, filter_documents
+from gristmill.data.filters import FilterConfig, Profile, check_filters, filter_documents
 from gristmill.data.filters.profile import sections
 from gristmill.data.filters.rule import RuleConfig
+from gristmill.data.filters.words import ExactSplitter
 from gristmill.data.sieve import Edit, Verdict, edited
 from gristmill.data.stage_types import silent
 
@@ -37,6 +41,47 @@ def row(text: str, name: str = "a", kind: str = "prose") -> dict[str, Any]:
 
 def judged(text: str, **profile: Any) -> Verdict:
     return Profile.model_validate({"mode": "fast", **profile}).judge()(row(text))
+
+
+WITHOUT_SPACY = """
+import sys
+from gristmill.data.filters import FilterConfig, Profile, check_filters
+config = FilterConfig()
+check_filters(config)
+known = {"source": "s", "kind": "code", "url": None, "date": None, "licence": None}
+profile = Profile.model_validate({"mode": "exact", "length": {}, "lines": {}, "language": {}, "pii": {}})
+for judge in (config.profiles["code"].judge(), profile.judge()):
+    judge({"text": "A line of words, and another one.\\n" * 3, "id": "s/a", "metadata": known})
+assert "spacy" not in sys.modules, "loaded"
+"""
+
+
+def test_rules_that_count_no_words_load_no_splitter() -> None:
+    """In a process of its own, since another test may have loaded it here."""
+    subprocess.run([sys.executable, "-P", "-c", WITHOUT_SPACY], check=True)
+
+
+def test_a_language_without_rules_is_refused_before_the_run() -> None:
+    config = FilterConfig.model_validate({"profiles": {"prose": {"words": "zh", "gopher_quality": {}}}})
+    with pytest.raises(ValueError, match=r"profile of 'prose'.*'zh'.*zh_Hani.*use mode fast"):
+        check_filters(config)
+    check_filters(FilterConfig.model_validate({"profiles": {"prose": {"words": "zh", "mode": "fast"}}}))
+
+
+def test_shards_of_one_process_share_a_splitter(monkeypatch) -> None:
+    made: list[str] = []
+
+    class Counted(ExactSplitter):
+        def __init__(self, language: str) -> None:
+            made.append(language)
+            super().__init__(language)
+
+    monkeypatch.setattr("gristmill.data.filters.words.ExactSplitter", Counted)
+    monkeypatch.setattr("gristmill.data.filters.words._of_thread", threading.local())
+    profile = Profile.model_validate({"gopher_quality": {}})
+    verdicts = [profile.judge()(row(PROSE)) for _ in range(3)]
+    assert made == ["en"]
+    assert verdicts == [verdicts[0]] * 3
 
 
 @pytest.mark.parametrize(

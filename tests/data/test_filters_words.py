@@ -19,7 +19,7 @@ from gristmill.data.filters import characters, counting
 from gristmill.data.filters.characters import character_table
 from gristmill.data.filters.edits import compose, original_spans
 from gristmill.data.filters.fasttext_model import language_identifier, model_path, read_model
-from gristmill.data.filters.words import LONGEST_RUN, ExactSplitter, FastSplitter, code_points, runs
+from gristmill.data.filters.words import LONGEST_RUN, ExactSplitter, FastSplitter, check_words, code_points, runs
 from gristmill.data.sieve import Edit, edited
 
 # Pieces from which spaCy's special words, affixes and contractions come together, blanks of all kinds among them.
@@ -102,10 +102,29 @@ def test_exact_words_are_the_same_whatever_was_split_before(exact: ExactSplitter
             assert forgetful.split(text, code_points(text)).of(text) == split_by_datatrove(text)
 
 
-@pytest.mark.parametrize("language", ["th", "ko", "no such"])
-def test_languages_that_need_more_than_rules_are_refused(language: str) -> None:
-    with pytest.raises(ValueError, match=r"use mode fast|doesn't have a tokenizer"):
+@pytest.mark.parametrize(
+    ("language", "says"),
+    [
+        ("th", "not split by rules alone"),
+        ("ko", "not split by rules alone"),
+        ("zh_Hani", "not split by rules alone"),
+        ("no such", "a language that datatrove's table lacks"),
+        ("zh", "name one .*zh_Hani"),
+        ("ar", "name one .*ar_Arab"),
+    ],
+)
+def test_languages_without_one_splitter_of_rules_are_refused(language: str, says: str) -> None:
+    with pytest.raises(ValueError, match=f"{says}.*use mode fast"):
         ExactSplitter(language)
+    with pytest.raises(ValueError, match=f"{says}.*use mode fast"):
+        check_words(language)
+
+
+def test_a_code_without_its_script_means_other_words_to_datatrove_than_the_one_with_it() -> None:
+    """Why such codes are refused: the reference itself splits Arabic by the rules of no language, if asked for `ar`."""
+    text = "الساعة ٥ ص.ب. ٢٠٢٠"
+    assert split_by_datatrove(text, "ar") != split_by_datatrove(text, "ar_Arab")
+    assert ExactSplitter("ar_Arab").split(text, code_points(text)).of(text) == split_by_datatrove(text, "ar_Arab")
 
 
 def test_long_runs_are_left_to_the_fast_rules(exact: ExactSplitter) -> None:
