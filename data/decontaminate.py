@@ -13,7 +13,6 @@ A problem is found in a document by word n-grams (13 as in Brown et al. 2020, ap
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -34,7 +33,7 @@ from gristmill.data.evaluation_sets import (
     recipe_problems,
     set_files,
 )
-from gristmill.data.executor import Task, run_tasks
+from gristmill.data.executor import Task, remove_work, run_tasks
 from gristmill.data.folded_words import MOST_WORDS, SIGNS, Run, RunIndex, words_of
 from gristmill.data.sieve import KEEP, Edit, Verdict, conclude, remove, sieve_shard
 from gristmill.data.stage_types import Metrics, Progress
@@ -138,7 +137,7 @@ def decontaminate(
     metrics = conclude(out, sources)
     found = _collect([t.result for t in tasks], out / "matches.jsonl")
     short = [p for p in texts if len(words_of(p.text).hashes) < config.least_words]
-    shutil.rmtree(work)
+    remove_work(work)
     names = ([PROBLEMS] if config.problems else []) + [s.name for s in config.sets]
     return {
         **metrics,

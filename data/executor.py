@@ -12,6 +12,7 @@ import errno
 import importlib
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ __all__ = [
     "close_cluster",
     "cluster_client",
     "kept_cluster",
+    "remove_work",
     "run_tasks",
     "running_on",
 ]
@@ -234,6 +236,18 @@ def _run(module: str, name: str, arguments: tuple[Any, ...], result: Path) -> No
 def _require(result: Path) -> None:
     if not result.exists():
         raise RuntimeError(f"the task for {result} ended without writing it")
+
+
+def remove_work(work: Path) -> None:
+    """Remove the folder of a stage's results, all at once: after a kill, half of them would pass for what is done.
+
+    What a kill left of an earlier removal goes too; its name is that of unfinished work, which no manifest takes in.
+    """
+    gone = work.with_name(f"{work.name}.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    if work.exists():
+        os.replace(work, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def cluster_client(workers: int, threads_per_worker: int = 1, cluster: str | None = None) -> Any:

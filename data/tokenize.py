@@ -11,7 +11,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +23,7 @@ from gristmill.data import fim, tokenizer_sample
 from gristmill.data import tokenizer as bpe
 from gristmill.data.config import Config
 from gristmill.data.documents import Row, atomic, id_hash, read_rows, shards, write_json_lines
-from gristmill.data.executor import Task, run_tasks
+from gristmill.data.executor import Task, remove_work, run_tasks
 from gristmill.data.shards import BOS_ID, DTYPES, EOS_ID, ShardEntry, dtype_for, write_arrays, write_index
 from gristmill.data.stage_types import Metrics, Progress
 from gristmill.data.tokenizer_sample import hashed, side
@@ -115,7 +114,7 @@ def tokenize(
     write_json_lines(out / "samples.jsonl", _samples(survey, tokenizer))
     progress(total, total)
     metrics = _metrics(streams, compression, config, tokenizer.get_vocab_size())
-    shutil.rmtree(work)
+    remove_work(work)
     return metrics
 
 

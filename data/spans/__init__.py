@@ -11,12 +11,11 @@ the corpus is. Places are characters of the documents as they came in.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from gristmill.data.documents import shards, write_json_lines
-from gristmill.data.executor import Task, run_tasks
+from gristmill.data.executor import Task, remove_work, run_tasks
 from gristmill.data.sieve import conclude
 from gristmill.data.spans.config import LinesConfig, SpansConfig, SubstringConfig
 from gristmill.data.spans.cut import Cut, cut_marker, cut_shard, most_frequent
@@ -49,7 +48,7 @@ def remove_spans(config: SpansConfig, documents: Path, out: Path, *, workers: in
         run_tasks(tasks, workers, progress, done, total)
         done += len(tasks)
     metrics = {**conclude(out, sources), **_conclude_repeats(out, len(sources))}
-    shutil.rmtree(out / "work", ignore_errors=True)
+    remove_work(out / "work")
     return metrics
 
 

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from gristmill.data.documents import write_json_lines
-from gristmill.data.executor import THREAD_COUNTS, Task, close_cluster, cluster_client, run_tasks
+from gristmill.data.executor import THREAD_COUNTS, Task, close_cluster, cluster_client, remove_work, run_tasks
 from gristmill.data.stage_types import silent
 
 # Tasks are sent to workers by name, and workers cannot import this module: functions here are the library's.
@@ -40,6 +40,21 @@ def test_only_missing_results_are_made(workers: int, tmp_path: Path) -> None:
     expected = ["made before", *(f'{{"new": {i}}}\n' for i in (1, 2, 3))]
     assert [(tmp_path / str(i)).read_text() for i in range(4)] == expected
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_results_are_removed_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "work"
+    for attempt in range(2):
+        (work / "a").mkdir(parents=True)
+        (work / "a" / "marker").touch()
+        (work / "data").touch()
+        with monkeypatch.context() as patch:
+            if attempt == 0:  # as a kill before anything is gone
+                patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+            remove_work(work)
+        assert not work.exists()
+    assert not list(tmp_path.iterdir())
+    remove_work(work)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

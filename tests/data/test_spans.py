@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -321,6 +322,30 @@ def test_taken_up_after_any_task(tmp_path: Path, laid_out, bytes_of, monkeypatch
         assert bytes_of(tmp_path / f"{after}") == bytes_of(tmp_path / "whole"), after
         after += 1
     assert after > 25
+
+
+def test_stopped_while_its_work_is_removed(tmp_path: Path, laid_out, bytes_of, monkeypatch) -> None:
+    """Half of the work is gone, and what is left must not pass for what is done."""
+    config = {"lines": {"unit": "line", "least_characters": 8}, "substring": {"tokens": 10}}
+    laid_out(tmp_path / "in", rows_of(stitched(1, 40, "abcde", 50)), 14)
+    run(tmp_path / "in", tmp_path / "whole", **config)
+
+    class Stop(BaseException):
+        pass
+
+    def half(folder: Path, ignore_errors: bool = False) -> None:
+        found = sorted(p for p in folder.rglob("*") if p.is_file())
+        for path in found[1::2]:
+            path.unlink()
+        if found:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.raises(Stop):
+            run(tmp_path / "in", tmp_path / "out", **config)
+    run(tmp_path / "in", tmp_path / "out", **config)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
 
 
 def test_workers_and_a_killed_one_change_no_byte(tmp_path: Path, laid_out, bytes_of) -> None:
