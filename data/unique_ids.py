@@ -106,7 +106,8 @@ def _place(row: Row) -> tuple[str, int]:
 def without_repeats(shard: Path, repeats: Path, marker: Path) -> None:
     """A task: write a shard without its repeats to <shard>.unique.jsonl.zst, these to quarantine, and count them.
 
-    Where none is left no shard is written. `marker` gets the number of documents and bytes of text that went.
+    A shard in which none is left is written empty, and stays in work/. `marker` gets the number of documents and bytes
+    of text that went, and of documents that are left.
     """
     listed = [Repeat(**row) for row in json.loads(repeats.read_text(encoding="utf-8"))]
     gone = {repeat.row: repeat for repeat in listed}

@@ -168,15 +168,17 @@ class Stream:
 
     def line(self, limit: int) -> bytes:
         """The next line with its end, or its first `limit` bytes; nothing at the end."""
-        if not self._fill():
-            return b""
-        end = self._buffer.find(b"\n", self._at, self._at + limit)
-        if end >= 0:
-            data, self._at = self._buffer[self._at : end + 1], end + 1
-            self.offset += len(data)
-            return data
-        rest = self.read(min(limit, len(self._buffer) - self._at))
-        return rest if len(rest) >= limit else rest + self.line(limit - len(rest))
+        parts, left = [], limit
+        while left and self._fill():
+            end = self._buffer.find(b"\n", self._at, self._at + left)
+            stop = end + 1 if end >= 0 else min(len(self._buffer), self._at + left)
+            parts.append(self._buffer[self._at : stop])
+            left -= stop - self._at
+            self._at = stop
+            if end >= 0:
+                break
+        self.offset += limit - left
+        return b"".join(parts)
 
     def lines(self, limit: int) -> Iterator[tuple[bytes | None, int]]:
         """Every line without its end, and its length; None for one longer than `limit`, of which no more is held."""

@@ -61,6 +61,11 @@ class TreeSource(StoredSource):
             raise ValueError(f"no language is called {unknown[0]!r}; known are {', '.join(sorted(LANGUAGES))}")
         return self
 
+    @property
+    def ids_are_given(self) -> bool:
+        """An archive may hold two files of one name."""
+        return True
+
     def entries(self) -> list[Entry]:
         """Every file, with the licence files above it; what version control and tools keep beside code is left out."""
         files = [e for e in super().entries() if not PASSED & set(PurePosixPath(e.name).parts)]

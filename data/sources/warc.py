@@ -25,6 +25,7 @@ from gristmill.data.sources.streams import BLOCK, Stream
 
 WARC_ENDINGS = (".warc", ".warc.gz", ".warc.zst", ".wet", ".wet.gz", ".wet.zst")
 LONGEST_LINE = 1 << 16
+LONGEST_TYPE = 1024  # characters of a Content-Type; the library takes time with the square of it
 MOST_LINES = 1000  # of a record's header
 BETWEEN = b"\r\n\r\n"
 NEXT = b"\r\n\r\nWARC/1."
@@ -178,12 +179,19 @@ def _response(content: bytes, most: int) -> tuple[Message, bytes] | Record:
     if code[1] != b"200":
         return Skipped(f"HTTP status {code[1].decode()}")
     fields = email.parser.BytesParser(policy=email.policy.compat32).parsebytes(lines + b"\n\n", headersonly=True)
+    _shortened(fields)
     if "chunked" in str(fields.get("Transfer-Encoding", "")).lower():
         body = _joined(body)
     encoding = str(fields.get("Content-Encoding", "")).strip().lower()
     if encoding not in ("", "identity"):
         return _decompressed(fields, body, encoding, most)
     return fields, body
+
+
+def _shortened(fields: Message) -> None:
+    stated = str(fields.get("Content-Type", ""))
+    if len(stated) > LONGEST_TYPE:
+        fields.replace_header("Content-Type", stated[:LONGEST_TYPE])
 
 
 def _joined(body: bytes) -> bytes:

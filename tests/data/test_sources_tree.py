@@ -118,6 +118,17 @@ def test_an_archive_cut_short(form: str, tmp_path: Path) -> None:
         go(tmp_path, path, "refuse")
 
 
+def test_two_files_of_one_name_in_an_archive(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        for name, data in (("a.py", b"x = 1\n"), ("./a.py", b"x = 2\n")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    _, rows, bad = go(tmp_path, tmp_path / "t.tar")
+    assert [(r["id"], r["text"]) for r in rows] == [("code/t.tar/a.py", "x = 1\n")]
+    assert [(b["record"], b["reason"]) for b in bad] == [(2, "duplicate id")]
+
+
 def test_a_source_file_that_is_no_utf8(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "a.py").write_bytes(b"# caf\xe9\n")

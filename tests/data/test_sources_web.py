@@ -198,6 +198,14 @@ def test_a_page_of_a_million_tags_costs_no_hours(tmp_path: Path) -> None:
     assert time.process_time() - started < 10
 
 
+def test_a_content_type_of_a_million_semicolons_costs_no_hours(tmp_path: Path) -> None:
+    started = time.process_time()
+    page = http(PAGE.encode(), kind='text/html; x="' + ";" * 1_000_000)
+    _, rows, _ = go(tmp_path, "a.warc", record(page))
+    assert len(rows) == 1
+    assert time.process_time() - started < 10  # the library takes a quarter of an hour
+
+
 def test_encodings() -> None:
     assert web_text("é".encode("cp1252"), None) == ("é", 0)
     assert web_text("漢字".encode("gb18030"), "GB2312") == ("漢字", 0)
@@ -232,5 +240,9 @@ def test_streams_are_bounded_and_begin_again() -> None:
         assert again.read() == b"".join(parts[3:]), form
         with pytest.raises(DamagedError):
             Stream(io.BytesIO(data[:-3]), form).read()
+    crumbs = Stream(io.BytesIO(b"".join(gzip.compress(bytes([c])) for c in b"x" * 2000 + b"\ny")), "gzip")
+    assert crumbs.line(1500) == b"x" * 1500
+    assert crumbs.line(1500) == b"x" * 500 + b"\n"
+    assert (crumbs.offset, crumbs.line(9), crumbs.line(9)) == (2001, b"y", b"")
     bomb = zstandard.compress(b"\0" * (150 << 20))
     assert max(map(len, iter(Stream(io.BytesIO(bomb), "zstd").some, b""))) <= 128 << 20
