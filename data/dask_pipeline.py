@@ -268,7 +268,7 @@ def _pickled(executor: DaskPipelineExecutor) -> bytes:
     found = {
         module
         for step in executor.pipeline
-        for thing in (step, type(step), *vars(step).values())
+        for thing in (step, type(step), *getattr(step, "__dict__", {}).values())  # a list of documents has none
         for module in (sys.modules.get(getattr(thing, "__module__", None) or ""),)
         if module is not None and module.__name__ != "__main__" and not _importable(module.__name__)
     }

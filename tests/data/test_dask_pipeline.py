@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 from datatrove.io import DataFolder, get_datafolder
@@ -411,6 +412,15 @@ def test_parts_of_the_tasks_and_refusals(texts: Path, locally: Path, tmp_path: P
         made(local_tasks=2, local_rank_offset=3)
     with pytest.raises(ValueError, match="tasks is 4 and workers 0"):
         made(workers=0)
+
+
+def test_documents_in_a_list_are_a_step(tmp_path: Path) -> None:
+    documents = [Document(text=word, id=word) for word in WORDS]
+    kept = LambdaFilter(lambda document: "a" in document.text)
+    pipeline = [documents, kept, JsonlWriter(str(tmp_path / "out"))]
+    DaskPipelineExecutor(pipeline, logging_dir=str(tmp_path / "log"), cluster=cluster_client(2)).run()
+    texts = [json.loads(line)["text"] for data in contents(tmp_path / "out").values() for line in data.splitlines()]
+    assert texts == [word for word in WORDS if "a" in word]
 
 
 def half(folder: DataFolder, name: str) -> None:
