@@ -29,7 +29,7 @@ from pydantic import Field
 
 from gristmill.data.filters.pii_places import accounts, numbers, values
 from gristmill.data.filters.rule import Prepared, Rule, RuleConfig
-from gristmill.data.sieve import KEEP, Edit, Verdict, remove
+from gristmill.data.sieve import KEEP, Edit, Verdict
 
 Span = tuple[int, int]
 Action = Literal["leave", "redact", "remove"]
@@ -55,7 +55,10 @@ class PiiConfig(RuleConfig):
 
 
 class Pii:
-    """Redacts personal data, or removes documents with it; edits hold placeholders, never what was there."""
+    """Redacts personal data, or removes documents with it; edits hold placeholders, never what was there.
+
+    A removal has the edits too: what is shown of the document in samples is shown with them.
+    """
 
     name = "pii"
 
@@ -69,10 +72,12 @@ class Pii:
         if not found:
             return KEEP
         counts = Counter(kind for kind, _, _ in found)
+        edits = [Edit(start, end, f"pii: {kind}", f"<{kind}>") for kind, start, end in found]
         gone = next((kind for kind in KINDS if counts[kind] and self._actions[kind] == "remove"), None)
         if gone is not None:
-            return remove(f"pii: {gone}", detail=", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())))
-        return Verdict(edits=[Edit(start, end, f"pii: {kind}", f"<{kind}>") for kind, start, end in found])
+            detail = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
+            return Verdict(f"pii: {gone}", {"detail": detail}, edits)
+        return Verdict(edits=edits)
 
     def findings(self, text: str) -> list[tuple[str, int, int]]:
         """(kind, start, end) of all that is not left alone, in order and apart from each other."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Protocol
 
@@ -58,7 +59,7 @@ class Rule(Protocol):
     """A judgement of documents, one at a time; it holds nothing of a document when the next one comes.
 
     `judge` returns `KEEP`, `remove("name: reason", spans=…, detail=…)`, or a verdict with edits or metadata. Edits and
-    spans are at characters of `document.text`.
+    spans are at characters of `document.text`. A removal with edits asks that no sample shows what they replace.
     """
 
     @property
@@ -91,7 +92,8 @@ def judge_in_turn(rules: Sequence[Rule], row: Row, splitter: Splitter) -> Verdic
             because = dict(verdict.because)
             if because.get("spans") and edits:
                 because["spans"] = original_spans(edits, because["spans"])
-            return Verdict(verdict.reason, because, values=values)
+            hidden = compose(edits, verdict.edits) if verdict.edits else ()
+            return Verdict(verdict.reason, because, [replace(e, reason=verdict.reason) for e in hidden], values=values)
         metadata |= verdict.metadata
         if verdict.edits:
             text = edited(document.text, verdict.edits)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gristmill.data.documents import read_rows, shards
+from gristmill.data.documents import read_rows, shards, write_rows
 from gristmill.data.filters.pii import KINDS, Pii, PiiConfig, emails, ips, luhn
+from gristmill.data.filters.profile import Profile
 from gristmill.data.filters.rule import Prepared
 from gristmill.data.sieve import conclude, edited, sieve_shard
 
@@ -153,6 +154,27 @@ def test_actions() -> None:
     assert removed.reason == "pii: phone"
     assert removed.because == {"detail": "1 email, 1 ip, 1 phone"}
     assert judged(text, **dict.fromkeys(KINDS, "leave")).edits == ()
+
+
+def test_no_sample_shows_the_secret_for_which_a_document_went(tmp_path: Path) -> None:
+    """Not either where a rule before has edited the text; counts are by the removal's reason."""
+    secret, address = FOUND["key"][0], "ada@example.org"
+    line = f"The {{ }} of this line is {address}, and it is the one to write to about it."
+    text = f"no end\nThe token is {secret} and the address {address}.\n{line}\n"
+    config = {"c4": {"least_sentences": None, "no_curly_bracket": False}, "pii": {"key": "remove"}}
+    judge = Profile.model_validate({"mode": "fast", **config}).judge()
+    known = {"source": "s", "kind": "prose", "url": None, "date": None, "licence": None}
+    write_rows(tmp_path / "in" / "0.jsonl.zst", [{"text": text, "id": "s/a", "metadata": known}])
+    (tmp_path / "out").mkdir()
+    sieve_shard(tmp_path / "in" / "0.jsonl.zst", tmp_path / "out", lambda row, place: judge(row))
+    metrics = conclude(tmp_path / "out", [tmp_path / "in" / "0.jsonl.zst"])
+    assert metrics["removed_by_reason"] == {"pii: key": 1}
+    shown = (tmp_path / "out" / "samples.jsonl").read_text(encoding="utf-8")
+    assert secret not in shown
+    assert address not in shown
+    assert "The token is ⟦<key>⟧ and the address ⟦<email>⟧." in shown
+    [whole] = read_rows(tmp_path / "out" / "removed" / "0.jsonl.zst")
+    assert whole["text"] == text
 
 
 def test_the_secret_is_in_no_file_of_what_was_changed(tmp_path: Path, laid_out: Callable[..., Path]) -> None:
