@@ -136,13 +136,13 @@ class _Quality:
         mean = float(characters) / real if real else float("nan")
         if config.least_mean_length and mean < config.least_mean_length:
             return self._remove("gopher_below_avg_threshold", f"{mean:.2f} characters a word")
-        if config.most_mean_length and mean > config.most_mean_length:
+        if config.most_mean_length is not None and mean > config.most_mean_length:
             return self._remove("gopher_above_avg_threshold", f"{mean:.2f} characters a word")
         return self._symbols(document, len(words)) or self._lines(document) or self._kinds(document, words, lettered)
 
     def _symbols(self, document: Prepared, words: int) -> Verdict | None:
         most, text = self.config.most_symbols, document.text
-        if not most:
+        if most is None:
             return None
         for reason, symbols in (("gopher_too_many_hashes", ("#",)), ("gopher_too_many_ellipsis", ELLIPSES)):
             ratio = sum(text.count(s) for s in symbols) / words
@@ -158,11 +158,11 @@ class _Quality:
         starts, ends = split_at_breaks(document.codes, character_table())
         starts, ends = strip_lines(document.codes, starts, ends, character_table())
         lines = list(zip(starts.tolist(), ends.tolist(), strict=True))
-        if config.most_bullet_lines:
+        if config.most_bullet_lines is not None:
             found = [span for span in lines if text.startswith(BULLETS, *span)]
             if len(found) / len(lines) > config.most_bullet_lines:
                 return self._remove("gopher_too_many_bullets", f"{len(found)} of {len(lines)} lines", found[:SPANS])
-        if config.most_ellipsis_lines:
+        if config.most_ellipsis_lines is not None:
             found = [span for span in lines if text.endswith(ELLIPSES, *span)]
             if len(found) / len(lines) > config.most_ellipsis_lines:
                 return self._remove(
@@ -230,7 +230,7 @@ class _Repetition:
                 (f"dup_{name}_frac", len(repeated) / len(starts), share),
                 (f"dup_{name}_char_frac", characters / len(codes), share_of_characters),
             ):
-                if most and ratio > most:
+                if most is not None and ratio > most:
                     return self._remove(reason, ratio, starts[repeated], ends[repeated])
         return None
 

@@ -43,6 +43,25 @@ def judged(text: str, **profile: Any) -> Verdict:
     return Profile.model_validate({"mode": "fast", **profile}).judge()(row(text))
 
 
+@pytest.mark.parametrize(
+    ("rule", "bound", "text"),
+    [
+        ("gopher_repetition", "most_duplicate_lines", "One line.\nOne line.\nAnother."),
+        ("gopher_repetition", "most_duplicate_paragraphs", "One piece.\n\nOne piece.\n\nAnother."),
+        ("gopher_quality", "most_symbols", "# One line.\nAnother."),
+        ("gopher_quality", "most_bullet_lines", "- One line.\nAnother."),
+        ("gopher_quality", "most_ellipsis_lines", "One line…\nAnother."),
+    ],
+)
+def test_a_bound_of_0_allows_none_and_null_allows_all(rule: str, bound: str, text: str) -> None:
+    n_grams = ("top_n_grams", "duplicate_n_grams")
+    section = Profile.model_validate({rule: {}}).model_dump()[rule]
+    loose = {name: () if name in n_grams or name == "stop_words" else None for name in section}
+    assert judged(text, **{rule: loose}).reason == ""
+    assert judged(text, **{rule: {**loose, bound: 0}}).reason.startswith(f"{rule}: ")
+    assert judged("One line.", **{rule: {**loose, bound: 0}}).reason == ""
+
+
 WITHOUT_SPACY = """
 import sys
 from gristmill.data.filters import FilterConfig, Profile, check_filters
