@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
 import json
@@ -40,8 +39,9 @@ def atomic(path: Path) -> Iterator[Path]:
             if not path.exists():  # else the other writer of the same bytes was first, and has tidied up
                 raise
     finally:
-        for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-            left.unlink(missing_ok=True)
+        for name in os.listdir(path.parent):
+            if name.startswith(f"{path.name}.") and name.endswith(".tmp"):
+                path.with_name(name).unlink(missing_ok=True)
 
 
 class RowWriter:

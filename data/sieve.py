@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -111,6 +110,10 @@ def sieve_shard(shard: Path, out: Path, judge: Judge) -> None:
                 writer("removed").write({**row, "reason": verdict.reason, "because": dict(verdict.because)})
                 tally.add("removed", row, verdict, row["text"])
                 continue
+            if not verdict.edits and not verdict.metadata:
+                writers["documents"].write(row)
+                tally.add("kept", row, verdict, row["text"])
+                continue
             text = edited(row["text"], verdict.edits) if verdict.edits else row["text"]
             metadata = {**row["metadata"], **verdict.metadata} if verdict.metadata else row["metadata"]
             writers["documents"].write({**row, "text": text, "metadata": metadata})
@@ -136,12 +139,13 @@ class Tally:
 
     def add(self, outcome: str, row: Row, verdict: Verdict, text_after: str) -> None:
         """Count a document; `outcome` is kept, changed or removed."""
-        size = len(row["text"].encode())
-        after = 0 if outcome == "removed" else size if text_after is row["text"] else len(text_after.encode())
-        reasons = {e.reason for e in verdict.edits} or {verdict.reason}
+        text = row["text"]
+        size = _utf8_size(text)
+        after = 0 if outcome == "removed" else size if text_after is text else _utf8_size(text_after)
         # a document changed by two rules is one document: it counts under the first of them by name
-        self._count(row["metadata"]["source"], outcome, min(reasons), size, after)
-        self._bin("characters", outcome, float(2 ** int(math.log2(max(1, len(row["text"]))))))
+        reason = min(e.reason for e in verdict.edits) if verdict.edits else verdict.reason
+        self._count(row["metadata"]["source"], outcome, reason, size, after)
+        self._bin("characters", outcome, float(1 << max(0, len(text).bit_length() - 1)))
         for name, value in verdict.values.items():
             self._bin(name, outcome, min(BINS - 1, int(max(0.0, value) * BINS)) / BINS)
         self._sample(outcome, row, verdict)
@@ -157,7 +161,9 @@ class Tally:
 
     def _sample(self, outcome: str, row: Row, verdict: Verdict) -> None:
         """Keep the documents whose ids hash lowest: a fair draw that no order of work changes."""
-        reason = verdict.reason or ", ".join(sorted({e.reason for e in verdict.edits}))
+        reason = verdict.reason
+        if verdict.edits and not reason:
+            reason = ", ".join(sorted({e.reason for e in verdict.edits}))
         held = self.samples.setdefault(f"{outcome}/{reason}", [])
         draw = hashlib.sha256(row["id"].encode()).hexdigest()[:16]
         most = SHOWN if outcome != "changed" else CHANGED_SHOWN
@@ -187,6 +193,10 @@ class Tally:
             held += [(draw, sample) for draw, sample in entries]
             held.sort(key=lambda entry: (entry[0], entry[1]["id"]))
             del held[SHOWN if not name.startswith("changed/") else CHANGED_SHOWN :]
+
+
+def _utf8_size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _sample_row(outcome: str, reason: str, row: Row, verdict: Verdict) -> Row:

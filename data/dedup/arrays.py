@@ -9,6 +9,7 @@ arrays    little-endian, one after another
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,9 +46,10 @@ class Arrays:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path.open("rb", buffering=0)
+        self._map: mmap.mmap | None = None
         start = self._file.read(16)
         length = int.from_bytes(start[8:], "little")
-        if start[:8] != MAGIC or length > path.stat().st_size:
+        if start[:8] != MAGIC or length > os.fstat(self._file.fileno()).st_size:
             self._file.close()
             raise ValueError(f"{path} is not a file of arrays: make its stage again")
         self._header: dict[str, tuple[str, int, int]] = {
@@ -82,7 +84,9 @@ class Arrays:
         dtype, count, offset = self._header[name]
         if not count:
             return np.empty(0, dtype)
-        return np.memmap(self.path, dtype, "r", offset, (count,))
+        if self._map is None:
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(self._map, dtype, count, offset)
 
 
 def read_exactly(descriptor: int, into: np.ndarray, offset: int, path: Path) -> None:

@@ -63,29 +63,41 @@ class Signer:
         self._mixed = np.zeros(BLOCK + 2 + LANES, np.int64)
         self._text = np.zeros(4 * BLOCK + 2, np.uint8)
         self._minima = np.zeros((rows, buckets), np.int64)
+        self._shingles = np.zeros(BLOCK + 2, np.uint32)
 
     def sign(self, text: str) -> Signature:
         """The signature of a text."""
         hasher = xxhash.xxh3_128()
         shingles: list[np.ndarray] = []
+        keys = np.empty(self._minima.shape[1], np.uint64)
         self._state[:] = 0
-        self._minima[:] = MOST
         for units, final in _blocks(text):
-            scanned = scan_ascii if units.dtype == np.uint8 else scan
-            made, size = scanned(
-                units, final, self._characters, self.ngram, self._state, self._words, self._grams, self._text
+            sign_block = sign_ascii if units.dtype == np.uint8 else sign_any
+            made, size = sign_block(
+                units,
+                final,
+                self._characters,
+                self.ngram,
+                self._state,
+                self._words,
+                self._grams,
+                self._text,
+                self._mixers,
+                self._flips,
+                self._mixed,
+                self._minima,
+                self._shingles,
+                keys,
             )
-            hasher.update(self._text[:size].data)
-            if final and int(self._state[COUNT]) < self.ngram:
-                self._grams[0] = self._whole(hasher.intdigest())
-                made = 1
+            hasher.update(self._text[:size])
             if made:
-                shingles.append((self._grams[:made]).astype(np.uint32))
-                lower_minima(self._grams, made, self._mixers, self._flips, self._mixed, self._minima)
+                shingles.append(self._shingles[:made].copy())
         digest = hasher.intdigest()
+        if not shingles:
+            shingles = [self._alone(digest, keys)]
         return Signature(
             exact=(digest >> 64, digest & (2**64 - 1)),
-            keys=bucket_keys(self._minima),
+            keys=keys,
             shingles=shingles[0] if len(shingles) == 1 else np.concatenate(shingles),
         )
 
@@ -94,16 +106,23 @@ class Signer:
         digest = xxhash.xxh3_128_intdigest(normalised(text).encode("utf-8", "surrogatepass"))
         return digest >> 64, digest & (2**64 - 1)
 
-    def _whole(self, digest: int) -> np.uint64:
+    def _alone(self, digest: int, keys: np.ndarray) -> np.ndarray:
         """The one shingle of a text of fewer words than n: all its words, or the text itself where it has none."""
         count = int(self._state[COUNT])
-        if not count:
-            return np.uint64(digest & (2**64 - 1))
-        return np.uint64(xxhash.xxh3_64_intdigest(self._words[self.ngram - count : self.ngram].data))
+        if count:
+            digest = xxhash.xxh3_64_intdigest(self._words[self.ngram - count : self.ngram].data)
+        self._grams[0] = digest & (2**64 - 1)
+        self._minima[:] = MOST
+        lower_minima(self._grams, 1, self._mixers, self._flips, self._mixed, self._minima)
+        bucket_keys(self._minima, keys)
+        return self._grams[:1].astype(np.uint32)
 
 
 def _blocks(text: str) -> Iterator[tuple[np.ndarray, bool]]:
     """A text's characters in blocks, and whether each is the last."""
+    if len(text) <= BLOCK and text.isascii():  # most are
+        yield np.frombuffer(text.encode(), np.uint8), True
+        return
     held = None
     for units in pieces(text):
         for start in range(0, max(1, len(units)), BLOCK):
@@ -112,6 +131,41 @@ def _blocks(text: str) -> Iterator[tuple[np.ndarray, bool]]:
             held = units[start : start + BLOCK]
     if held is not None:
         yield held, True
+
+
+@numba.njit(cache=True, nogil=True)
+def sign_ascii(
+    units, final, characters, ngram, state, words, grams, text, mixers, flips, mixed, minima, shingles, keys
+):
+    """`scan_ascii`, and of its n-grams the minima and low halves; the keys after the last block.
+
+    One call a block: what a document costs beside its characters is for the most part calls.
+    """
+    begins = state[COUNT] == 0
+    made, size = scan_ascii(units, final, characters, ngram, state, words, grams, text)
+    _take_in(made, final, begins, ngram, state, grams, mixers, flips, mixed, minima, shingles, keys)
+    return made, size
+
+
+@numba.njit(cache=True, nogil=True)
+def sign_any(units, final, characters, ngram, state, words, grams, text, mixers, flips, mixed, minima, shingles, keys):
+    """What `sign_ascii` does, for any characters."""
+    begins = state[COUNT] == 0
+    made, size = scan(units, final, characters, ngram, state, words, grams, text)
+    _take_in(made, final, begins, ngram, state, grams, mixers, flips, mixed, minima, shingles, keys)
+    return made, size
+
+
+@numba.njit(cache=True, nogil=True)
+def _take_in(made, final, begins, ngram, state, grams, mixers, flips, mixed, minima, shingles, keys):
+    if begins:  # no word until now, and so no n-gram
+        minima[:] = MOST
+    for i in range(made):
+        shingles[i] = np.uint32(grams[i] & LOW)
+    if made:
+        lower_minima(grams, made, mixers, flips, mixed, minima)
+    if final:
+        bucket_keys(minima, keys)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -135,14 +189,12 @@ def lower_minima(grams, count, mixers, flips, mixed, minima):
 
 
 @numba.njit(cache=True, nogil=True)
-def bucket_keys(minima):
-    """One 64-bit key a bucket of minima (rows, buckets)."""
+def bucket_keys(minima, keys):
+    """One 64-bit key a bucket of minima (rows, buckets), into `keys`."""
     rows, buckets = minima.shape
-    keys = np.empty(buckets, np.uint64)
     for bucket in range(buckets):
         key = np.uint64(bucket + 1) * GRAM_PRIME
         for row in range(rows):
             key = (key ^ np.uint64(minima[row, bucket])) * MIX
             key ^= key >> np.uint64(32)
         keys[bucket] = key
-    return keys

@@ -25,6 +25,11 @@ ASCII_LETTERS = 0x80  # entries of the table below it are letters (kind 0) whose
 ASSIGNED = 0x40000  # beyond are private use, variation selectors and nothing
 CODE_POINTS = 0x110000
 VARIATION_SELECTORS = range(0xE0100, 0xE01F0)
+CATEGORIES = (
+    "Cn", "Lo", "So", "Ll", "Lu", "Mn", "Co", "Cs", "Sm", "Po", "No", "Lm", "Nl", "Mc", "Nd", "Cf", "Sk", "Lt", "Cc",
+    "Ps", "Pe", "Sc", "Pd", "Zs", "Me", "Pi", "Pf", "Pc", "Zl", "Zp",
+)  # fmt: skip
+LOWERED = ("Lu", "Lt", "Nl", "So")  # all others are their own lower case
 ELONGATION = 0x640
 WITHOUT_BLANKS = (
     "CJK UNIFIED", "CJK COMPATIBILITY", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER",
@@ -40,12 +45,12 @@ COMMON = tuple(
 )
 LOWER_IN_CONTEXT = ("Σ", "İ")  # lower case by what is around, or two characters: left to Python
 
-PIECE = 1 << 20  # characters of a text that are normalised at a time
+PIECE = 1 << 12  # characters of a text that are normalised at a time: many pieces of one with a few accents are ASCII
 BLOCK = 1 << 14  # characters in a pass, so that n-grams and what is made of them stay in the first cache
 NO_WORD, WORD, LONE = 0, 1, 2  # where the pass stands: outside words, in one, in one of a script without blanks
 INSIDE, HASH, COUNT, BLANK, BEGUN = range(5)  # what it carries from block to block
 STATE_SIZE = 5
-WORD_PRIME = np.uint64(0x100000001B3)
+WORD_PRIME = np.uint64(0xC6A4A7935BD1E995)
 GRAM_PRIME = np.uint64(0x9E3779B97F4A7C15)
 ONE = np.uint64(1)
 MIX = np.uint64(0xFF51AFD7ED558CCD)
@@ -61,6 +66,9 @@ def pieces(text: str) -> Iterator[np.ndarray]:
 
     There a text can be cut without a change of its normal form; one without such places is not cut.
     """
+    if text.isascii():
+        yield np.frombuffer(text.encode(), np.uint8)
+        return
     start = 0
     while len(text) - start > PIECE and (cut := _cut(text, start, start + PIECE)):
         yield prepared(text[start:cut])
@@ -81,9 +89,10 @@ def _cut(text: str, start: int, end: int, tries: int = 1000) -> int:
 def prepared(text: str) -> np.ndarray:
     """A text's characters in NFKC, lowered where that depends on context: uint8 if all are ASCII, else uint32."""
     if not text.isascii():
-        for common, instead in COMMON:
-            text = text.replace(common, instead)
-        text = unicodedata.normalize("NFKC", text)
+        if not unicodedata.is_normalized("NFKC", text):
+            for common, instead in COMMON:
+                text = text.replace(common, instead)
+            text = unicodedata.normalize("NFKC", text)
         if any(c in text for c in LOWER_IN_CONTEXT):
             text = text.lower()
         if not text.isascii():
@@ -95,35 +104,39 @@ def prepared(text: str) -> np.ndarray:
 def characters() -> np.ndarray:
     """Of each code point, uint32: its lower case, and in the highest byte what it is to words."""
     lower, kinds = np.arange(CODE_POINTS, dtype=np.uint32), np.full(CODE_POINTS, OTHER, np.uint8)
-    for code in range(ASSIGNED):
-        character = chr(code)
-        category = unicodedata.category(character)
-        if category in ("Cn", "Co", "Cs"):  # half of them, and nothing to look up
-            continue
-        if category == "Lo" and (0x3400 <= code < 0xA000 or 0xAC00 <= code < 0xD800 or code >= 0x20000):
-            kinds[code] = LETTER if 0xAC00 <= code < 0xD800 else ALONE  # Hangul syllables, Chinese: most of the rest
-            continue
-        small = character.lower()
-        kinds[code] = _kind(character, code)
+    every = np.arange(ASSIGNED, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
+    numbers = {category: number for number, category in enumerate(CATEGORIES)}
+    categories = np.frombuffer(bytes(map(numbers.__getitem__, map(unicodedata.category, every))), np.uint8)
+    kinds[:ASSIGNED] = np.array([_kind_of_category(c) for c in CATEGORIES], np.uint8)[categories]
+    for code in _of_categories(categories, *LOWERED):
+        small = every[code].lower()
         if len(small) == 1:
-            lower[code] = 32 if kinds[code] == SPACE else ord(small)
-    kinds[VARIATION_SELECTORS.start : VARIATION_SELECTORS.stop] = UNSEEN
+            lower[code] = ord(small)
+    for code in _of_categories(categories, "Cc", "Zs", "Zl", "Zp"):
+        if every[code].isspace():
+            lower[code], kinds[code] = 32, SPACE
+    for code in _of_categories(categories, "Mn"):
+        if unicodedata.name(every[code], "").startswith(("ARABIC", "HEBREW")):
+            kinds[code] = UNSEEN
+    for code in _of_categories(categories, "Lo", "Lm", "Nl"):
+        if 0xAC00 <= code < 0xD800:  # Hangul syllables
+            continue
+        chinese = 0x3400 <= code < 0xA000 or code >= 0x20000  # most of the rest, and their names take long
+        if chinese or unicodedata.name(every[code], "").startswith(WITHOUT_BLANKS):
+            kinds[code] = ALONE
+    kinds[[ELONGATION, *range(0xFE00, 0xFE10), *VARIATION_SELECTORS]] = UNSEEN
+    kinds[ord("_")] = LETTER
     return lower | (kinds.astype(np.uint32) << KIND_SHIFT)
 
 
-def _kind(character: str, code: int) -> int:
-    category = unicodedata.category(character)
-    if character.isspace():
-        return SPACE
-    pointed = category == "Mn" and unicodedata.name(character, "").startswith(("ARABIC", "HEBREW"))
-    if pointed or code == ELONGATION or category == "Cf" or 0xFE00 <= code <= 0xFE0F:
+def _kind_of_category(category: str) -> int:
+    if category == "Cf":
         return UNSEEN
-    if category[0] == "M":
-        return MARK
-    if category[0] in "LN":
-        alone = category in ("Lo", "Lm", "Nl") and unicodedata.name(character, "").startswith(WITHOUT_BLANKS)
-        return ALONE if alone else LETTER
-    return LETTER if character == "_" else OTHER
+    return {"M": MARK, "L": LETTER, "N": LETTER}.get(category[0], OTHER)
+
+
+def _of_categories(categories: np.ndarray, *wanted: str) -> list[int]:
+    return np.flatnonzero(np.isin(categories, [CATEGORIES.index(c) for c in wanted])).tolist()
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -185,7 +198,7 @@ def scan(units, final, characters, ngram, state, words, grams, text):
             new += ONE
             inside, word = np.uint64(NO_WORD), np.uint64(0)
         if kind == LETTER or (kind >= ALONE and kind != UNSEEN):
-            word = (word ^ np.uint64(code)) * WORD_PRIME + np.uint64(1)
+            word = word * WORD_PRIME + np.uint64(code)
             if kind == ALONE:
                 inside = np.uint64(LONE)
             elif inside == NO_WORD:
@@ -209,7 +222,8 @@ def scan_ascii(units, final, characters, ngram, state, words, grams, text):
         blank = is_blank
         words[new] = word
         new += inside & (is_letter ^ ONE)
-        word = ((word ^ np.uint64(entry)) * WORD_PRIME + ONE) & (np.uint64(0) - is_letter)
+        letter = np.uint64(0) - is_letter  # all bits of it
+        word = word * (WORD_PRIME & letter) + (np.uint64(entry) & letter)
         inside = is_letter
     state[BLANK] = np.uint64(size > 0) & blank
     size -= state[BLANK]
@@ -232,14 +246,17 @@ def _grams(final, inside, word, new, ngram, state, words, grams):
         whole *= MIX
         words[i] = whole ^ (whole >> np.uint64(29))
     first = max(0, ngram - before - 1)  # of the new words, the one that completes an n-gram
+    gram, top = np.uint64(0), ONE
+    for i in range(1, ngram):
+        gram = gram * GRAM_PRIME + words[first + i]
+        top *= GRAM_PRIME
     made = 0
-    for last in range(first, new):
-        gram = np.uint64(0)
-        for i in range(last + 1, last + 1 + ngram):
-            gram = gram * GRAM_PRIME + words[i]
-        gram ^= gram >> np.uint64(32)
-        gram *= MIX
-        grams[made] = gram ^ (gram >> np.uint64(32))
+    for last in range(first, new):  # a polynomial of the words: the first one leaves, the next one enters
+        gram = gram * GRAM_PRIME + words[ngram + last]
+        whole = gram ^ (gram >> np.uint64(32))
+        whole *= MIX
+        grams[made] = whole ^ (whole >> np.uint64(32))
+        gram -= top * words[last + 1]
         made += 1
     for i in range(ngram):
         words[i] = words[new + i]
