@@ -68,7 +68,7 @@ class MixSection(Config):
     )
     temperature: float = Field(
         default=1.0,
-        gt=0,
+        ge=0.1,
         le=100,
         title="Temperature",
         description="T of weights in proportion to size^(1/T), where weights are by size; above 1 favours the small.",

@@ -254,7 +254,7 @@ class Mixture:
         return order.positions(order.sources.index(source), sequence) if source in order.sources else []
 
     def where(self, split: str, source: str, shard: int, first: int, last: int) -> list[int]:
-        """Positions of the run whose sequences read any of a shard's tokens [first, last], ascending.
+        """Positions of the run whose sequences read any of a shard's tokens [first, last], ascending; as targets too.
 
         A position p was read in optimizer step p // batch_sequences.
 
@@ -268,7 +268,8 @@ class Mixture:
         part = self._part(split, source, shard)
         pieces = part.pieces[0 : 2 * parts[shard]["pieces"]].reshape(-1, 2)
         start = pieces[:, 0].astype(np.int64)
-        end = start + (pieces[:, 1] & np.uint32(0x7FFFFFFF))  # of the inputs; the last target is the token there
+        # The last token read: the target of the last input, or, where the document goes on, the one two ahead of it.
+        end = start + (pieces[:, 1] & np.uint32(0x7FFFFFFF)) + (1 - (pieces[:, 1] >> 31).astype(np.int64))
         hits = np.flatnonzero((start <= last) & (end >= first))
         firsts = part.firsts[0 : parts[shard]["sequences"] + 1]
         sequences = np.unique(np.searchsorted(firsts, hits, side="right") - 1)

@@ -430,6 +430,22 @@ def test_a_document_is_traced_to_the_positions_that_read_it(tokens: Path, tmp_pa
         mixture.where("train", "a", 7, 0, 1)
 
 
+def test_a_token_is_traced_to_all_sequences_that_have_it_as_input_or_target(tmp_path: Path) -> None:
+    """A document of 40 different tokens in pieces of 16: those beside a cut are read on both sides of it."""
+    folder = tmp_path / "in" / "tokens"
+    document = np.arange(100, 140, dtype=np.uint16)
+    entries = {s: [write_shard(folder, s, "a", 0, [document], [7], "uint16")] for s in ("train", "held_out")}
+    write_index(folder, 1024, "0" * 64, {(s, "a"): (e, 40) for s, e in entries.items()})
+    mixture, _ = mixed(MixConfig(sequence_length=16, sequences=3), tmp_path / "in", tmp_path / "mix")
+    rows = mixture.batch(np.arange(3))
+    for at, token in enumerate(document):
+        reading = [
+            p for p in range(3) if any((r[p] == token).any() for r in (rows.tokens, rows.targets, rows.next_targets))
+        ]
+        assert mixture.where("train", "a", 0, at, at) == reading
+    assert len(mixture.where("train", "a", 0, 17, 17)) == 2
+
+
 def test_workers_and_a_killed_run_change_no_byte(tokens: Path, tmp_path: Path, bytes_of) -> None:
     config = MixConfig(sequence_length=16, sequences=300)
     for name, workers in (("none", 0), ("two", 2)):
@@ -459,6 +475,7 @@ def test_workers_and_a_killed_run_change_no_byte(tokens: Path, tmp_path: Path, b
         ({"weights": {"a": -1}}, "mix gives 'a' the weight -1"),
         ({"weights": {"a": 0}}, "every source the weight 0"),
         ({"epochs": {"a": 0}}, "epochs gives 'a' 0"),
+        ({"temperature": 0.01}, "greater than or equal to 0.1"),  # sizes to the power of 100 are no numbers
         ({"caps": {"a": 5}}, "caps gives 'a' 5 tokens, less than a sequence of 128"),
         ({"phases": [{"until": 0.5}]}, r"phases end at \[0.5\]: let them ascend, and the last end at 1"),
         ({"phases": [{"until": 1}, {"until": 0.5}]}, "let them ascend"),
