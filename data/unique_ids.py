@@ -15,7 +15,7 @@ import numpy as np
 from gristmill.data.documents import Row, atomic, id_hash, open_rows, read_rows, write_json_lines
 from gristmill.data.intake import quarantine_line
 
-AT_ONCE = 1 << 24  # hashes compared in one pass: 400 MB with their places
+AT_ONCE = 1 << 23  # hashes compared in one pass: 400 MB with their places
 REASON = "duplicate id"
 
 
@@ -66,24 +66,32 @@ def _equal_hashes(indexes: Sequence[Path]) -> list[list[tuple[int, int]]]:
     passes = max(1, -(-total // AT_ONCE))
     groups: list[list[tuple[int, int]]] = []
     for number in range(passes):
-        hashes, places = [], []
+        hashes, of_shards, of_rows = [], [], []
         for shard, path in enumerate(indexes):
             held = np.fromfile(path, dtype="<u8")
             rows = np.flatnonzero(held % np.uint64(passes) == number)
             hashes.append(held[rows])
-            places.append(np.column_stack([np.full(len(rows), shard), rows]))
+            of_shards.append(np.full(len(rows), shard, np.uint32))
+            of_rows.append(rows.astype(np.uint32))
         if not hashes:
             continue
-        one, place = np.concatenate(hashes), np.concatenate(places)
-        order = np.argsort(one, kind="stable")
-        again = np.flatnonzero(one[order][1:] == one[order][:-1])
-        for start in again:
-            pair = [(int(a), int(b)) for a, b in place[order[start : start + 2]]]
+        one, order = _sorted(hashes)
+        shard_of, row_of = np.concatenate(of_shards), np.concatenate(of_rows)
+        for start in np.flatnonzero(one[1:] == one[:-1]):
+            pair = [(int(shard_of[place]), int(row_of[place])) for place in order[start : start + 2]]
             if groups and groups[-1][-1] == pair[0]:
                 groups[-1].append(pair[1])
             else:
                 groups.append(pair)
     return groups
+
+
+def _sorted(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The parts' numbers in order, equal ones as they came, and where each was; the parts are let go."""
+    held = np.concatenate(parts)
+    parts.clear()
+    order = np.argsort(held, kind="stable")
+    return held[order], order
 
 
 def _rows_at(shard: Path, places: set[int]) -> dict[int, Row]:

@@ -87,7 +87,9 @@ class DumpSource(StoredSource):
         number = page.fields.get("id", "")
         extra = {"title": title} if fact(title) else {}
         date = iso_date(page.fields.get("timestamp"))
-        found = Found(text, number if number.isdigit() else None, page.site.url(title), date, None, extra)
+        found = Found(
+            text, number if number.isascii() and number.isdigit() else None, page.site.url(title), date, None, extra
+        )
         return wrong_with(text) or found
 
 
@@ -134,7 +136,7 @@ class _Page:
     def space(self) -> int:
         """Its namespace's number; by its title in dumps of before 2012, which do not state it."""
         stated = self.fields.get("ns", "")
-        if stated.removeprefix("-").isdigit():
+        if stated.isascii() and stated.removeprefix("-").isdigit():
             return int(stated)
         prefix, colon, _ = self.fields.get("title", "").partition(":")
         return next((int(n) for n, name in self.site.spaces.items() if colon and name and name == prefix), 0)

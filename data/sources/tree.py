@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -33,9 +34,9 @@ DAMAGED = (tarfile.TarError, zipfile.BadZipFile, DamagedError, zlib.error, EOFEr
 
 @dataclass(frozen=True)
 class TreeEntry(Entry):
-    """A file of a tree, and the licence files in its folder and above, the nearest first."""
+    """A file of a tree, and (address, stamp) of the licence files in its folder and above, the nearest first."""
 
-    licences: tuple[str, ...] = ()
+    licences: tuple[tuple[str, str], ...] = ()
 
 
 class TreeSource(StoredSource):
@@ -71,11 +72,11 @@ class TreeSource(StoredSource):
         files = [e for e in super().entries() if not PASSED & set(PurePosixPath(e.name).parts)]
         if not files:
             raise ValueError(f"source {self.name!r}: {self.paths} holds no file of its own: correct ingest.sources")
-        found: dict[str, str] = {}
+        found: dict[str, tuple[str, str]] = {}
         for entry in files:
             folder, _, name = entry.address.rpartition("/")
             if is_licence_name(name):
-                found.setdefault(folder, entry.address)
+                found.setdefault(folder, (entry.address, entry.stamp))
         return [TreeEntry(e.address, e.name, e.size, e.stamp, _above(e.address, found)) for e in files]
 
     def some_text(self, entries: list[Entry]) -> bool:
@@ -174,7 +175,7 @@ def _named(record: Record, entry: Entry, name: str, number: int) -> Record:
     return record
 
 
-def _above(address: str, found: dict[str, str]) -> tuple[str, ...]:
+def _above(address: str, found: dict[str, tuple[str, str]]) -> tuple[tuple[str, str], ...]:
     folder, above = address.rpartition("/")[0], []
     while folder:
         if folder in found:
@@ -193,10 +194,12 @@ def _nearest(name: str, licences: dict[str, str | None]) -> str | None:
         folder = folder.rpartition("/")[0]
 
 
-def _first_known(addresses: tuple[str, ...]) -> str | None:
-    return next((found for address in addresses if (found := _licence_at(address)) is not None), None)
+def _first_known(files: tuple[tuple[str, str], ...]) -> str | None:
+    return next((found for file in files if (found := _licence_at(*file)) is not None), None)
 
 
-def _licence_at(address: str) -> str | None:
+@lru_cache(maxsize=1024)  # every file below asks for it
+def _licence_at(address: str, stamp: str) -> str | None:
+    """The licence of a licence file; `stamp` is of the version that is meant."""
     with fsspec.open(address, "rb") as file:
         return licence_of_text(file.read(WHOLE).decode("utf-8", "replace"))  # type: ignore[union-attr]

@@ -31,6 +31,14 @@ BETWEEN = b"\r\n\r\n"
 NEXT = b"\r\n\r\nWARC/1."
 HTML = ("text/html", "application/xhtml+xml")
 PLAIN = "text/plain"
+# Those that are counted by their names; others by the first half of them, so that there are few reasons
+TYPES = frozenset({"warcinfo", "resource", "request", "metadata", "revisit", "continuation"})
+FORMS = frozenset(
+    [f"application/{n}" for n in ("javascript", "json", "octet-stream", "pdf", "rss+xml", "xml", "zip")]
+    + [f"image/{n}" for n in ("gif", "jpeg", "png", "svg+xml", "webp")]
+    + [f"text/{n}" for n in ("calendar", "css", "csv", "javascript", "xml")]
+)
+HALVES = frozenset({"application", "audio", "font", "image", "message", "model", "multipart", "text", "video"})
 
 
 def is_warc(address: str) -> bool:
@@ -115,7 +123,7 @@ def _found(stream: Stream, header: dict[str, str], at: int, most: int, precise: 
     end = stream.read(len(BETWEEN))
     if passed == length and end in (BETWEEN, b"", b"\r\n", b"\n\n"):
         if not wanted:
-            return Skipped(f"WARC record of type {fact(kind[:40]) or 'unknown'}"), True
+            return Skipped(f"WARC record of type {kind if kind in TYPES else 'unknown'}"), True
         found = too_large(most, length) if length > most else _document(header, content, most, precise)
         return found, True
     held = len(content) < passed
@@ -151,7 +159,8 @@ def _document(header: dict[str, str], content: bytes, most: int, precise: bool) 
     fields, body = message
     form = fields.get_content_type()
     if form not in (*HTML, PLAIN):
-        return Skipped(f"served as {form[:40]}")
+        half = fields.get_content_maintype()
+        return Skipped(f"served as {form if form in FORMS else half if half in HALVES else 'something unknown'}")
     if len(body) > MOST_HTML and form != PLAIN:
         return too_large(MOST_HTML, len(body))
     text, replaced = web_text(body, fields.get_content_charset())

@@ -15,7 +15,6 @@ DROPPED = ("ref", "gallery", "timeline", "score", "imagemap", "graph", "template
 PICTURES = frozenset({"file", "image", "media"})
 CATEGORIES = frozenset({"category"})
 
-COMMENT = re.compile(r"<!--")
 TAG = re.compile(rf"<({'|'.join(DROPPED)})\b([^<>]{{0,2000}})>", re.IGNORECASE)
 MARK = re.compile(r"\{\{|\}\}|\[\[|\]\]|^[ :]{0,20}\{\||^[ \t]{0,20}\|\}(?!\})|\[(?=(?:https?:)?//)|\]", re.MULTILINE)
 LANGUAGE_LINK = re.compile(r":?[a-z]{2,3}(?:-[a-z]{2,12})?$")

@@ -135,6 +135,13 @@ def test_a_page_beyond_the_bound_is_set_aside_and_the_next_is_read(tmp_path: Pat
     assert [(b["reason"], b["record"]) for b in bad] == [("too large", 1)]
 
 
+def test_numbers_that_only_look_like_numbers(tmp_path: Path) -> None:
+    odd = page(1, "eins", space="<ns>²</ns>").replace("<id>1<", "<id>²<")
+    _, rows, bad = go(tmp_path, "d.xml", dump(odd, page(2, "zwei")))
+    assert not bad
+    assert [r["id"] for r in rows] == ["wiki/d.xml#1", "wiki/2"]
+
+
 def test_a_page_twice_is_named_with_both_places(tmp_path: Path) -> None:
     twice = dump(page(1, "eins"), page(2, "zwei"), page(1, "noch einmal"))
     with pytest.raises(ValueError, match=r"d\.xml, record 3: duplicate id .*'wiki/1' is that of record 1 of d\.xml"):

@@ -129,6 +129,20 @@ def test_two_files_of_one_name_in_an_archive(tmp_path: Path) -> None:
     assert [(b["record"], b["reason"]) for b in bad] == [(2, "duplicate id")]
 
 
+def test_a_licence_is_read_once_for_all_files_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    root = laid(tmp_path)
+    for number in range(30):
+        (root / f"n{number}.py").write_text("x = 1\n")
+    opened, plain = [], fsspec.open
+    monkeypatch.setattr(fsspec, "open", lambda address, mode: (opened.append(address), plain(address, mode))[1])
+    _, rows, _ = go(tmp_path, root)
+    assert [r["metadata"]["licence"] for r in rows if "/n" in r["id"]] == ["MIT"] * 30
+    assert len(opened) == len(set(opened))
+    assert opened
+
+
 def test_a_source_file_that_is_no_utf8(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "a.py").write_bytes(b"# caf\xe9\n")

@@ -198,6 +198,18 @@ def test_a_page_of_a_million_tags_costs_no_hours(tmp_path: Path) -> None:
     assert time.process_time() - started < 10
 
 
+def test_servers_and_archives_do_not_choose_the_reasons_that_are_counted(tmp_path: Path) -> None:
+    records = [record(http(b"x", f"image/x-{n}")) for n in range(5)]
+    records += [record(http(b"x", f"own{n}/x")) for n in range(5)]
+    records += [record(b"x", f"kind{n}") for n in range(5)]
+    metrics, _, _ = go(tmp_path, "a.warc", b"".join([*records, *pages(1)]))
+    assert metrics["skipped_by_reason"] == {
+        "WARC record of type unknown": 5,
+        "served as image": 5,
+        "served as something unknown": 5,
+    }
+
+
 def test_a_content_type_of_a_million_semicolons_costs_no_hours(tmp_path: Path) -> None:
     started = time.process_time()
     page = http(PAGE.encode(), kind='text/html; x="' + ";" * 1_000_000)
