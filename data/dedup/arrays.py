@@ -13,13 +13,15 @@ import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import orjson
 
 from gristmill.data.documents import atomic
 
 MAGIC = b"GRMARR01"
+HEAD = 1 << 13  # bytes read at once, which hold most headers
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -45,23 +47,28 @@ class Arrays:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("rb", buffering=0)
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # bare: a stage opens them by the thousand
         self._map: mmap.mmap | None = None
-        start = self._file.read(16)
-        length = int.from_bytes(start[8:], "little")
-        if start[:8] != MAGIC or length > os.fstat(self._file.fileno()).st_size:
-            self._file.close()
-            raise ValueError(f"{path} is not a file of arrays: make its stage again")
-        self._header: dict[str, tuple[str, int, int]] = {
-            name: (dtype, count, 16 + length + offset)
-            for name, (dtype, count, offset) in json.loads(self._file.read(length)).items()
-        }
+        try:
+            self._header, self._begin = self._head()
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def _head(self) -> tuple[dict[str, list[Any]], int]:
+        """The header, and where the arrays begin."""
+        start = os.pread(self._file, HEAD, 0)
+        length = int.from_bytes(start[8:16], "little")
+        if start[:8] != MAGIC or length > os.fstat(self._file).st_size:
+            raise ValueError(f"{self.path} is not a file of arrays: make its stage again")
+        header = start[16 : 16 + length] if length <= HEAD - 16 else os.pread(self._file, length, 16)
+        return orjson.loads(header), 16 + length
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        os.close(self._file)
 
     def __contains__(self, name: str) -> bool:
         return name in self._header
@@ -76,7 +83,7 @@ class Arrays:
         stop = count if stop is None else stop
         made = np.empty(max(0, stop - start), dtype)
         if len(made):
-            read_exactly(self._file.fileno(), made, offset + start * made.itemsize, self.path)
+            read_exactly(self._file, made, self._begin + offset + start * made.itemsize, self.path)
         return made
 
     def mapped(self, name: str) -> np.ndarray:
@@ -85,8 +92,8 @@ class Arrays:
         if not count:
             return np.empty(0, dtype)
         if self._map is None:
-            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        return np.frombuffer(self._map, dtype, count, offset)
+            self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(self._map, dtype, count, self._begin + offset)
 
 
 def read_exactly(descriptor: int, into: np.ndarray, offset: int, path: Path) -> None:

@@ -14,8 +14,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from gristmill.data.dedup.config import DedupConfig
 from gristmill.data.documents import atomic, write_json_lines
 from gristmill.data.executor import Task
@@ -105,13 +103,20 @@ def read_manifest(place: str, config: DedupConfig) -> dict[str, Any]:
 
 
 def _manifest_text(place: str) -> bytes:
-    filesystem, path = fsspec.core.url_to_fs(place)
+    filesystem, path = _place(place)
     try:
         return filesystem.cat_file(f"{path.rstrip('/')}/{MANIFEST}")
     except FileNotFoundError as error:
         raise ValueError(
             f"there is no dedup index at {place}: `against` takes the folder `index` of a finished dedup stage"
         ) from error
+
+
+def _place(place: str) -> tuple[Any, str]:
+    """The filesystem of a path or URL, and the path there."""
+    import fsspec  # here, since a run without earlier indexes does not need it, and it takes long
+
+    return fsspec.core.url_to_fs(place)
 
 
 def taken_in(config: DedupConfig, work: Path) -> tuple[list[Task], list[Path]]:
@@ -121,7 +126,7 @@ def taken_in(config: DedupConfig, work: Path) -> tuple[list[Task], list[Path]]:
     """
     tasks, stems = [], []
     for number, place in enumerate(config.against):
-        filesystem, path = fsspec.core.url_to_fs(place)
+        filesystem, path = _place(place)
         local = "file" in filesystem.protocol
         folder = work / "against" / f"{number:05d}"
         for part in read_manifest(place, config)["parts"]:
@@ -138,7 +143,7 @@ def take_in(place: str, name: str, size: int, sha256: str, local: bool, result: 
     Raises:
         ValueError: the file is missing, or holds something else than its index.json says.
     """
-    filesystem, path = fsspec.core.url_to_fs(place)
+    filesystem, path = _place(place)
     digest, count = hashlib.sha256(), 0
     with atomic(result) as part:
         try:

@@ -97,9 +97,10 @@ class Parts:
         for part, which in self.spread(numbers):
             path = part.file("shingles")
             with path.open("rb", buffering=0) as file:
+                descriptor = file.fileno()
                 for i in which.tolist():
                     own = flat[ends[i] - sizes[i] : ends[i]]
-                    read_exactly(file.fileno(), own, 4 * int(starts[i]), path)
+                    read_exactly(descriptor, own, 4 * int(starts[i]), path)
                     own.sort()
         return flat, ends
 

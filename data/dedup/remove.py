@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,6 +84,8 @@ def differing(kept: str, removed: str, words: int = 400, most: int = 6) -> str:
     a, b = kept.split(), removed.split()
     same = next((i for i, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
     a, b = a[same : same + words], b[same : same + words]
+    import difflib  # here, since only the process that writes pairs.jsonl needs it
+
     runs = []
     for kind, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         if kind != "equal":
