@@ -169,25 +169,25 @@ def _search(codes, what, longer, lengths, powers, bits, keys, numbers, hits):
     H(n) = H(n-1)·B + word(n); the hash of the last L words is H(n) - H(n-L)·B^L, whatever L is: one pass serves
     all lengths. A bit map that fits the cache answers for nearly all words.
     """
-    hashes = np.empty(4096, np.uint64)
-    starts = np.empty(4096, np.int64)
-    ends = np.empty(4096, np.int64)
-    sums = np.zeros(128, np.uint64)
-    begun = np.zeros(128, np.int64)
+    hashes = np.empty(WORDS_AT_ONCE, np.uint64)
+    starts = np.empty(WORDS_AT_ONCE, np.int64)
+    ends = np.empty(WORDS_AT_ONCE, np.int64)
+    sums = np.zeros(RING, np.uint64)
+    begun = np.zeros(RING, np.int64)
     bit_mask, key_mask = np.uint64(len(bits) * 8 - 1), np.uint64(len(keys) - 1)
     at, after_number, seen, found, total = 0, False, 0, 0, np.uint64(0)
     while at < len(codes):
         count, at, after_number = _next_words(codes, at, after_number, what, longer, hashes, starts, ends)
         for i in range(count):
-            begun[seen & 127] = starts[i]
-            total = total * np.uint64(0x9E3779B97F4A7C15) + hashes[i]
+            begun[seen & (RING - 1)] = starts[i]
+            total = total * BASE + hashes[i]
             seen += 1
-            sums[seen & 127] = total
+            sums[seen & (RING - 1)] = total
             for which in range(len(lengths)):
                 length = lengths[which]
                 if length > seen:
                     continue
-                key = _mix((total - sums[(seen - length) & 127] * powers[which]) ^ np.uint64(length))
+                key = _mix((total - sums[(seen - length) & (RING - 1)] * powers[which]) ^ np.uint64(length))
                 bit = key & bit_mask
                 if not (bits[bit >> np.uint64(3)] >> np.uint8(bit & np.uint64(7))) & 1:
                     continue
@@ -197,7 +197,7 @@ def _search(codes, what, longer, lengths, powers, bits, keys, numbers, hits):
                 if numbers[slot] >= 0:
                     if found < len(hits):
                         hits[found, 0] = numbers[slot]
-                        hits[found, 1] = begun[(seen - length) & 127]
+                        hits[found, 1] = begun[(seen - length) & (RING - 1)]
                         hits[found, 2] = ends[i]
                     found += 1
     return found
@@ -208,7 +208,7 @@ def _key(hashes):
     """The hash of a run by the hashes of its words, as `_search` has it."""
     total = np.uint64(0)
     for word in hashes:
-        total = total * np.uint64(0x9E3779B97F4A7C15) + word
+        total = total * BASE + word
     return _mix(total ^ np.uint64(len(hashes)))
 
 
