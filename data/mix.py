@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,7 +19,7 @@ from pydantic import Field, model_validator
 
 from gristmill.data.config import Config
 from gristmill.data.documents import write_json_lines
-from gristmill.data.executor import Task, run_tasks
+from gristmill.data.executor import Task, remove_work, run_tasks
 from gristmill.data.mixture import COUNT, FORMAT
 from gristmill.data.order import MOST, Order, Phase
 from gristmill.data.packing import FIRST, PIECE, Counts, best_fit, concatenate
@@ -179,7 +178,7 @@ def mix(config: MixConfig, tokens: Path, out: Path, seed: int, *, workers: int, 
     write_json_lines(out / "sources.jsonl", by_source)
     metrics = _metrics(config, rows, by_source, train)
     progress(len(tasks) + 1, len(tasks) + 1)
-    shutil.rmtree(work)
+    remove_work(work)
     return metrics
 
 
