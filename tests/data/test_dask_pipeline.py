@@ -327,7 +327,8 @@ def test_a_killed_worker_leaves_no_half_file_and_changes_no_byte(texts: Path, tm
     LocalPipelineExecutor(
         pipeline(tmp_path / "theirs", tmp_path / "a"), tasks=6, workers=1, logging_dir=str(tmp_path / "la")
     ).run()
-    whole, out, begun, seen = contents(tmp_path / "theirs"), tmp_path / "ours", tmp_path / "b", []
+    whole, out, begun = contents(tmp_path / "theirs"), tmp_path / "ours", tmp_path / "b"
+    seen, halves = [], {}
 
     def kill() -> None:
         for _ in range(3):
@@ -335,8 +336,7 @@ def test_a_killed_worker_leaves_no_half_file_and_changes_no_byte(texts: Path, tm
                 time.sleep(0.01)
             seen.append(min(new))
             os.kill(seen[-1], signal.SIGKILL)
-            halves = {n: b for n, b in contents(out).items() if whole[n] != b} if out.exists() else {}
-            assert not halves
+            halves.update({n: b for n, b in contents(out).items() if whole[n] != b} if out.exists() else {})
 
     killer = threading.Thread(target=kill)
     executor = DaskPipelineExecutor(
@@ -344,7 +344,9 @@ def test_a_killed_worker_leaves_no_half_file_and_changes_no_byte(texts: Path, tm
     )
     killer.start()
     executor.run()
-    killer.join()
+    killer.join(timeout=60)
+    assert len(seen) == 3
+    assert not halves
     assert len({p.name for p in begun.iterdir()}) > 6
     assert contents(out) == whole
     assert not list(tmp_path.rglob(".*.unfinished"))
