@@ -115,7 +115,7 @@ def as_lines(row: Row, characters: int, colour: bool) -> list[str]:
     return [
         f"{BOLD if row['outcome'] == 'removed' else DIM}{head}{PLAIN}" if colour else head,
         *(f"  {visible(fact)}" for fact in facts),
-        f"  {coloured(visible(text)) if colour else visible(text)}",
+        f"  {coloured(visible(text)) + PLAIN if colour else visible(text)}",
     ]
 
 

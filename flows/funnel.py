@@ -15,17 +15,16 @@ def by_source(rows: Sequence[Row]) -> list[Row]:
     """A row a source, the largest first: documents in and by outcome, bytes and tokens in and out; then one for all."""
     units = _units(rows)
     sums: dict[str, Row] = {}
+    total = _empty(units)  # apart from the sources, of which one may be named so too
     for row in rows:
-        for name in (str(row.get("source", "")), "all"):
-            own = sums.setdefault(name, _empty(units))
+        for own in (sums.setdefault(str(row.get("source", "")), _empty(units)), total):
             own["documents in"] += row["documents"]
             own[row["outcome"]] = own.get(row["outcome"], 0) + row["documents"]
             for unit in units:
                 own[unit.replace("_", " ")] += row.get(unit) or 0
-    total = sums.pop("all", None)
     ordered = sorted(sums.items(), key=lambda item: (-item[1]["documents in"], item[0]))
     found = [{"source": name, **own} for name, own in ordered]
-    return [*found, {"source": "all", **total}] if total and len(found) > 1 else found
+    return [*found, {"source": "all", **total}] if len(found) > 1 else found
 
 
 def by_reason(rows: Sequence[Row]) -> list[Row]:

@@ -42,6 +42,8 @@ def test_the_funnel_adds_up_by_source_and_by_reason(tmp_path: Path) -> None:
     assert shown.count("data:image/png") == 2
     assert [row["source"] for row in by_source(FUNNEL)] == ["web", "code", "all"]
     assert sum(row["documents"] for row in by_reason(FUNNEL)) == 16
+    named_so = by_source([{**row, "source": "all" if row["source"] == "web" else "code"} for row in FUNNEL])
+    assert [row["documents in"] for row in named_so] == [100, 6, 106]
 
 
 def test_tokens_are_shown_where_a_stage_counts_them(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from gristmill.data.documents import read_rows
 from gristmill.flows.corpus_diff import difference
 from gristmill.flows.corpus_results import Result, chain_of_run, corpus_of
-from gristmill.flows.corpus_rows import Asked, coloured, found_rows, visible
+from gristmill.flows.corpus_rows import Asked, as_lines, coloured, found_rows, visible
 from gristmill.flows.data_cli import data_app, histogram_lines
 from gristmill.flows.errors import UsageError
 from gristmill.flows.store import Store
@@ -91,6 +91,8 @@ def test_a_changed_document_is_shown_without_its_input_too(store: Store, tmp_pat
 def test_a_document_does_not_steer_the_terminal() -> None:
     assert visible("a\x1b[2J\x9bb\n") == "a�[2J�b�"
     assert coloured("⟦x⟧") == "\x1b[1;31mx\x1b[0m"
+    unclosed = {"outcome": "kept", "id": "a/1", "source": "a", "reason": "", "text": "a ⟦ of its own", "spans": []}
+    assert as_lines(unclosed, 80, colour=True)[-1].endswith(" of its own\x1b[0m")
 
 
 def test_stats_add_up(place: Path) -> None:
