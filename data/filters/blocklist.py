@@ -28,12 +28,12 @@ from gristmill.data.sieve import KEEP, Verdict, remove
 
 NOT_ALPHANUMERIC = re.compile(r"[^a-z0-9]+")
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,31}+://")
-SPANS_SHOWN = 50
+LONGEST_HOST = 253  # characters of a domain name (RFC 1035, 2.3.4), without the last dot
 LISTS = ("domains", "urls", "url_words", "url_soft_words", "url_parts", "words", "soft_words")
 
 
 class BlocklistConfig(RuleConfig):
-    """Lists in the recipe itself and in files of a line an entry (.gz and .zst too; # begins a comment)."""
+    """Lists in the recipe itself and in files of a line an entry (.gz and .zst too; # begins a comment line)."""
 
     domains: list[str] = Field(default=[], title="Domains", description="With all their subdomains.")
     domain_files: list[str] = Field(default=[], title="Files of domains", description="One entry a line.")
@@ -147,8 +147,20 @@ def host_of(url: str) -> str:
     return host.rstrip(".")
 
 
+def _domain(entry: str) -> str:
+    host = host_of(entry)
+    if len(host.split()) > 1 or host != host.strip():
+        raise ValueError(
+            f"blocklist: the domain {entry[:80]!r} holds white space, so no address has it: give the domain alone, and "
+            f"comments on lines of their own"
+        )
+    return host
+
+
 def parents(host: str) -> Iterator[str]:
-    """A host and the domains that it lies in, its own name first."""
+    """A host and the domains that it lies in, its own name first; of what no host can be as long as, the end alone."""
+    if len(host) > LONGEST_HOST:
+        host = host[-LONGEST_HOST - 1 :].partition(".")[2]
     while host:
         yield host
         host = host.partition(".")[2]
@@ -169,7 +181,7 @@ def normalised(text: str) -> str:
 
 
 NORMAL = {
-    "domains": lambda entry: host_of(entry),
+    "domains": _domain,
     "urls": address,
     "url_words": normalised,
     "url_soft_words": normalised,

@@ -224,6 +224,10 @@ def test_files_and_what_is_wrong_with_them(tmp_path: Path) -> None:
         check_blocklist(BlocklistConfig(url_files=["nowhere.txt"]))
     with pytest.raises(ValueError, match="has 0 words"):
         check_blocklist(BlocklistConfig(words=["!!"]))
+    for line in ("0.0.0.0 ads.example.org", "ads.example.org # of 2024", "ads.example.org\tcomment"):
+        (tmp_path / "hosts.txt").write_text(f"{line}\n")
+        with pytest.raises(ValueError, match=r"holds white space.*give the domain alone"):
+            check_blocklist(BlocklistConfig(domain_files=[str(tmp_path / "hosts.txt")]))
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(ValueError, match=r"latin.txt, line 1, is no UTF-8"):
         check_blocklist(BlocklistConfig(words=["a"], word_files=[str(tmp_path / "latin.txt")]))
@@ -246,3 +250,17 @@ def test_many_words_and_a_long_text() -> None:
     assert rule.judge_text(text).reason == ""
     assert time.process_time() - began < 3  # 0.03 s on an idle core
     assert rule.judge_text(f"{text}{entries[7].upper()}").reason == "word blocklist: word"
+
+
+def test_an_address_of_a_megabyte_is_judged_at_once() -> None:
+    """A host of half a million labels has as many parents: their lengths together are the square of its own."""
+    config = BlocklistConfig(domains=["example.org"])
+    rule, begun = Blocklist(config), time.process_time()
+    assert rule.judge_url("http://" + "a." * 500_000 + "example.org/x").reason == "url blocklist: domain"
+    assert rule.judge_url("http://" + "a" * 1_000_000).reason == ""
+    assert time.process_time() - begun < 2  # takes 0.1 s; the square took a minute
+    whole = ".".join(["a" * 60] * 4) + ".example.org"  # 255 characters: no host, and it ends in one all the same
+    assert rule.judge_url(f"http://{whole}/").reason == "url blocklist: domain"
+    longest = whole[2:]
+    assert next(parents(longest)) == longest
+    assert next(parents(whole)) == whole.partition(".")[2]
