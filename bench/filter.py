@@ -27,6 +27,7 @@ import numpy as np
 from gristmill.data.filters.fasttext_model import model_path
 from gristmill.data.filters.profile import Profile
 from gristmill.data.filters.rule import Prepared
+from gristmill.data.filters.words import ExactSplitter
 from gristmill.data.sieve import edited
 
 SHARED = Path(os.environ.get("GRISTMILL_SHARED_DATA", Path(__file__).parents[1] / "shared" / "data"))
@@ -87,7 +88,9 @@ def peers() -> dict[str, Callable[[dict[str, Any]], Verdict]]:
 def ours(rows: list[dict[str, Any]], mode: str, names: tuple[str, ...] = NAMES) -> dict[str, list[Verdict]]:
     """Verdicts of our rules, each on the text as it came; words are split once a document."""
     profile = Profile.model_validate({"mode": mode, **{name: {} for name in names}})
-    rules, splitter = profile.rules(), profile.splitter()
+    rules = profile.rules()
+    # A splitter of its own: that of a profile would remember the words of the run before.
+    splitter = ExactSplitter(profile.words) if mode == "exact" else profile.splitter()
     found: dict[str, list[Verdict]] = {name: [] for name in names}
     for row in rows:
         document = Prepared(row, row["text"], splitter)
