@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -120,22 +120,33 @@ class StoredSource(SourceBase):
     def entries(self) -> list[Entry]:
         """Every file that the paths name, by address.
 
-        Raises:
-            ValueError: a path names no file, or cannot be reached.
-        """
-        found: dict[str, dict[str, Any]] = {}
-        for pattern in self.paths:
-            found |= self._listed(pattern)
-        addresses = sorted(found)
-        shared = common_folder(addresses)
-        return [Entry(a, a[len(shared) :], size_of(found[a]), self._stamp(a, found[a])) for a in addresses]
+        A file's name inside the source begins its documents' ids. It depends on the path that found it alone, so that
+        paths and files that come or go beside it change no id.
 
-    def _listed(self, pattern: str) -> dict[str, dict[str, Any]]:
+        Raises:
+            ValueError: a path names no file, or cannot be reached; two files have one name.
+        """
+        found: dict[str, tuple[str, dict[str, Any]]] = {}
+        for pattern in self.paths:
+            found = self._listed(pattern) | found
+        names: dict[str, str] = {}
+        for address, (name, _) in sorted(found.items()):
+            if name in names:
+                raise ValueError(
+                    f"source {self.name!r}: {names[name]} and {address} are both called {name!r} in it: name "
+                    f"the folder above both in paths, or give each a source of its own"
+                )
+            names[name] = address
+        return [Entry(a, name, size_of(entry), self._stamp(a, entry)) for a, (name, entry) in sorted(found.items())]
+
+    def _listed(self, pattern: str) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Address → name below the path's own folder, and what the store says of the file."""
         try:
             filesystem, path = fsspec.core.url_to_fs(os.path.expanduser(pattern))
             filesystem.invalidate_cache()  # a listing of before would hide a change
             if not is_pattern(pattern) and is_folder(filesystem, path):
                 path = f"{path.rstrip('/')}/**"
+            root = own_folder(path)
             listed = filesystem.glob(path, detail=True) if is_pattern(path) else {path: filesystem.info(path)}
             if pattern.startswith("http"):  # a page's links come without size or stamp
                 listed = {p: filesystem.info(p) for p in listed if not p.endswith("/")}
@@ -149,7 +160,10 @@ class StoredSource(SourceBase):
         files = {p: entry for p, entry in listed.items() if entry["type"] == "file"}
         if not files:
             raise ValueError(f"source {self.name!r}: {pattern!r} names no file: correct ingest.sources")
-        return {filesystem.unstrip_protocol(p).removeprefix("file://"): entry for p, entry in files.items()}
+        return {
+            filesystem.unstrip_protocol(p).removeprefix("file://"): (p.removeprefix(root), entry)
+            for p, entry in files.items()
+        }
 
     def _stamp(self, address: str, entry: dict[str, Any]) -> str:
         stamp = stamp_of(address, entry)
@@ -268,12 +282,10 @@ def is_folder(filesystem: Any, path: str) -> bool:
     return path.endswith("/") if path.startswith("http") else filesystem.isdir(path)
 
 
-def common_folder(addresses: list[str]) -> str:
-    """The folder, with its last slash, that all addresses share."""
-    folders = [a.rpartition("/")[0].split("/") for a in addresses]
-    levels = zip(*folders, strict=False)
-    shared = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)]
-    return "/".join([*shared, ""]) if shared else ""
+def own_folder(path: str) -> str:
+    """The folder, with its last slash, below which a path or pattern names files: all before its first mark."""
+    before = path[: next((i for i, c in enumerate(path) if c in "*?["), len(path))] if is_pattern(path) else path
+    return before[: before.rfind("/") + 1]
 
 
 def size_of(entry: dict[str, Any]) -> int:

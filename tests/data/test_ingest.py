@@ -15,6 +15,7 @@ from gristmill.data.arithmetic import Chain, draw_chain, generator, is_held_out,
 from gristmill.data.documents import read_rows, shards, write_rows
 from gristmill.data.ingest import IngestConfig, check_sources, fingerprint_sources, ingest
 from gristmill.data.problems import ProblemsConfig, make_problems
+from gristmill.data.sources import FilesSource
 from gristmill.data.stage_types import silent
 
 LINES = [json.dumps({"text": f"document number {i}", "other": i}) for i in range(5)]
@@ -258,3 +259,23 @@ def test_a_bad_gsm8k_row_is_named(tmp_path: Path) -> None:
     config = ProblemsConfig(family="gsm8k", train_file=str(tmp_path / "x.jsonl"), test_file=str(tmp_path / "x.jsonl"))
     with pytest.raises(ValueError, match=r"x\.jsonl, line 2, is not a GSM8K row"):
         make_problems(config, tmp_path, 0, progress=silent)
+
+
+def test_what_comes_or_goes_beside_a_file_changes_no_id(tmp_path: Path) -> None:
+    """An id must name the same document tomorrow: takedowns and traces go by it."""
+    for name in ("notes/deep/a.txt", "notes/b.txt", "more/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"the text of {name}")
+
+    def names(*paths: str) -> set[str]:
+        source = FilesSource(name="s", paths=[str(tmp_path / path) for path in paths])
+        return {entry.name for entry in source.entries()}
+
+    assert names("notes") == {"deep/a.txt", "b.txt"}
+    assert names("notes", "more/*.txt") == {"deep/a.txt", "b.txt", "c.txt"}
+    (tmp_path / "notes/b.txt").unlink()
+    assert names("notes") == {"deep/a.txt"}
+    assert names("notes/deep/a.txt") == {"a.txt"}
+    (tmp_path / "more/a.txt").write_text("another")
+    with pytest.raises(ValueError, match=r"both called 'a.txt' in it: name the folder above both"):
+        names("notes/deep/a.txt", "more/*.txt")
