@@ -20,7 +20,6 @@ from gristmill.data.dedup.index import (
     check_indexes,
     checksums,
     index_fingerprints,
-    remove_folder,
     stem_of,
     taken_in,
     write_manifest,
@@ -36,7 +35,7 @@ from gristmill.data.dedup.remove import (
 )
 from gristmill.data.dedup.sign import write_index
 from gristmill.data.documents import shards, write_json_lines
-from gristmill.data.executor import Task, run_tasks
+from gristmill.data.executor import Task, remove_work, run_tasks
 from gristmill.data.sieve import conclude
 from gristmill.data.stage_types import Metrics, Progress
 
@@ -90,7 +89,7 @@ def deduplicate(config: DedupConfig, documents: Path, out: Path, *, workers: int
     by_reason = metrics["removed_by_reason"]
     numbers = {reason: by_reason.get(reason, 0) for reason in ("exact", "url", "near")}
     metrics |= {**numbers, "clusters": clusters(own, parts), **again}
-    remove_folder(work)
+    remove_work(work)
     return metrics
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +160,3 @@ def take_in(place: str, name: str, size: int, sha256: str, local: bool, result: 
                 f"and its {MANIFEST} says {size} bytes with {sha256[:12]}…: make that dedup stage again, or leave it "
                 f"out of `against`"
             )
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder of work, if it is there."""
-    shutil.rmtree(folder, ignore_errors=True)

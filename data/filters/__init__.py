@@ -6,7 +6,6 @@ each other, `profile.py` for the rules there are, and docs/rules.md for each wit
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from pydantic import Field
 
 from gristmill.data.config import Config
 from gristmill.data.documents import Row, shards
-from gristmill.data.executor import Task, run_tasks
+from gristmill.data.executor import Task, remove_work, run_tasks
 from gristmill.data.filters.gopher import GopherQuality, GopherRepetition
 from gristmill.data.filters.language import Language
 from gristmill.data.filters.lines import Length, Lines
@@ -78,7 +77,7 @@ def filter_documents(config: FilterConfig, documents: Path, out: Path, *, worker
     ready = config.model_copy(update={"profiles": made_ready(config.profiles, sources, out / "classifiers")})
     run_tasks([Task(_filter_shard, (ready, s, out), tally_path(out, s)) for s in sources], workers, progress)
     metrics = conclude(out, sources) | reports(out / "classifiers")
-    shutil.rmtree(out / "work", ignore_errors=True)
+    remove_work(out / "work")
     return metrics
 
 
