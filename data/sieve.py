@@ -50,7 +50,8 @@ class Verdict:
         reason: the rule that removed it, from a small set (it is counted by); empty where the document goes on.
         because: what shows the reason to a person: `duplicate_of`, `similarity`, `spans` ([[start, end], …] of
             characters, shown highlighted), `detail`.
-        edits: changes of its text, in ascending order and apart from each other.
+        edits: changes of its text, in ascending order and apart from each other; of a document that is removed, what
+            samples of it must not show.
         metadata: what is added to the metadata of a document that goes on.
         values: numbers for the histograms, by name; between 0 and 1.
     """
@@ -143,7 +144,7 @@ class Tally:
         size = _utf8_size(text)
         after = 0 if outcome == "removed" else size if text_after is text else _utf8_size(text_after)
         # a document changed by two rules is one document: it counts under the first of them by name
-        reason = min(e.reason for e in verdict.edits) if verdict.edits else verdict.reason
+        reason = verdict.reason or min((e.reason for e in verdict.edits), default="")
         self._count(row["metadata"]["source"], outcome, reason, size, after)
         self._bin("characters", outcome, float(1 << max(0, len(text).bit_length() - 1)))
         for name, value in verdict.values.items():
