@@ -13,7 +13,7 @@ import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import orjson
@@ -55,7 +55,7 @@ class Arrays:
             os.close(self._file)
             raise
 
-    def _head(self) -> tuple[dict[str, list[Any]], int]:
+    def _head(self) -> tuple[dict[str, tuple[str, int, int]], int]:
         """The header, and where the arrays begin."""
         start = os.pread(self._file, HEAD, 0)
         length = int.from_bytes(start[8:16], "little")

@@ -89,7 +89,7 @@ class Signer:
                 self._shingles,
                 keys,
             )
-            hasher.update(self._text[:size])
+            hasher.update(self._text[:size].data)
             if made:
                 shingles.append(self._shingles[:made].copy())
         digest = hasher.intdigest()
