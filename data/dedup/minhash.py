@@ -10,7 +10,7 @@ from the set, and eight mixes and 112 exclusive-ors a shingle vectorise where 11
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -35,8 +35,7 @@ MOST = np.int64(2**63 - 1)
 LOW = np.uint64(0xFFFFFFFF)
 
 
-@dataclass(frozen=True)
-class Signature:
+class Signature(NamedTuple):
     """Of one document: the 128-bit hash of its normalised text, its buckets' keys (uint64), its n-grams (uint32).
 
     `shingles` holds the low halves of the hashes in the order of the text, repeated ones too: sorting them is left to
@@ -64,42 +63,44 @@ class Signer:
         self._text = np.zeros(4 * BLOCK + 2, np.uint8)
         self._minima = np.zeros((rows, buckets), np.int64)
         self._shingles = np.zeros(BLOCK + 2, np.uint32)
+        self._scratch = (
+            self._characters,
+            ngram,
+            self._state,
+            self._words,
+            self._grams,
+            self._text,
+            self._mixers,
+            self._flips,
+            self._mixed,
+            self._minima,
+            self._shingles,
+        )
 
     def sign(self, text: str) -> Signature:
         """The signature of a text."""
-        hasher = xxhash.xxh3_128()
-        shingles: list[np.ndarray] = []
         keys = np.empty(self._minima.shape[1], np.uint64)
         self._state[:] = 0
+        if len(text) <= BLOCK and text.isascii():  # most are, and calls are most of what a short one costs
+            made, size = sign_ascii(np.frombuffer(text.encode(), np.uint8), True, *self._scratch, keys)
+            digest = xxhash.xxh3_128_intdigest(self._text[:size].data)
+            shingles = self._shingles[:made].copy()
+        else:
+            digest, shingles = self._sign_blocks(text, keys)
+        if not len(shingles):
+            shingles = self._alone(digest, keys)
+        return Signature((digest >> 64, digest & (2**64 - 1)), keys, shingles)
+
+    def _sign_blocks(self, text: str, keys: np.ndarray) -> tuple[int, np.ndarray]:
+        """Hash and shingles of a text of any length; the keys go to `keys`."""
+        hasher = xxhash.xxh3_128()
+        shingles: list[np.ndarray] = []
         for units, final in _blocks(text):
             sign_block = sign_ascii if units.dtype == np.uint8 else sign_any
-            made, size = sign_block(
-                units,
-                final,
-                self._characters,
-                self.ngram,
-                self._state,
-                self._words,
-                self._grams,
-                self._text,
-                self._mixers,
-                self._flips,
-                self._mixed,
-                self._minima,
-                self._shingles,
-                keys,
-            )
+            made, size = sign_block(units, final, *self._scratch, keys)
             hasher.update(self._text[:size].data)
-            if made:
-                shingles.append(self._shingles[:made].copy())
-        digest = hasher.intdigest()
-        if not shingles:
-            shingles = [self._alone(digest, keys)]
-        return Signature(
-            exact=(digest >> 64, digest & (2**64 - 1)),
-            keys=keys,
-            shingles=shingles[0] if len(shingles) == 1 else np.concatenate(shingles),
-        )
+            shingles.append(self._shingles[:made].copy())
+        return hasher.intdigest(), np.concatenate(shingles)
 
     def exact(self, text: str) -> tuple[int, int]:
         """The hash of a text's normalised form alone."""
@@ -120,9 +121,6 @@ class Signer:
 
 def _blocks(text: str) -> Iterator[tuple[np.ndarray, bool]]:
     """A text's characters in blocks, and whether each is the last."""
-    if len(text) <= BLOCK and text.isascii():  # most are
-        yield np.frombuffer(text.encode(), np.uint8), True
-        return
     held = None
     for units in pieces(text):
         for start in range(0, max(1, len(units)), BLOCK):
