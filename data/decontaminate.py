@@ -122,7 +122,7 @@ def decontaminate(
     """Write what `sieve.py` says, and matches.jsonl: a row a problem found in a document, with the words found.
 
     Args:
-        problems: the folder of the problems stage; only its test.jsonl is read.
+        problems: the folder of the exam stage (or of problems); its test.jsonl is read.
 
     Raises:
         ValueError: a shard is damaged, or an evaluation set cannot be read.

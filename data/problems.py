@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -35,16 +36,12 @@ class Styles(Config):
         return self
 
 
-class ProblemsConfig(Config):
-    """Which problems there are and how the cold-start chains of thought are written."""
+class ExamConfig(Config):
+    """The problems of the evaluation: what the corpus must not hold is made of these alone."""
 
     family: Literal["arithmetic", "gsm8k"] = Field(
         default="arithmetic", title="Family", description="Generated chains of sums, or files in GSM8K's format."
     )
-    cold_start: int = Field(
-        default=3000, ge=1, title="Cold start", description="Chains of thought for supervised training."
-    )
-    train: int = Field(default=6000, ge=1, title="Training", description="Problems for reinforcement learning.")
     test: int = Field(default=500, ge=1, title="Test", description="Held-out problems for evaluation.")
     least_terms: int = Field(default=4, ge=2, le=20, title="Least terms", description="Numbers in the shortest chain.")
     most_terms: int = Field(default=6, ge=2, le=20, title="Most terms", description="Numbers in the longest chain.")
@@ -52,24 +49,71 @@ class ProblemsConfig(Config):
         default=9, ge=2, le=49, title="Largest number", description="Largest number added or taken away."
     )
     words: float = Field(default=0.5, ge=0, le=1, title="In words", description="Share of problems put in words.")
-    styles: Styles = Field(default_factory=Styles, title="Ways of thinking", description="In the cold start.")
-    train_file: str | None = Field(
-        default=None, title="Training file", description="GSM8K-format JSONL(.gz), family gsm8k."
-    )
     test_file: str | None = Field(default=None, title="Test file", description="GSM8K-format JSONL(.gz), family gsm8k.")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.least_terms > self.most_terms:
             raise ValueError(f"least_terms {self.least_terms} is more than most_terms {self.most_terms}: swap them")
-        if self.family == "gsm8k" and not (self.train_file and self.test_file):
+        if self.family == "gsm8k" and not self.test_file:
             raise ValueError("family gsm8k needs train_file and test_file: name two JSONL files in GSM8K's format")
         return self
 
 
-def problem_files(config: ProblemsConfig) -> list[str]:
+class ProblemsConfig(ExamConfig):
+    """Which problems there are and how the cold-start chains of thought are written."""
+
+    cold_start: int = Field(
+        default=3000, ge=1, title="Cold start", description="Chains of thought for supervised training."
+    )
+    train: int = Field(default=6000, ge=1, title="Training", description="Problems for reinforcement learning.")
+    styles: Styles = Field(default_factory=Styles, title="Ways of thinking", description="In the cold start.")
+    train_file: str | None = Field(
+        default=None, title="Training file", description="GSM8K-format JSONL(.gz), family gsm8k."
+    )
+
+    @model_validator(mode="after")
+    def _two_files(self) -> Self:
+        if self.family == "gsm8k" and not self.train_file:
+            raise ValueError("family gsm8k needs train_file and test_file: name two JSONL files in GSM8K's format")
+        return self
+
+    @property
+    def exam(self) -> ExamConfig:
+        """The part that the evaluation's problems follow from."""
+        return ExamConfig(**{name: getattr(self, name) for name in ExamConfig.model_fields})
+
+
+def problem_files(config: ExamConfig) -> list[str]:
     """The files outside the store that the problems are read from; their contents belong to the stage's key."""
-    return [f for f in (config.train_file, config.test_file) if f] if config.family == "gsm8k" else []
+    train_file = config.train_file if isinstance(config, ProblemsConfig) else None
+    return [f for f in (train_file, config.test_file) if f] if config.family == "gsm8k" else []
+
+
+def make_exam(config: ExamConfig, out: Path, seed: int, *, progress: Progress) -> Metrics:
+    """Write test.jsonl, the very file that `make_problems` writes: a stage of its own, so that the corpus, which must
+    not hold these problems, is not made again when only the training problems change.
+
+    Raises:
+        ValueError: as `make_problems`.
+    """
+    rows = _test(config, seed)
+    _write(out / "test.jsonl", rows)
+    _write(out / "samples.jsonl", rows[:6])
+    progress(1, 1, rows=len(rows))
+    return {"test_problems": len(rows)}
+
+
+def _test(config: ExamConfig, seed: int) -> list[Row]:
+    if config.family == "arithmetic":
+        return list(_distinct(config, seed))
+    assert config.test_file
+    rows = (_bare(row) for row in _read_gsm8k(Path(config.test_file), "test"))
+    return list(islice(rows, config.test))
+
+
+def _bare(row: Row) -> Row:
+    return {k: v for k, v in row.items() if k not in ("thought", "final")}
 
 
 def make_problems(config: ProblemsConfig, out: Path, seed: int, *, progress: Progress) -> Metrics:
@@ -97,13 +141,13 @@ def make_problems(config: ProblemsConfig, out: Path, seed: int, *, progress: Pro
 
 def _arithmetic(config: ProblemsConfig, seed: int) -> dict[str, list[Row]]:
     return {
-        "cold_start": [_arithmetic_row(config, seed, "cold_start", i) for i in range(config.cold_start)],
+        "cold_start": [_arithmetic_row(config, seed, "cold_start", i, config.styles) for i in range(config.cold_start)],
         "train": [_arithmetic_row(config, seed, "train", i) for i in range(config.train)],
-        "test": list(_distinct(config, seed)),
+        "test": _test(config, seed),
     }
 
 
-def _distinct(config: ProblemsConfig, seed: int) -> Iterator[Row]:
+def _distinct(config: ExamConfig, seed: int) -> Iterator[Row]:
     """Test problems with different questions: one asked twice would be counted twice."""
     seen: set[str] = set()
     for index in range(100 * config.test):
@@ -119,7 +163,8 @@ def _distinct(config: ProblemsConfig, seed: int) -> Iterator[Row]:
     )
 
 
-def _arithmetic_row(config: ProblemsConfig, seed: int, which: str, index: int) -> Row:
+def _arithmetic_row(config: ExamConfig, seed: int, which: str, index: int, styles: Styles | None = None) -> Row:
+    """Problem `index` of a set; with the thought of one of `styles` where they are given."""
     rng = generator(seed, which, index)
     chain = draw_chain(rng, (config.least_terms, config.most_terms), config.largest, held_out=which == "test")
     form = "words" if rng.random() < config.words else "symbols"
@@ -130,8 +175,8 @@ def _arithmetic_row(config: ProblemsConfig, seed: int, which: str, index: int) -
         "terms": chain.terms,
         "form": form,
     }
-    if which == "cold_start":
-        shares = style_shares(config.styles)
+    if styles is not None:
+        shares = style_shares(styles)
         style: Style = ("thorough", "hasty", "guess")[int(rng.choice(3, p=shares))]
         row |= {"thought": thought(chain, style), "final": str(chain.answer), "style": style}
     return row
@@ -146,17 +191,11 @@ def style_shares(styles: Styles) -> list[float]:
 def _from_files(config: ProblemsConfig, seed: int) -> dict[str, list[Row]]:
     """GSM8K-format files: the written solution is the chain of thought; calculator marks `<<…>>` are left out."""
     assert config.train_file
-    assert config.test_file
     rows = list(_read_gsm8k(Path(config.train_file), "train"))
     order = generator(seed, "gsm8k").permutation(len(rows))
     rows = [rows[i] for i in order]
     cold = [{**r, "id": f"cold_start/{r['id']}", "style": "thorough"} for r in rows[: config.cold_start]]
-    bare = [{k: v for k, v in r.items() if k not in ("thought", "final")} for r in rows]
-    test = [
-        {k: v for k, v in r.items() if k not in ("thought", "final")}
-        for r in _read_gsm8k(Path(config.test_file), "test")
-    ]
-    return {"cold_start": cold, "train": bare[: config.train], "test": test[: config.test]}
+    return {"cold_start": cold, "train": [_bare(r) for r in rows[: config.train]], "test": _test(config, seed)}
 
 
 def _read_gsm8k(path: Path, which: str) -> Iterator[Row]:

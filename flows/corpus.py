@@ -17,7 +17,6 @@ class Corpus:
     unique: Artifact
     trimmed: Artifact
     filtered: Artifact
-    problems: Artifact
     clean: Artifact
     tokens: Artifact
     mixture: Artifact
@@ -30,8 +29,8 @@ def corpus(recipe: Recipe) -> Corpus:
     unique = stages.dedup(recipe.dedup, documents=ingested)
     trimmed = unique if recipe.spans is None else stages.spans(recipe.spans, documents=unique)
     filtered = stages.filter_(recipe.filter, documents=trimmed)
-    problems = stages.problems(recipe.problems, seed=seed)
-    clean = stages.decontaminate(recipe.decontaminate, documents=filtered, problems=problems)
+    exam = stages.exam(recipe.problems.exam, seed=seed)
+    clean = stages.decontaminate(recipe.decontaminate, documents=filtered, problems=exam)
     tokens = stages.tokenize(recipe.tokenize, documents=clean, seed=seed)
     mixture = stages.mix(recipe.mixing, tokens=tokens, seed=seed)
-    return Corpus(ingested, unique, trimmed, filtered, problems, clean, tokens, mixture)
+    return Corpus(ingested, unique, trimmed, filtered, clean, tokens, mixture)

@@ -33,6 +33,7 @@ class Stage(StrEnum):
     dedup = "dedup"
     spans = "spans"
     filter = "filter"
+    exam = "exam"
     decontaminate = "decontaminate"
     tokenize = "tokenize"
     mix = "mix"

@@ -62,6 +62,11 @@ def of_problems(config: Any, recipe: Recipe) -> Estimate:
     return Estimate(0.2 + count / 20_000, BYTES_A_PROCESS, 300 * count)
 
 
+def of_exam(config: Any, recipe: Recipe) -> Estimate:
+    """As problems, of the test alone."""
+    return Estimate(0.2 + config.test / 20_000, BYTES_A_PROCESS, 300 * config.test)
+
+
 def of_training(config: Any, recipe: Recipe) -> Estimate:
     """Of pretraining and fine-tuning: steps of `batch_sequences` packed sequences."""
     tokens = config.batch_sequences * config.sequence_length

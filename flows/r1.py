@@ -12,7 +12,7 @@ def r1(recipe: Recipe) -> Artifact:
     """The whole way. Calling it under `Plan` says what would run; under `Plain` or `Orchestrated` it runs."""
     seed = recipe.seed
     text = corpus(recipe)
-    problems = text.problems
+    problems = stages.problems(recipe.problems, seed=seed)
 
     base = stages.pretrain(recipe.pretrain, tokens=text.tokens, mixture=text.mixture, seed=seed)
     zero = stages.rl_zero(recipe.rl_zero, model=base, problems=problems, tokenizer=text.tokens, seed=seed)

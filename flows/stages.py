@@ -12,7 +12,7 @@ from gristmill.data.filters import FilterConfig, check_filters, filter_documents
 from gristmill.data.ingest import IngestConfig, check_sources, fingerprint_sources
 from gristmill.data.ingest import ingest as ingest_documents
 from gristmill.data.mix import mix as mix_tokens
-from gristmill.data.problems import ProblemsConfig, make_problems, problem_files
+from gristmill.data.problems import ExamConfig, make_exam, make_problems, problem_files
 from gristmill.data.sources.base import Contents
 from gristmill.data.spans import remove_spans
 from gristmill.data.tokenize import tokenize as tokenize_documents
@@ -36,11 +36,11 @@ def _hashes(files: list[str]) -> dict[str, str]:
     return found
 
 
-def _problem_sources(config: ProblemsConfig) -> dict[str, str]:
+def _problem_sources(config: ExamConfig) -> dict[str, str]:
     return _hashes(problem_files(config))
 
 
-def _check_problems(config: ProblemsConfig) -> None:
+def _check_problems(config: ExamConfig) -> None:
     for file in problem_files(config):
         if not Path(file).is_file():
             raise ValueError(
@@ -68,6 +68,14 @@ ingest = stage(
     check=check_sources,
     estimate=estimates.of_corpus(rate=4.0e6, kept=0.25),
 )(ingest_documents)
+exam = stage(
+    "exam",
+    version=1,
+    title="Problems of the evaluation",
+    sources=_problem_sources,
+    check=_check_problems,
+    estimate=estimates.of_exam,
+)(make_exam)
 problems = stage(
     "problems",
     version=1,

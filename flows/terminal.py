@@ -13,6 +13,7 @@ LOG_EVERY_SECONDS = 30.0
 KEY_METRICS = {
     "ingest": "documents_out",
     "problems": "test_problems",
+    "exam": "test_problems",
     "dedup": "documents_out",
     "spans": "bytes_out",
     "filter": "documents_out",

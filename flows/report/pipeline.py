@@ -14,7 +14,7 @@ PLACES = {
     "dedup": (1, 1),
     "spans": (1, 2),
     "filter": (2, 1),
-    "problems": (2, 2),
+    "problems": (6, 2),
     "decontaminate": (3, 1),
     "tokenize": (4, 1),
     "mix": (5, 1),

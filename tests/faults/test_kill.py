@@ -17,8 +17,8 @@ from pathlib import Path
 
 COMMAND = [str(Path(sys.executable).with_name("gristmill"))]
 STAGES = [  # in the order in which they run
-    "ingest", "dedup", "filter", "problems", "decontaminate", "tokenize", "mix", "pretrain", "rl_zero", "cold_start", "rl",
-    "evaluate", "export", "report",
+    "ingest", "dedup", "filter", "exam", "decontaminate", "tokenize", "mix", "problems", "pretrain",
+    "rl_zero", "cold_start", "rl", "evaluate", "export", "report",
 ]  # fmt: skip
 CHECKPOINTED = {"pretrain", "rl_zero", "rl"}
 PATIENCE = 120  # seconds until a stage must have begun: far more than smoke takes, on a busy machine too

@@ -33,7 +33,7 @@ INPUTS = {
     "problems": {},
     "dedup": {"documents": "ingest"},
     "filter": {"documents": "dedup"},
-    "decontaminate": {"documents": "filter", "problems": "problems"},
+    "decontaminate": {"documents": "filter", "problems": "exam"},
     "tokenize": {"documents": "decontaminate"},
     "mix": {"tokens": "tokenize"},
     "pretrain": {"tokens": "tokenize", "mixture": "mix"},
