@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 RECIPE ?= tiny
 
-.PHONY: help run test test-slow test-ui lint types layers bench bench-kernels ui clean
+.PHONY: help run test test-slow test-ui lint types layers bench bench-corpus bench-kernels ui clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ layers: $(VENV)/installed-dev ## import-linter: who may import whom
 
 bench: $(VENV)/installed-dev ## does `tiny` learn, in what time and memory (three cold runs)
 	$(BIN)/python bench/demo.py
+
+bench-corpus: $(VENV)/installed-dev ## the corpus stages against datatrove, rensa, tokenizers (half an hour)
+	for name in dedup filter spans tokenize loader; do OMP_NUM_THREADS=1 $(BIN)/python -P bench/$$name.py || exit 1; done
 
 bench-kernels: $(VENV)/installed-dev ## the kernels against their peers
 	$(BIN)/python -P -m gristmill.kernels.bench
