@@ -94,7 +94,8 @@ def test_killed_in_every_stage_ends_in_the_same_bytes(smoke_hashes: dict[str, st
         for _ in range(2 if stage in CHECKPOINTED else 1):
             if not finished(store, stage) and kill_within(store, stage, rng):
                 caught.append(stage)
-    assert set(caught) >= set(STAGES) - {"problems"}, caught  # which takes some hundredths of a second
+    # These take some hundredths of a second, mix some tenths: a kill may come late. mix has a test of its own.
+    assert set(caught) >= set(STAGES) - {"problems", "exam", "mix"}, caught
     assert finish(store) == smoke_hashes
     ended: list[str] = []
     for stage in CHECKPOINTED & set(caught):
