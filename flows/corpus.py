@@ -17,6 +17,7 @@ class Corpus:
     unique: Artifact
     trimmed: Artifact
     filtered: Artifact
+    exam: Artifact
     clean: Artifact
     tokens: Artifact
     mixture: Artifact
@@ -33,4 +34,4 @@ def corpus(recipe: Recipe) -> Corpus:
     clean = stages.decontaminate(recipe.decontaminate, documents=filtered, problems=exam)
     tokens = stages.tokenize(recipe.tokenize, documents=clean, seed=seed)
     mixture = stages.mix(recipe.mixing, tokens=tokens, seed=seed)
-    return Corpus(ingested, unique, trimmed, filtered, clean, tokens, mixture)
+    return Corpus(ingested, unique, trimmed, filtered, exam, clean, tokens, mixture)

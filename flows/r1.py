@@ -38,6 +38,7 @@ def r1(recipe: Recipe) -> Artifact:
         dedup=text.unique,
         trimmed=text.trimmed,
         filter=text.filtered,
+        exam=text.exam,
         decontaminate=text.clean,
         tokenize=text.tokens,
         mix=text.mixture,

@@ -15,6 +15,7 @@ PLACES = {
     "spans": (1, 2),
     "filter": (2, 1),
     "problems": (6, 2),
+    "exam": (2, 2),
     "decontaminate": (3, 1),
     "tokenize": (4, 1),
     "mix": (5, 1),
