@@ -8,8 +8,11 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 RECIPE ?= tiny
+# The files of tests that run side by side; those that take longest begin.
+TEST_PROCESSES ?= 2
+SLOWEST_FIRST := tests/faults tests/model tests/data tests/flows tests/infra tests/kernels
 
-.PHONY: help run test test-slow test-ui lint types layers bench bench-corpus bench-kernels ui clean
+.PHONY: help run test coverage test-slow test-ui lint types layers bench bench-corpus bench-kernels ui clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -29,7 +32,10 @@ run: $(VENV)/installed ## install, then run the recipe `tiny` from raw text to t
 	$(BIN)/gristmill run $(RECIPE)
 
 test: $(VENV)/installed-dev lint types layers ## everything that is checked by default
-	$(BIN)/pytest -m "not slow and not ui" --cov=gristmill --cov-report=term:skip-covered -q --durations=15
+	$(BIN)/pytest -m "not slow and not ui" -q --durations=15 -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(SLOWEST_FIRST)
+
+coverage: $(VENV)/installed-dev ## which lines the default tests run in their own process
+	$(BIN)/pytest -m "not slow and not ui" -q --cov=gristmill --cov-report=term:skip-covered
 
 test-slow: $(VENV)/installed-dev ## minutes long: kills in every stage on S3 too, the Prefect server
 	$(BIN)/pytest -m "slow and not ui" -q

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from gristmill.data.documents import shards as document_shards
     from gristmill.data.executor import Task, run_tasks
     from gristmill.data.filters import FilterConfig, filter_documents
+    from gristmill.data.filters.classifier import QualityConfig
+    from gristmill.data.filters.classifier_training import train_classifier
     from gristmill.data.ingest import IngestConfig
     from gristmill.data.ingest import ingest as ingest_documents
     from gristmill.data.mix import MixConfig
@@ -44,6 +46,8 @@ PUBLIC = {  # name → module, and the name there where it is another (a functio
     "SpansConfig": ("spans", "SpansConfig"),
     "filter_documents": ("filters", "filter_documents"),
     "FilterConfig": ("filters", "FilterConfig"),
+    "train_classifier": ("filters.classifier_training", "train_classifier"),
+    "QualityConfig": ("filters.classifier", "QualityConfig"),
     "remove_evaluation_sets": ("decontaminate", "decontaminate"),
     "DecontaminateConfig": ("decontaminate", "DecontaminateConfig"),
     "tokenize_documents": ("tokenize", "tokenize"),
@@ -90,6 +94,7 @@ __all__ = [
     "IngestConfig",
     "MixConfig",
     "Mixture",
+    "QualityConfig",
     "SpansConfig",
     "Task",
     "TokenShards",
@@ -110,5 +115,6 @@ __all__ = [
     "sieve_shard",
     "silent",
     "tokenize_documents",
+    "train_classifier",
     "write_rows",
 ]

@@ -156,6 +156,11 @@ def id_hash(identifier: str) -> int:
     return int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8], "little")
 
 
+def utf8_size(text: str) -> int:
+    """Bytes of a text in UTF-8; half a surrogate pair counts three."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
 def excerpt(text: str, characters: int = 240) -> str:
     """The beginning of a text, on one line."""
     short = " ".join(text[: 2 * characters].split())

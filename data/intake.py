@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from gristmill.data.documents import Row, RowWriter, atomic, id_hash, open_rows, write_json_lines
+from gristmill.data.documents import Row, RowWriter, atomic, id_hash, open_rows, utf8_size, write_json_lines
 from gristmill.data.sources import BadRecord, Cursor, Reader, Skipped
 from gristmill.data.urls import normalised_url
 
@@ -132,7 +132,7 @@ class _Reading:
                     state.skipped[item.reason] = state.skipped.get(item.reason, 0) + 1
                 elif isinstance(item, BadRecord):
                     shard.set_aside(self._line(item))
-                elif self._fits(size := _size(item["text"])):
+                elif self._fits(size := utf8_size(item["text"])):
                     in_shard += 1
                     self._take(item, size, shard)
         if shard.hashes:
@@ -205,7 +205,3 @@ def quarantine_line(source: str, file: str, record: int, reason: str, detail: st
     """A record that is set aside, as a line of its file."""
     row = {"source": source, "file": file, "record": record, "reason": reason, "detail": detail}
     return (json.dumps(row, sort_keys=True) + "\n").encode()
-
-
-def _size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())

@@ -40,7 +40,7 @@ class MixPhase(Config):
 
     @model_validator(mode="after")
     def _weights(self) -> Self:
-        _check_weights(self.weights, f"the phase until {self.until}")
+        _check_weights(self.weights, f"in the phase until {self.until}, ")
         return self
 
 
@@ -90,7 +90,7 @@ class MixSection(Config):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        _check_weights(self.weights, "mix")
+        _check_weights(self.weights, "")
         for name, limits in (("epochs", self.epochs), ("caps", self.caps)):
             for source, limit in limits.items():
                 if not 0 < limit < float("inf"):
@@ -130,9 +130,9 @@ class MixConfig(MixSection):
 def _check_weights(weights: Mapping[str, float], where: str) -> None:
     for source, weight in weights.items():
         if not 0 <= weight < float("inf"):
-            raise ValueError(f"{where} gives {source!r} the weight {weight}: give each source a number from 0")
+            raise ValueError(f"{where}the weight of {source!r} is {weight}: give each source a number from 0")
     if weights and not any(weights.values()):
-        raise ValueError(f"{where} gives every source the weight 0: give at least one more")
+        raise ValueError(f"{where}the weight of every source is 0: give at least one more")
 
 
 def mix(config: MixConfig, tokens: Path, out: Path, seed: int, *, workers: int, progress: Progress) -> Metrics:

@@ -1,12 +1,14 @@
 """Arrays in files, local or remote, behind one interface: `array[a:b]` gives items a to b.
 
 A local file is memory-mapped. A remote one (any fsspec address: `s3://`, `https://`, `memory://`) is read in ranges,
-through a cache of bounded size that a background thread can fill ahead of time. numpy and the standard library alone;
-fsspec is imported for a remote address only.
+through a cache of bounded size that a background thread can fill ahead of time; on S3 every range is asked for under
+the ETag that the folder was listed with, so that no file is read in part as it was and in part as it is.
+numpy and the standard library alone; fsspec is imported for a remote address only.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -20,6 +22,7 @@ BLOCK = 1 << 15  # bytes
 GAP = 4  # blocks between two wanted ones that are fetched along: cheaper than another request
 RUN = 128  # blocks of one request at most: 4 MiB
 CACHE = 256 << 20  # bytes of blocks held by default
+ATTEMPTS = 3  # at a range whose answer breaks off
 
 
 class RangeError(ValueError):
@@ -82,6 +85,8 @@ class RemoteFiles:
         self.root = str(root).rstrip("/")
         found = self.filesystem.find(self.root, detail=True)
         self._sizes = {name[len(self.root) :].lstrip("/"): int(info["size"]) for name, info in found.items()}
+        s3 = {"s3", "s3a"} & {*([protocol] if isinstance(protocol := self.filesystem.protocol, str) else protocol)}
+        self._etags = {n[len(self.root) :].lstrip("/"): i["ETag"] for n, i in found.items() if s3 and i.get("ETag")}
         self._most = max(8, cache_bytes // BLOCK)
         self._blocks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._lock = threading.Lock()
@@ -153,24 +158,58 @@ class RemoteFiles:
         starts = [run[0][1] * BLOCK for run in runs]
         ends = [min((run[-1][1] + 1) * BLOCK, self._sizes[run[0][0]]) for run in runs]
         try:
-            parts = self.filesystem.cat_ranges([f"{self.root}/{n}" for n in names], starts, ends, on_error="return")
+            parts = self._ranges(names, starts, ends)
         except Exception as error:
             parts = [error] * len(runs)
+        except BaseException:  # an interrupt: no other thread may wait for what will not come
+            self._fail(missing, RangeError(f"reading {self.url} was interrupted"))
+            raise
         for run, part, start, end in zip(runs, parts, starts, ends, strict=True):
             if isinstance(part, bytes) and len(part) == end - start:
                 for i, key in enumerate(run):
                     missing[key].set_result(part[i * BLOCK : (i + 1) * BLOCK])
                 continue
-            why = part if isinstance(part, Exception) else f"{len(part)} bytes came"
+            why = f"{len(part)} bytes came" if isinstance(part, bytes) else part
             error = RangeError(
                 f"bytes {start} to {end} of {self.name(run[0][0])} cannot be read ({why}): it changed while it was "
                 f"read, or is out of reach; open it again"
             )
-            with self._lock:  # asked for again by whoever tries next
-                for key in run:
-                    self._blocks.pop(key, None)
-            for key in run:
-                missing[key].set_exception(error)
+            self._fail({key: missing[key] for key in run}, error)
+
+    def _fail(self, futures: dict[tuple[str, int], Future[bytes]], error: RangeError) -> None:
+        """These blocks cannot be had; they are asked for again by whoever tries next."""
+        with self._lock:
+            for key in futures:
+                self._blocks.pop(key, None)
+        for future in futures.values():
+            future.set_exception(error)
+
+    def _ranges(self, names: list[str], starts: list[int], ends: list[int]) -> list[bytes | BaseException]:
+        """All ranges, asked for at once; an error in the place of one that cannot be had."""
+        if not self._etags:
+            places = [f"{self.root}/{name}" for name in names]
+            return self.filesystem.cat_ranges(places, starts, ends, on_error="return")
+        from fsspec.asyn import sync
+
+        parts: Any = sync(self.filesystem.loop, self._tagged_ranges, names, starts, ends)
+        return parts
+
+    async def _tagged_ranges(self, names: list[str], starts: list[int], ends: list[int]) -> list[bytes | BaseException]:
+        wanted = zip(names, starts, ends, strict=True)
+        return await asyncio.gather(*(self._tagged_range(*one) for one in wanted), return_exceptions=True)
+
+    async def _tagged_range(self, name: str, start: int, end: int) -> bytes:
+        bucket, key, _ = self.filesystem.split_path(f"{self.root}/{name}")
+        asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{end - 1}", "IfMatch": self._etags[name]}
+        for attempt in range(ATTEMPTS):
+            answer = await self.filesystem._call_s3("get_object", **asked)  # which asks again after a busy server
+            try:
+                async with answer["Body"] as body:
+                    return await body.read()
+            except Exception:
+                if attempt + 1 == ATTEMPTS:
+                    raise
+        raise AssertionError("an attempt returns or raises")
 
     def close(self) -> None:
         """End the background thread; what it has not begun is dropped."""

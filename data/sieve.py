@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gristmill.data.documents import Row, RowWriter, open_rows, read_rows, write_json_lines
+from gristmill.data.documents import Row, RowWriter, open_rows, read_rows, utf8_size, write_json_lines
 from gristmill.data.stage_types import Metrics
 
 SHOWN = 20  # documents of each outcome among the samples
@@ -89,14 +89,19 @@ def edited(text: str, edits: Sequence[Edit]) -> str:
 Judge = Callable[[Row, int], Verdict]
 """From a row and its place in the shard, from 0, to what becomes of it."""
 
+Hide = Callable[[Row], Sequence[Sequence[int]]]
+"""From a row to the [start, end) of its text that no sample may show; asked for the few rows that become samples."""
 
-def sieve_shard(shard: Path, out: Path, judge: Judge) -> None:
+
+def sieve_shard(shard: Path, out: Path, judge: Judge, hide: Hide | None = None) -> None:
     """Judge every document of a shard and write what becomes of it; the tally is work/<shard>.json.
+
+    With `hide`, samples of documents that are removed without edits show a ■ in place of each character to hide.
 
     Raises:
         ValueError: the shard is damaged.
     """
-    tally = Tally()
+    tally = Tally(hide)
     with ExitStack() as stack:
         writers: dict[str, RowWriter] = {"documents": stack.enter_context(open_rows(out / "documents" / shard.name))}
 
@@ -133,7 +138,8 @@ def tally_path(out: Path, shard: Path) -> Path:
 class Tally:
     """Counts, histograms and samples of one shard; sums and choices that do not depend on the shards' order."""
 
-    def __init__(self) -> None:
+    def __init__(self, hide: Hide | None = None) -> None:
+        self._hide = hide
         self.counts: dict[tuple[str, str, str], list[int]] = {}
         self.bins: dict[tuple[str, str, float], int] = {}
         self.samples: dict[str, list[tuple[str, dict[str, Any]]]] = {}
@@ -141,8 +147,8 @@ class Tally:
     def add(self, outcome: str, row: Row, verdict: Verdict, text_after: str) -> None:
         """Count a document; `outcome` is kept, changed or removed."""
         text = row["text"]
-        size = _utf8_size(text)
-        after = 0 if outcome == "removed" else size if text_after is text else _utf8_size(text_after)
+        size = utf8_size(text)
+        after = 0 if outcome == "removed" else size if text_after is text else utf8_size(text_after)
         # a document changed by two rules is one document: it counts under the first of them by name
         reason = verdict.reason or min((e.reason for e in verdict.edits), default="")
         self._count(row["metadata"]["source"], outcome, reason, size, after)
@@ -169,6 +175,8 @@ class Tally:
         draw = hashlib.sha256(row["id"].encode()).hexdigest()[:16]
         most = SHOWN if outcome != "changed" else CHANGED_SHOWN
         if len(held) < most or draw < held[-1][0]:
+            if self._hide is not None and outcome == "removed" and not verdict.edits:
+                row = {**row, "text": _covered(row["text"], self._hide(row))}
             held.append((draw, _sample_row(outcome, reason, row, verdict)))
             held.sort(key=lambda entry: entry[0])
             del held[most:]
@@ -196,10 +204,6 @@ class Tally:
             del held[SHOWN if not name.startswith("changed/") else CHANGED_SHOWN :]
 
 
-def _utf8_size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
-
-
 def _sample_row(outcome: str, reason: str, row: Row, verdict: Verdict) -> Row:
     text, spans = row["text"], verdict.because.get("spans") or [[e.start, e.end] for e in verdict.edits]
     if any(e.now.strip() for e in verdict.edits):  # what was replaced may be a secret: what stands there now is shown
@@ -213,6 +217,15 @@ def _sample_row(outcome: str, reason: str, row: Row, verdict: Verdict) -> Row:
         **shown,
         "text": highlighted(text, spans),
     }
+
+
+def _covered(text: str, spans: Sequence[Sequence[int]]) -> str:
+    """The text with the characters of `spans` covered; every other one keeps its place."""
+    parts, at = [], 0
+    for start, end in spans:
+        parts += [text[at:start], "■" * (end - start)]
+        at = end
+    return "".join([*parts, text[at:]])
 
 
 def _places_after(edits: Sequence[Edit]) -> list[list[int]]:

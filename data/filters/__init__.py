@@ -18,6 +18,7 @@ from gristmill.data.filters.gopher import GopherQuality, GopherRepetition
 from gristmill.data.filters.language import Language
 from gristmill.data.filters.lines import Length, Lines
 from gristmill.data.filters.outside import check_outside, made_ready, outside_files, reports
+from gristmill.data.filters.pii import Pii
 from gristmill.data.filters.profile import Profile
 from gristmill.data.sieve import KEEP, Verdict, conclude, sieve_shard, tally_path
 from gristmill.data.stage_types import Metrics, Progress
@@ -93,7 +94,13 @@ def _filter_shard(config: FilterConfig, shard: Path, out: Path) -> None:
             judges[kind] = config.profiles[kind].judge()
         return judges[kind](row)
 
-    sieve_shard(shard, out, judge)
+    hides = {kind: Pii(profile.pii) for kind, profile in config.profiles.items() if profile.pii is not None}
+
+    def hide(row: Row) -> list[tuple[int, int]]:
+        pii = hides.get(row["metadata"]["kind"])
+        return [(start, end) for _, start, end in pii.findings(row["text"])] if pii else []
+
+    sieve_shard(shard, out, judge, hide)
 
 
 __all__ = ["FilterConfig", "Profile", "check_filters", "filter_documents", "rule_files"]

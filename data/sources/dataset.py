@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from gristmill.data.documents import utf8_size
 from gristmill.data.sources.base import BadRecord, Contents, Cursor, Found, Held, Item
 from gristmill.data.sources.fields import RowFields, Unreadable
 from gristmill.data.sources.records import too_large
@@ -103,8 +104,8 @@ class DatasetSource(RowFields):
 
     def _found(self, row: dict[str, Any], most: int) -> Found | Unreadable:
         text = row.get(self.text_field)
-        if isinstance(text, str) and len(text) > most:
-            return too_large(most, len(text))
+        if isinstance(text, str) and (size := utf8_size(text)) > most:
+            return too_large(most, size)
         return self.found(row)
 
     def _rows(self, split: str, cursor: Cursor) -> Iterator[dict[str, Any]]:

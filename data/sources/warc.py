@@ -27,6 +27,7 @@ WARC_ENDINGS = (".warc", ".warc.gz", ".warc.zst", ".wet", ".wet.gz", ".wet.zst")
 LONGEST_LINE = 1 << 16
 LONGEST_TYPE = 1024  # characters of a Content-Type; the library takes time with the square of it
 MOST_LINES = 1000  # of a record's header
+MOST_READ_AGAIN = 1 << 32  # bytes after wrong lengths, of one archive: each may be most of it, in every few bytes
 BETWEEN = b"\r\n\r\n"
 NEXT = b"\r\n\r\nWARC/1."
 HTML = ("text/html", "application/xhtml+xml")
@@ -81,7 +82,15 @@ def warc_records(stream: Stream, cursor: Cursor, most: int, *, precise: bool = T
             if not more:
                 return
             continue
-        found, more = _found(stream, header, at, most, precise)
+        found, again = _found(stream, header, at, most, precise)
+        more = True
+        if again is not None and isinstance(found, Unreadable):
+            cursor.state = (cursor.state or 0) + again
+            if cursor.state > MOST_READ_AGAIN:
+                found = Unreadable(found.reason, f"{found.detail}; too many such: the rest of the archive is not read")
+                more = False
+            else:
+                more = _next_record(stream)
         cursor.offset = stream.offset
         yield found
         if not more:
@@ -114,8 +123,10 @@ def _header(stream: Stream) -> dict[str, str] | str | None:
     return "its header has no end"
 
 
-def _found(stream: Stream, header: dict[str, str], at: int, most: int, precise: bool) -> tuple[Record, bool]:
-    """What a record gives, and whether another follows."""
+def _found(
+    stream: Stream, header: dict[str, str], at: int, most: int, precise: bool
+) -> tuple[Record, None] | tuple[Unreadable, int]:
+    """What a record gives; if its length is wrong, also how many bytes were read that the next record may lie in."""
     length, kind = int(header["content-length"]), header.get("warc-type", "")
     wanted = kind in ("response", "conversion")
     content = stream.read(length) if length <= most else b""
@@ -123,15 +134,14 @@ def _found(stream: Stream, header: dict[str, str], at: int, most: int, precise: 
     end = stream.read(len(BETWEEN))
     if passed == length and end in (BETWEEN, b"", b"\r\n", b"\n\n"):
         if not wanted:
-            return Skipped(f"WARC record of type {kind if kind in TYPES else 'unknown'}"), True
+            return Skipped(f"WARC record of type {kind if kind in TYPES else 'unknown'}"), None
         found = too_large(most, length) if length > most else _document(header, content, most, precise)
-        return found, True
+        return found, None
     held = len(content) < passed
     stream.unread(end if held else content + end)
-    more = _next_record(stream)
     lost = f"; {passed:,} bytes after its header are not read" if held else ""
     what = f"the {kind or 'record'} at byte {at} states {length:,} bytes, after which no record ends{lost}"
-    return Unreadable("wrong length", what), more
+    return Unreadable("wrong length", what), len(content)
 
 
 def _next_record(stream: Stream) -> bool:
@@ -156,7 +166,9 @@ def _document(header: dict[str, str], content: bytes, most: int, precise: bool) 
     message = _response(content, most)
     if not isinstance(message, tuple):
         return message
-    fields, body = message
+    fields, body, whole = message
+    if not whole:
+        extra.setdefault("truncated", "compressed body")
     form = fields.get_content_type()
     if form not in (*HTML, PLAIN):
         half = fields.get_content_maintype()
@@ -176,8 +188,8 @@ def _document(header: dict[str, str], content: bytes, most: int, precise: bool) 
     return wrong_with(text) or Found(text, None, url, date, licence, extra)
 
 
-def _response(content: bytes, most: int) -> tuple[Message, bytes] | Record:
-    """The header fields of an HTTP response and its body as the server meant it."""
+def _response(content: bytes, most: int) -> tuple[Message, bytes, bool] | Record:
+    """The header fields of an HTTP response, its body as the server meant it, and whether that came whole."""
     head, between, body = content.partition(b"\r\n\r\n")
     if not between:
         head, between, body = content.partition(b"\n\n")
@@ -194,7 +206,7 @@ def _response(content: bytes, most: int) -> tuple[Message, bytes] | Record:
     encoding = str(fields.get("Content-Encoding", "")).strip().lower()
     if encoding not in ("", "identity"):
         return _decompressed(fields, body, encoding, most)
-    return fields, body
+    return fields, body, True
 
 
 def _shortened(fields: Message) -> None:
@@ -215,17 +227,17 @@ def _joined(body: bytes) -> bytes:
     return b"".join(parts) if parts else body
 
 
-def _decompressed(fields: Message, body: bytes, encoding: str, most: int) -> tuple[Message, bytes] | Record:
+def _decompressed(fields: Message, body: bytes, encoding: str, most: int) -> tuple[Message, bytes, bool] | Record:
     if encoding in ("gzip", "x-gzip", "deflate"):
         if encoding != "deflate" and not body.startswith(b"\x1f\x8b"):
-            return fields, body  # the archive holds it decompressed, and the header as it was
+            return fields, body, True  # the archive holds it decompressed, and the header as it was
         for window in (47, -15):  # gzip or zlib; some servers send deflate without zlib's frame
             try:
                 one = zlib.decompressobj(window)
                 out = one.decompress(body, most + 1)
             except zlib.error:
                 continue
-            return (fields, out) if len(out) <= most else too_large(most)
+            return (fields, out, one.eof) if len(out) <= most else too_large(most)
     elif encoding not in ("br", "zstd"):  # a word that is none, as servers send
-        return fields, body
+        return fields, body, True
     return Skipped(f"content encoding {encoding[:20]}")

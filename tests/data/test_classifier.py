@@ -21,19 +21,10 @@ import yaml
 from gristmill.data.documents import read_rows, shards
 from gristmill.data.filters import FilterConfig, check_filters, filter_documents
 from gristmill.data.filters import rule_files as rule_files_of_filter
-from gristmill.data.filters.classifier import (
-    Classifier,
-    QualityConfig,
-    auc,
-    calibration_error,
-    check_quality,
-    deciles,
-    platt,
-    resolve,
-    rule_files,
-    train,
-    train_classifier,
-)
+from gristmill.data.filters.calibration import auc, calibration_error, deciles, platt
+from gristmill.data.filters.classifier import QualityConfig, check_quality, resolve, rule_files
+from gristmill.data.filters.classifier_training import train, train_classifier
+from gristmill.data.filters.linear_classifier import Classifier
 from gristmill.data.filters.rule import Prepared
 from gristmill.data.stage_types import silent
 
@@ -147,7 +138,7 @@ def test_training_gives_the_same_bytes(folders: dict[str, list[str]], tmp_path: 
     train_classifier(config, tmp_path / "a")
     other = config.model_copy(update={"negative": folders["code"][::-1]})
     code = (
-        "import sys; from pathlib import Path; from gristmill.data.filters.classifier import *\n"
+        "import sys; from pathlib import Path; from gristmill.data import *\n"
         "train_classifier(QualityConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]))"
     )
     command = [sys.executable, "-P", "-c", code, other.model_dump_json(), str(tmp_path / "b")]

@@ -1,238 +1,21 @@
-"""Packing, the order of a run, the mix stage and its reader, here and on S3."""
+"""The mix stage and its reader, here and on S3."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gristmill.data.executor import close_cluster
-from gristmill.data.mix import MixConfig, MixPhase, mix, shared_out
+from gristmill.data.mix import MixConfig, MixPhase, mix
 from gristmill.data.mixture import Mixture, MixtureError
-from gristmill.data.order import Order, Phase, key_of, permute, unpermute
-from gristmill.data.packing import Packed, best_fit, concatenate
-from gristmill.data.ranges import BLOCK, RangeError, RemoteFiles
 from gristmill.data.shards import ShardError, TokenShards, write_index, write_shard
 from gristmill.data.stage_types import silent
-
-# --- packing
-
-
-def edges_of(lengths: list[int]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths)])
-
-
-def rows_of(packed: Packed) -> list[list[tuple[int, int, bool]]]:
-    """(first token, predictions, ends the document) of each piece of each sequence."""
-    pieces = [(int(a), int(b) & 0x7FFFFFFF, int(b) >> 31 == 1) for a, b in packed.pieces]
-    return [pieces[a:b] for a, b in zip(packed.firsts[:-1], packed.firsts[1:], strict=True)]
-
-
-def best_fit_by_hand(sizes: list[int], length: int) -> list[list[int]]:
-    """Best-fit decreasing by looking at every open bin."""
-    bins: list[list[int]] = []
-    for size in sorted(sizes, reverse=True):
-        fitting = [b for b in bins if sum(b) + size <= length]
-        if fitting:
-            max(fitting, key=sum).append(size)
-        else:
-            bins.append([size])
-    return bins
-
-
-lengths_of_documents = st.lists(st.integers(2, 40), min_size=1, max_size=50)
-
-
-@given(lengths_of_documents, st.integers(1, 20))
-@settings(max_examples=80, deadline=None)
-def test_best_fit_packs_every_prediction_once_and_cuts_what_it_must(lengths: list[int], length: int) -> None:
-    edges, packed = edges_of(lengths), best_fit(edges_of(lengths), length)
-    rows = rows_of(packed)
-    assert all(0 < sum(size for _, size, _ in row) <= length for row in rows)
-    seen = sorted(at for row in rows for start, size, _ in row for at in range(start, start + size))
-    assert seen == [at for a, b in pairwise(edges) for at in range(a, b - 1)]
-    sizes = [size for row in rows for _, size, _ in row]
-    wanted = [min(length, n - 1 - at) for n in lengths for at in range(0, n - 1, length)]
-    assert sorted(sizes) == sorted(wanted)
-    # of bins with the same room either takes a piece: the same number of bins is left with each room
-    by_hand = best_fit_by_hand(sizes, length)
-    assert Counter(sum(s for _, s, _ in row) for row in rows) == Counter(map(sum, by_hand))
-    ends = {int(b) - 1 for b in edges[1:]}
-    assert all((start + size in ends) == last for row in rows for start, size, last in row)
-    counts = packed.counts
-    assert counts.documents_cut == sum(n - 1 > length for n in lengths)
-    assert counts.cuts == len(sizes) - len(lengths)
-    assert counts.needlessly_cut == 0
-    assert counts.padding == len(rows) * length - counts.predictions
-    assert counts.predictions == sum(lengths) - len(lengths)
-
-
-@given(lengths_of_documents, st.integers(1, 20))
-@settings(max_examples=80, deadline=None)
-def test_concatenation_counts_what_it_cuts(lengths: list[int], length: int) -> None:
-    packed = concatenate(edges_of(lengths), length)
-    rows, tokens = rows_of(packed), sum(lengths)
-    assert [at for [(start, size, _)] in rows for at in range(start, start + size)] == list(range(tokens - 1))
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    predicting = [at for at in range(tokens - 1) if owner[at] == owner[at + 1]]
-    sequences = {d: {at // length for at in predicting if owner[at] == d} for d in range(len(lengths))}
-    counts = packed.counts
-    assert counts.cuts == sum(len(s) - 1 for s in sequences.values())
-    assert counts.documents_cut == sum(len(s) > 1 for s in sequences.values())
-    assert counts.needlessly_cut == sum(len(s) > 1 and lengths[d] - 1 <= length for d, s in sequences.items())
-    assert counts.padding == len(rows) * length - (tokens - 1)
-
-
-@given(lengths_of_documents, st.integers(1, 20), st.integers(1, 400))
-@settings(max_examples=60, deadline=None)
-def test_windows_keep_a_sequence_in_one_place(lengths: list[int], length: int, window: int) -> None:
-    edges = edges_of(lengths)
-    whole, packed = best_fit(edges, length), best_fit(edges, length, window)
-    assert sorted(p for row in rows_of(packed) for p in row) == sorted(p for row in rows_of(whole) for p in row)
-    for row in rows_of(packed):
-        assert max(a + n for a, n, _ in row) - min(a for a, _, _ in row) <= window + max(lengths)
-        assert sum(n for _, n, _ in row) <= length
-    assert packed.counts.predictions == whole.counts.predictions
-    assert packed.counts.sequences == len(packed.firsts) - 1 >= whole.counts.sequences
-    assert packed.counts.padding == packed.counts.sequences * length - packed.counts.predictions
-
-
-def test_best_fit_fills_real_lengths() -> None:
-    """Documents as they are: lognormal lengths, a tenth longer than a sequence; under one in a thousand is padding."""
-    lengths = np.random.default_rng(0).lognormal(6.2, 1.1, 20_000).astype(int) + 2
-    packed, plain = best_fit(edges_of(lengths.tolist()), 2048), concatenate(edges_of(lengths.tolist()), 2048)
-    assert packed.counts.padding < 0.001 * packed.counts.sequences * 2048
-    assert packed.counts.documents_cut < 0.5 * plain.counts.documents_cut
-    assert plain.counts.needlessly_cut == plain.counts.documents_cut - packed.counts.documents_cut
-
-
-# --- the order
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 16, 60, 97, 1000, 4097])
-def test_permutations_are_bijections_of_their_own(size: int) -> None:
-    orders = []
-    for key in (key_of(0, "a"), key_of(0, "b"), key_of(1, "a")):
-        order = permute(np.arange(size), size, key)
-        assert sorted(order.tolist()) == list(range(size))
-        assert (unpermute(order, size, key) == np.arange(size)).all()
-        orders.append(tuple(order.tolist()))
-    assert len(set(orders)) == 3 or size < 16
-
-
-def test_permutations_look_random() -> None:
-    """Neighbours do not stay neighbours, and each value comes everywhere: over 400 keys, to within six deviations."""
-    size, keys = 50, 400
-    orders = np.stack([permute(np.arange(size), size, key_of(k)) for k in range(keys)])
-    table = np.zeros((size, size))
-    for order in orders:
-        table[np.arange(size), order] += 1
-    expected = keys / size
-    chi_square = ((table - expected) ** 2 / expected).sum()
-    freedom = (size - 1) ** 2
-    assert abs(chi_square - freedom) < 6 * (2 * freedom) ** 0.5
-    steps = (np.diff(orders, axis=1) == 1).mean()
-    assert abs(steps - 1 / size) < 6 * (1 / size / (keys * (size - 1))) ** 0.5
-
-
-@st.composite
-def orders(draw: st.DrawFn) -> Order:
-    sources = draw(st.integers(1, 5))
-    sizes = draw(st.lists(st.integers(1, 30), min_size=sources, max_size=sources))
-    pools = [draw(st.integers(1, size)) for size in sizes]
-    phases, at = [], 0
-    for _ in range(draw(st.integers(1, 4))):
-        quotas = draw(st.lists(st.integers(0, 40), min_size=sources, max_size=sources))
-        phases.append(Phase(at, at + sum(quotas), tuple(quotas)))
-        at += sum(quotas)
-    return Order(draw(st.integers(0, 99)), [f"s{i}" for i in range(sources)], sizes, pools, phases)
-
-
-@given(orders())
-@settings(max_examples=60, deadline=None)
-def test_an_epoch_reads_each_sequence_once_and_shares_are_exact(order: Order) -> None:
-    source, sequence = order.locate(np.arange(order.total))
-    for phase in order.phases:
-        own = source[phase.first : phase.end]
-        assert tuple(np.bincount(own, minlength=len(phase.quotas))) == phase.quotas
-        for s, quota in enumerate(phase.quotas):  # evenly over the phase: never off by more than the sources before it
-            share = np.arange(1, len(own) + 1) * quota / max(1, len(own))
-            assert (np.abs(np.cumsum(own == s) - share) <= 1 + s).all()
-    for s, pool in enumerate(order.pools):
-        read = sequence[source == s].tolist()
-        epochs = [read[i : i + pool] for i in range(0, len(read), pool)]
-        assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
-        assert all(set(epoch) <= set(epochs[0]) or len(epochs[0]) < pool for epoch in epochs)
-
-
-@given(orders(), st.data())
-@settings(max_examples=40, deadline=None)
-def test_the_inverse_and_any_piece_of_the_order_agree_with_the_whole(order: Order, data: st.DataObject) -> None:
-    source, sequence = order.locate(np.arange(order.total))
-    for s in range(len(order.sources)):
-        for number in range(order.sizes[s]):
-            assert order.positions(s, number) == np.flatnonzero((source == s) & (sequence == number)).tolist()
-    if order.total:
-        some = np.array(data.draw(st.lists(st.integers(0, order.total - 1), min_size=1, max_size=10)))
-        part = order.locate(some)
-        assert part[0].tolist() == source[some].tolist()
-        assert part[1].tolist() == sequence[some].tolist()
-    with pytest.raises(ValueError, match=f"the run has {order.total}: mix again"):
-        order.locate(np.array([order.total]))
-
-
-def test_a_billion_positions_cost_what_one_costs() -> None:
-    quotas = (700_000_000, 270_000_000, 30_000_000)
-    order = Order(0, ["a", "b", "c"], [10**8, 777, 31], [10**8, 777, 31], [Phase(0, 10**9, quotas)])
-
-    def seconds(first: int) -> float:
-        best = 1.0
-        for _ in range(5):
-            began = time.perf_counter()
-            order.locate(np.arange(first, first + 512))
-            best = min(best, time.perf_counter() - began)
-        return best
-
-    assert seconds(10**9 - 512) < 3 * seconds(0) + 0.001
-    source, sequence = order.locate(np.arange(10**9 - 2000, 10**9))
-    assert abs(np.bincount(source) - [1400, 540, 60]).max() <= 2
-    for s, number, at in zip(
-        source[::97].tolist(), sequence[::97].tolist(), range(10**9 - 2000, 10**9, 97), strict=True
-    ):
-        if s == 0:
-            assert at in order.positions(s, number)
-
-
-@given(
-    st.integers(0, 500),
-    st.lists(st.tuples(st.floats(0, 10), st.integers(0, 300)), min_size=1, max_size=6),
-)
-@settings(max_examples=200, deadline=None)
-def test_shares_are_proportional_up_to_their_limits(count: int, given_: list[tuple[float, int]]) -> None:
-    weights, limits = [w for w, _ in given_], [n for _, n in given_]
-    shares = shared_out(count, weights, limits)
-    most = sum(n for w, n in given_ if w > 0)
-    if shares is None:
-        assert most < count
-        return
-    assert sum(shares) == count
-    assert all(0 <= n <= limit for n, limit in zip(shares, limits, strict=True))
-    free = [(n, w) for n, w, limit in zip(shares, weights, limits, strict=True) if w > 1e-3 and n < limit]
-    for n, w in free:  # those below their limits are in proportion, to within the one that rounding gives
-        for m, v in free:
-            assert abs(n * v - m * w) <= v + w + 1e-6
-
-
-# --- the stage
 
 
 def token_folder(folder: Path, streams: dict[tuple[str, str], list[list[int]]], vocab_size: int = 50_000) -> Path:
@@ -472,8 +255,8 @@ def test_workers_and_a_killed_run_change_no_byte(tokens: Path, tmp_path: Path, b
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"weights": {"a": -1}}, "mix gives 'a' the weight -1"),
-        ({"weights": {"a": 0}}, "every source the weight 0"),
+        ({"weights": {"a": -1}}, "the weight of 'a' is -1"),
+        ({"weights": {"a": 0}}, "the weight of every source is 0"),
         ({"epochs": {"a": 0}}, "epochs gives 'a' 0"),
         ({"temperature": 0.01}, "greater than or equal to 0.1"),  # sizes to the power of 100 are no numbers
         ({"caps": {"a": 5}}, "caps gives 'a' 5 tokens, less than a sequence of 128"),
@@ -534,9 +317,6 @@ def test_damage_is_named(tmp_path: Path) -> None:
         mixed(config, tokens, tmp_path / "again")
 
 
-# --- remote
-
-
 def put(s3: str, name: str, folder: Path) -> str:
     import fsspec
 
@@ -573,53 +353,3 @@ def test_s3_gives_the_rows_of_the_local_folder(s3: str, tmp_path: Path, packing:
         "train", "a", 1, found.start, found.start + 1
     )
     shards.files.close()
-
-
-def test_the_cache_is_bounded_fetches_once_and_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fsspec
-
-    memory = fsspec.filesystem("memory")
-    data = np.arange(64 * BLOCK // 4, dtype="<u4")
-    memory.pipe_file("/ranges/x", data.tobytes())
-    files = RemoteFiles("memory://ranges", cache_bytes=10 * BLOCK)
-    asked: list[tuple[int, int]] = []
-    real = files.filesystem.cat_ranges
-
-    def counted(paths: list[str], starts: list[int], ends: list[int], **more: Any) -> list[bytes]:
-        asked.extend((start // BLOCK, -(-end // BLOCK)) for start, end in zip(starts, ends, strict=True))
-        return real(paths, starts, ends, **more)
-
-    monkeypatch.setattr(files.filesystem, "cat_ranges", counted)
-    array = files.array("x", np.dtype("<u4"))
-    per = BLOCK // 4
-    assert array[per - 2 : per + 3].tolist() == list(range(per - 2, per + 3))
-    assert array[5:9].tolist() == [5, 6, 7, 8]
-    assert asked == [(0, 2)]  # one request for neighbours
-    files.ahead(files.load, [(array, 20 * per, 21 * per), (array, 23 * per, 24 * per), (array, 50 * per, 50 * per + 1)])
-    deadline = time.monotonic() + 20
-    while len(asked) < 3 and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert array[21 * per : 21 * per + 1].tolist() == [21 * per]  # a small gap was fetched along
-    assert asked == [(0, 2), (20, 24), (50, 51)]
-    for block in range(64):
-        assert int(array[block * per : block * per + 1][0]) == block * per
-    assert len(files._blocks) <= 10
-    assert array[0:0].tolist() == []
-    assert array[len(array) - 1 : len(array) + 5].tolist() == [len(array) - 1]
-    files.close()
-
-
-def test_a_remote_file_that_shrinks_is_named() -> None:
-    import fsspec
-
-    memory = fsspec.filesystem("memory")
-    memory.pipe_file("/shrinks/x", bytes(3 * BLOCK))
-    files = RemoteFiles("memory://shrinks")
-    array = files.array("x", np.dtype("u1"))
-    assert len(array[0:10]) == 10
-    memory.pipe_file("/shrinks/x", bytes(BLOCK))
-    with pytest.raises(
-        RangeError, match=rf"bytes {BLOCK} to {2 * BLOCK} of memory://shrinks/x cannot be read .*changed"
-    ):
-        array[BLOCK : BLOCK + 10]
-    files.close()

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from gristmill.data.documents import read_rows, shards, write_rows
+from gristmill.data.filters import FilterConfig, filter_documents
 from gristmill.data.filters.pii import KINDS, Pii, PiiConfig, emails, ips, luhn
 from gristmill.data.filters.profile import Profile
 from gristmill.data.filters.rule import Prepared
 from gristmill.data.sieve import conclude, edited, sieve_shard
+from gristmill.data.stage_types import silent
 
 HEAD = base64.urlsafe_b64encode(b'{"alg":"HS256","typ":"JWT"}').decode().rstrip("=")
 JWT = f"{HEAD}.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U"
@@ -175,6 +177,24 @@ def test_no_sample_shows_the_secret_for_which_a_document_went(tmp_path: Path) ->
     assert "The token is ⟦<key>⟧ and the address ⟦<email>⟧." in shown
     [whole] = read_rows(tmp_path / "out" / "removed" / "0.jsonl.zst")
     assert whole["text"] == text
+
+
+def test_samples_of_what_other_rules_removed_hide_personal_data(tmp_path: Path, laid_out: Callable[..., Path]) -> None:
+    """The whole row in removed/ is as it came: a decision can be taken back."""
+    text = "Write to ada@example.org about lorem ipsum, or not.\n"
+    known = {"source": "s", "kind": "prose", "url": None, "date": None, "licence": None}
+    documents = laid_out(tmp_path / "in", [{"text": text, "id": "s/a", "metadata": known}])
+    for name, pii, shown in (("with", {}, "■" * 15), ("without", None, "ada@example.org")):
+        profile = {"mode": "fast", "length": {"least_characters": 100}, "pii": pii}
+        config = FilterConfig.model_validate({"profiles": {"prose": profile}})
+        (tmp_path / name).mkdir()
+        metrics = filter_documents(config, documents, tmp_path / name, workers=0, progress=silent)
+        assert metrics["documents_out"] == 0
+        samples = (tmp_path / name / "samples.jsonl").read_text(encoding="utf-8")
+        assert f"Write to {shown} about" in samples
+        assert ("ada@" in samples) == (pii is None)
+        [whole] = read_rows(next((tmp_path / name / "removed").iterdir()))
+        assert whole["text"] == text
 
 
 def test_the_secret_is_in_no_file_of_what_was_changed(tmp_path: Path, laid_out: Callable[..., Path]) -> None:

@@ -13,6 +13,7 @@ import zstandard
 
 from gristmill.data.documents import read_rows, shards
 from gristmill.data.ingest import IngestConfig, ingest
+from gristmill.data.sources import warc
 from gristmill.data.sources.html import page_licence, web_text
 from gristmill.data.stage_types import silent
 
@@ -137,6 +138,22 @@ def test_a_wrong_length_is_refused_with_file_and_record(tmp_path: Path) -> None:
         go(tmp_path, "a.warc", packed([*pages(1), record(content, length=len(content) - 3)], "warc"), "refuse")
 
 
+def test_an_archive_full_of_wrong_lengths_takes_no_more_than_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records that each claim almost all that follows would be read with the square of their number."""
+    size = len(record(b"x", length=99_999))
+    lying = [record(b"x", length=100 * size + 10)] * 200  # in the middle of the header of the hundredth after it
+    monkeypatch.setattr(warc, "MOST_READ_AGAIN", 100_000)
+    metrics, rows, bad = go(tmp_path, "a.warc", b"".join([*pages(2), *lying, *pages(1)]))
+    assert len(rows) == 2
+    assert {b["reason"] for b in bad} == {"wrong length"}
+    assert [b["record"] for b in bad] == list(range(3, 3 + len(bad)))
+    assert len(bad) == 100_000 // (100 * size + 10) + 1
+    assert ["not read" in b["detail"] for b in bad] == [False] * (len(bad) - 1) + [True]
+    assert metrics["quarantined_by_reason"] == {"wrong length": len(bad)}
+
+
 @pytest.mark.parametrize("form", ["warc", "warc.gz"])
 def test_a_truncated_archive_keeps_what_came_before(form: str, tmp_path: Path) -> None:
     _, rows, bad = go(tmp_path, f"a.{form}", packed(pages(3), form)[:-150])
@@ -180,6 +197,13 @@ def test_bodies_as_servers_send_them(tmp_path: Path) -> None:
     assert [f"page {n}" in r["text"] for n, r in zip([7] * 4 + ["für Müller"] * 2 + [7], rows, strict=True)] == [
         True
     ] * 7
+
+
+def test_a_compressed_page_that_ends_too_early_says_so(tmp_path: Path) -> None:
+    packed_page = gzip.compress(PAGE.replace("{n}", "7").encode())
+    records = [record(http(body, more="Content-Encoding: gzip\r\n")) for body in (packed_page, packed_page[:-12])]
+    _, rows, _ = go(tmp_path, "a.warc", b"".join(records))
+    assert [r["metadata"].get("truncated") for r in rows] == [None, "compressed body"]
 
 
 def test_a_decompression_bomb_stays_small(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 COMMAND = [str(Path(sys.executable).with_name("gristmill"))]
 STAGES = [  # in the order in which they run
     "ingest", "dedup", "filter", "exam", "decontaminate", "tokenize", "mix", "problems", "pretrain",
@@ -121,6 +123,7 @@ def test_no_process_outlives_its_killed_run(smoke_hashes: dict[str, str], tmp_pa
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bytes_and_another_seed_others(smoke_hashes: dict[str, str], tmp_path: Path) -> None:
     assert finish(tmp_path / "again") == smoke_hashes
     said = subprocess.run(

@@ -67,7 +67,7 @@ RECIPE_ERRORS = {
         "mix: {weights: {lesson: 1}}",
         "'lesson', which is no source.*did you mean 'lessons'",
     ),
-    "negative weight": ("mix: {weights: {lessons: -1}}", r"mix: mix gives 'lessons' the weight -1"),
+    "negative weight": ("mix: {weights: {lessons: -1}}", r"mix: the weight of 'lessons' is -1"),
     "unknown hardware": ("execution: {hardware: H1000}", r"execution.hardware: device 'H1000' is not in hardware.yaml"),
     "no number": ("rl: {temperature: .nan}", r"rl\.temperature is nan, which is no number"),
     "no sources": ("ingest: {sources: []}", r"ingest\.sources is \[\], which will not do"),
