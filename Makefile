@@ -10,7 +10,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 RECIPE ?= tiny
 # The files of tests that run side by side; those that take longest begin.
 TEST_PROCESSES ?= 2
-SLOWEST_FIRST := tests/faults tests/model tests/data tests/flows tests/infra tests/kernels
+SLOWEST_FIRST := tests/faults tests/model
+SLOWEST_FIRST += $(filter-out $(SLOWEST_FIRST) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
 .PHONY: help run test coverage test-slow test-ui lint types layers bench bench-corpus bench-kernels ui clean
 

@@ -97,8 +97,8 @@ def codes(text: str) -> np.ndarray:
 
 
 @njit(cache=True)
-def _mix(x):
-    """The finaliser of MurmurHash3."""
+def mixed(x: np.uint64) -> np.uint64:
+    """The finaliser of MurmurHash3: every bit of a uint64 moves every bit of the result."""
     x ^= x >> np.uint64(33)
     x *= np.uint64(0xFF51AFD7ED558CCD)
     x ^= x >> np.uint64(33)
@@ -133,7 +133,7 @@ def _next_words(codes, at, after_number, what, longer, hashes, starts, ends):
             at += 1
             continue
         if sign and entry & 4:
-            hashes[count] = _mix(_absorb(np.uint64(0xCBF29CE484222325), sign, longer))
+            hashes[count] = mixed(_absorb(np.uint64(0xCBF29CE484222325), sign, longer))
             starts[count], ends[count] = sign_at, sign_at + 1
             count += 1
         sign = 0
@@ -150,7 +150,7 @@ def _next_words(codes, at, after_number, what, longer, hashes, starts, ends):
                 elif not entry & 8:
                     break
                 at += 1
-        hashes[count], ends[count] = _mix(word), end
+        hashes[count], ends[count] = mixed(word), end
         count += 1
         after_number = last & 4 != 0
     return count, at, after_number
@@ -187,7 +187,7 @@ def _search(codes, what, longer, lengths, powers, bits, keys, numbers, hits):
                 length = lengths[which]
                 if length > seen:
                     continue
-                key = _mix((total - sums[(seen - length) & (RING - 1)] * powers[which]) ^ np.uint64(length))
+                key = mixed((total - sums[(seen - length) & (RING - 1)] * powers[which]) ^ np.uint64(length))
                 bit = key & bit_mask
                 if not (bits[bit >> np.uint64(3)] >> np.uint8(bit & np.uint64(7))) & 1:
                     continue
@@ -209,7 +209,7 @@ def _key(hashes):
     total = np.uint64(0)
     for word in hashes:
         total = total * BASE + word
-    return _mix(total ^ np.uint64(len(hashes)))
+    return mixed(total ^ np.uint64(len(hashes)))
 
 
 @njit(cache=True)

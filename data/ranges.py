@@ -22,7 +22,7 @@ BLOCK = 1 << 15  # bytes
 GAP = 4  # blocks between two wanted ones that are fetched along: cheaper than another request
 RUN = 128  # blocks of one request at most: 4 MiB
 CACHE = 256 << 20  # bytes of blocks held by default
-ATTEMPTS = 3  # at a range whose answer breaks off
+ATTEMPTS = 6  # at a range whose answer breaks off, 3 seconds in all
 
 
 class RangeError(ValueError):
@@ -135,16 +135,20 @@ class RemoteFiles:
     def _futures(self, keys: list[tuple[str, int]]) -> list[Future[bytes]]:
         """The blocks, those that lack on their way; each is fetched by the thread that asked first."""
         mine: dict[tuple[str, int], Future[bytes]] = {}
-        with self._lock:
-            missing = [key for key in keys if key not in self._blocks]
-            for key in _with_gaps(missing):
-                if key not in self._blocks:
-                    mine[key] = self._blocks[key] = Future()
-            found = [self._blocks[key] for key in keys]
-            for key in keys:
-                self._blocks.move_to_end(key)
-        if mine:
-            self._fetch(mine)
+        try:
+            with self._lock:
+                missing = [key for key in keys if key not in self._blocks]
+                for key in _with_gaps(missing):
+                    if key not in self._blocks:
+                        mine[key] = self._blocks[key] = Future()
+                found = [self._blocks[key] for key in keys]
+                for key in keys:
+                    self._blocks.move_to_end(key)
+            if mine:
+                self._fetch(mine)
+        except BaseException:  # an interrupt: no other thread may wait for what will not come
+            self._fail(mine, RangeError(f"reading {self.url} was interrupted"))
+            raise
         for future in found:
             future.result()
         with self._lock:
@@ -161,9 +165,6 @@ class RemoteFiles:
             parts = self._ranges(names, starts, ends)
         except Exception as error:
             parts = [error] * len(runs)
-        except BaseException:  # an interrupt: no other thread may wait for what will not come
-            self._fail(missing, RangeError(f"reading {self.url} was interrupted"))
-            raise
         for run, part, start, end in zip(runs, parts, starts, ends, strict=True):
             if isinstance(part, bytes) and len(part) == end - start:
                 for i, key in enumerate(run):
@@ -177,11 +178,12 @@ class RemoteFiles:
             self._fail({key: missing[key] for key in run}, error)
 
     def _fail(self, futures: dict[tuple[str, int], Future[bytes]], error: RangeError) -> None:
-        """These blocks cannot be had; they are asked for again by whoever tries next."""
+        """Those of these blocks that have not come cannot be had; whoever tries next asks again."""
+        lacking = {key: future for key, future in futures.items() if not future.done()}
         with self._lock:
-            for key in futures:
+            for key in lacking:
                 self._blocks.pop(key, None)
-        for future in futures.values():
+        for future in lacking.values():
             future.set_exception(error)
 
     def _ranges(self, names: list[str], starts: list[int], ends: list[int]) -> list[bytes | BaseException]:
@@ -200,15 +202,18 @@ class RemoteFiles:
 
     async def _tagged_range(self, name: str, start: int, end: int) -> bytes:
         bucket, key, _ = self.filesystem.split_path(f"{self.root}/{name}")
-        asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{end - 1}", "IfMatch": self._etags[name]}
+        asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{end - 1}"}
+        if name in self._etags:
+            asked["IfMatch"] = self._etags[name]
         for attempt in range(ATTEMPTS):
             answer = await self.filesystem._call_s3("get_object", **asked)  # which asks again after a busy server
             try:
                 async with answer["Body"] as body:
                     return await body.read()
-            except Exception:
+            except Exception:  # of the connection: each library below has kinds of its own
                 if attempt + 1 == ATTEMPTS:
                     raise
+                await asyncio.sleep(0.1 * 2**attempt)
         raise AssertionError("an attempt returns or raises")
 
     def close(self) -> None:

@@ -96,7 +96,7 @@ Hide = Callable[[Row], Sequence[Sequence[int]]]
 def sieve_shard(shard: Path, out: Path, judge: Judge, hide: Hide | None = None) -> None:
     """Judge every document of a shard and write what becomes of it; the tally is work/<shard>.json.
 
-    With `hide`, samples of documents that are removed without edits show a ■ in place of each character to hide.
+    With `hide`, samples that show a text as it came in have a ■ in place of each character to hide.
 
     Raises:
         ValueError: the shard is damaged.
@@ -175,7 +175,7 @@ class Tally:
         draw = hashlib.sha256(row["id"].encode()).hexdigest()[:16]
         most = SHOWN if outcome != "changed" else CHANGED_SHOWN
         if len(held) < most or draw < held[-1][0]:
-            if self._hide is not None and outcome == "removed" and not verdict.edits:
+            if self._hide is not None and not _shows_what_follows(verdict):
                 row = {**row, "text": _covered(row["text"], self._hide(row))}
             held.append((draw, _sample_row(outcome, reason, row, verdict)))
             held.sort(key=lambda entry: entry[0])
@@ -206,7 +206,7 @@ class Tally:
 
 def _sample_row(outcome: str, reason: str, row: Row, verdict: Verdict) -> Row:
     text, spans = row["text"], verdict.because.get("spans") or [[e.start, e.end] for e in verdict.edits]
-    if any(e.now.strip() for e in verdict.edits):  # what was replaced may be a secret: what stands there now is shown
+    if _shows_what_follows(verdict):
         text, spans = edited(text, verdict.edits), _places_after(verdict.edits)
     shown = {k: v for k, v in verdict.because.items() if k != "spans" and isinstance(v, str | int | float)}
     return {
@@ -217,6 +217,11 @@ def _sample_row(outcome: str, reason: str, row: Row, verdict: Verdict) -> Row:
         **shown,
         "text": highlighted(text, spans),
     }
+
+
+def _shows_what_follows(verdict: Verdict) -> bool:
+    """Whether a sample shows the text after the edits: what they replaced with something may be a secret."""
+    return any(e.now.strip() for e in verdict.edits)
 
 
 def _covered(text: str, spans: Sequence[Sequence[int]]) -> str:

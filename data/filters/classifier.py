@@ -123,12 +123,12 @@ def _stamp(file: str) -> tuple[str, int, int]:
     return file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)  # a table is 256 MiB at most
 def _loaded(folder: str, files: tuple[tuple[str, int, int], ...]) -> Classifier:
     return Classifier.load(Path(folder))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)  # a table is 256 MiB at most
 def _trained(config: str, files: tuple[tuple[str, int, int], ...]) -> Classifier:
     return train(QualityConfig.model_validate_json(config))
 

@@ -102,6 +102,9 @@ def train(config: TrainingConfig) -> Classifier:
     Raises:
         ValueError: examples cannot be read, or are too few.
     """
+    for which, paths in (("good", config.positive), ("bad", config.negative)):
+        if not paths:
+            raise ValueError(f"quality: no {which} examples are named: give positive and negative ones")
     texts = {label: _drawn(config, paths) for label, paths in ((1, config.positive), (0, config.negative))}
     both = set(texts[0]) & set(texts[1])
     examples = _featured(config, texts)

@@ -77,6 +77,7 @@ def features_of(text: str, ngram: int, bits: int) -> tuple[np.ndarray, np.ndarra
 
 @njit(cache=True)
 def margin_of(places, values, weights, bias):
+    """Sum of the weights at `places` times `values`, float64 (n,), and the bias."""
     total = bias
     for i in range(len(places)):
         total += weights[places[i]] * values[i]
@@ -146,4 +147,5 @@ class Classifier:
 
 
 def logistic(x: float) -> float:
+    """1 / (1 + exp(-x)), within float64's range for any x."""
     return 1 / (1 + math.exp(-max(-500.0, min(500.0, x))))

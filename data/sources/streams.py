@@ -162,9 +162,27 @@ class Stream:
         return data
 
     def unread(self, data: bytes) -> None:
-        """Put bytes back that were read last."""
-        self._buffer, self._at = data + self._buffer[self._at :], 0
+        """Put bytes back that were read last; what is still at hand is not copied."""
+        if self._at >= len(data) and self._buffer.startswith(data, self._at - len(data)):
+            self._at -= len(data)
+        else:
+            self._buffer, self._at = data + self._buffer[self._at :], 0
         self.offset -= len(data)
+
+    def find(self, pattern: bytes) -> bool:
+        """Go to the first byte of the next `pattern`, or to the end; whether there is one."""
+        while self._fill():
+            found = self._buffer.find(pattern, self._at)
+            end = found if found >= 0 else len(self._buffer)
+            self.offset += end - self._at
+            start, self._at = self._at, end
+            if found >= 0:
+                return True
+            tail = self._buffer[max(start, end - len(pattern) + 1) :]  # it may begin there
+            if not self._fill():
+                return False
+            self.unread(tail)
+        return False
 
     def line(self, limit: int) -> bytes:
         """The next line with its end, or its first `limit` bytes; nothing at the end."""

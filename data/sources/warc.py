@@ -21,13 +21,15 @@ from gristmill.data.sources.fields import Unreadable, fact, iso_date, wrong_with
 from gristmill.data.sources.html import MOST_HTML, MOST_TAGS, page_licence, page_text, web_text
 from gristmill.data.sources.records import Record, decoded, too_large, until_damage
 from gristmill.data.sources.storage import Entry, StoredSource
-from gristmill.data.sources.streams import BLOCK, Stream
+from gristmill.data.sources.streams import Stream
 
 WARC_ENDINGS = (".warc", ".warc.gz", ".warc.zst", ".wet", ".wet.gz", ".wet.zst")
 LONGEST_LINE = 1 << 16
 LONGEST_TYPE = 1024  # characters of a Content-Type; the library takes time with the square of it
 MOST_LINES = 1000  # of a record's header
-MOST_READ_AGAIN = 1 << 32  # bytes after wrong lengths, of one archive: each may be most of it, in every few bytes
+# Bytes looked at again after wrong lengths, beside four times those before: a length may claim much in every few bytes
+MOST_READ_AGAIN = 1 << 32
+GIVEN_UP = -1
 BETWEEN = b"\r\n\r\n"
 NEXT = b"\r\n\r\nWARC/1."
 HTML = ("text/html", "application/xhtml+xml")
@@ -68,8 +70,11 @@ class WarcSource(StoredSource):
 
 
 def warc_records(stream: Stream, cursor: Cursor, most: int, *, precise: bool = True) -> Iterator[Record]:
-    """What each record of an archive gives; records that are no documents are skipped, by their kind."""
-    while True:
+    """What each record of an archive gives; records that are no documents are skipped, by their kind.
+
+    The cursor's state is the number of bytes that were read again, or `GIVEN_UP`.
+    """
+    while cursor.state != GIVEN_UP:
         at = stream.offset
         header = _header(stream)
         if header is None:
@@ -86,11 +91,10 @@ def warc_records(stream: Stream, cursor: Cursor, most: int, *, precise: bool = T
         more = True
         if again is not None and isinstance(found, Unreadable):
             cursor.state = (cursor.state or 0) + again
-            if cursor.state > MOST_READ_AGAIN:
+            if cursor.state > MOST_READ_AGAIN + 4 * at:
+                cursor.state = GIVEN_UP
                 found = Unreadable(found.reason, f"{found.detail}; too many such: the rest of the archive is not read")
-                more = False
-            else:
-                more = _next_record(stream)
+            more = cursor.state != GIVEN_UP and _next_record(stream)
         cursor.offset = stream.offset
         yield found
         if not more:
@@ -146,15 +150,7 @@ def _found(
 
 def _next_record(stream: Stream) -> bool:
     """Go to the next record's first byte; false where none follows."""
-    kept = b""
-    while block := stream.read(BLOCK):
-        data = kept + block
-        found = data.find(NEXT)
-        if found >= 0:
-            stream.unread(data[found + len(BETWEEN) :])
-            return True
-        kept = data[-len(NEXT) :]
-    return False
+    return stream.find(NEXT) and stream.skip(len(BETWEEN)) == len(BETWEEN)
 
 
 def _document(header: dict[str, str], content: bytes, most: int, precise: bool) -> Record:

@@ -32,11 +32,12 @@ from typing import IO
 import numpy as np
 from numba import njit
 
+from gristmill.data.folded_words import mixed
 from gristmill.data.spans.exchange import BLOCK, SHIFT, WITHIN, Asker, answer_all, ask_all, keys_to, save_array
 from gristmill.data.spans.search import Search
 from gristmill.data.spans.tables import shard_of
 from gristmill.data.spans.texts import Text, back, write_ids
-from gristmill.data.spans.tokens import Tokeniser, hashed, mixed
+from gristmill.data.spans.tokens import Tokeniser, hashed
 
 BASES = 0xB5026F5AA96619E9, 0xD1342543DE82EF95  # odd, of good spectral quality (Steele and Vigna 2021)
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
+from gristmill.data.folded_words import mixed
+
 SPACE, WORD, SINGLE, ALONE, EXTEND = range(5)
 LONGEST = 1024  # code points of a token
 PIECE = 1 << 17  # code points in hand at once: a text of any length needs the same memory
@@ -51,16 +53,6 @@ def classes() -> np.ndarray:
         for found in regex.finditer(pattern, every):
             table[found.start() : found.end()] = number
     return table
-
-
-@njit(cache=True)
-def mixed(x: np.uint64) -> np.uint64:
-    """The finaliser of MurmurHash3: every bit of the input moves every bit of the output."""
-    x ^= x >> np.uint64(33)
-    x *= np.uint64(0xFF51AFD7ED558CCD)
-    x ^= x >> np.uint64(33)
-    x *= np.uint64(0xC4CEB9FE1A85EC53)
-    return x ^ (x >> np.uint64(33))
 
 
 @njit(cache=True)

@@ -89,6 +89,25 @@ def test_prose_and_code(folders: dict[str, list[str]], tmp_path: Path) -> None:
         assert gone.values["quality"] < 0.5
 
 
+def test_a_model_that_is_trained_anew_is_loaded_anew(folders: dict[str, list[str]], tmp_path: Path) -> None:
+    text, scores = Path(folders["code"][0]).read_text(encoding="utf-8", errors="replace"), []
+    for good, bad in (("wiki", "code"), ("code", "wiki")):
+        train_classifier(QualityConfig(positive=folders[good], negative=folders[bad], bits=12), tmp_path / "model")
+        scores.append(judged(QualityConfig(model=str(tmp_path / "model")), text).values["quality"])
+    assert scores[0] < 0.5 < scores[1]
+
+
+def test_examples_without_words_and_no_examples_are_refused(tmp_path: Path) -> None:
+    for name in ("good", "bad"):
+        rows = [json.dumps({"text": mark * n}) for n in range(1, 31) for mark in "-"]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    config = QualityConfig(positive=[str(tmp_path / "good.jsonl")], negative=[str(tmp_path / "bad.jsonl")])
+    with pytest.raises(ValueError, match="no word in any example"):
+        train(config)
+    with pytest.raises(ValueError, match="no good examples are named"):
+        train(QualityConfig(model="x"))
+
+
 def plain_features(text: str) -> Counter:
     words = text.lower().split()
     return Counter([*words, *pairwise(words)])

@@ -54,6 +54,16 @@ def warc() -> list[bytes]:
     return made
 
 
+def lying_warc() -> bytes:
+    """Between the records, some whose length is wrong by little or much."""
+    made = warc()
+    wrong = [
+        m.replace(b"Content-Length: ", b"Content-Length: " + more)
+        for m, more in zip(made[:3], (b"1", b"2", b"30"), strict=True)
+    ]
+    return b"".join([*made[:4], wrong[0], *made[4:11], wrong[1], wrong[2], *made[11:]])
+
+
 def wiki() -> bytes:
     pages = "".join(
         f"<page><title>T{n}</title><ns>0</ns><id>{n}</id><revision><text>{text}</text></revision></page>"
@@ -100,6 +110,7 @@ FORMS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "jsonl.bz2": ("files", "a.jsonl.bz2", written(bz2.compress(lines()))),
     "parquet": ("files", "a.parquet", parquet),
     "warc": ("warc", "a.warc", written(b"".join(warc()))),
+    "warc with wrong lengths": ("warc", "a.warc", written(lying_warc())),
     "warc.gz": ("warc", "a.warc.gz", written(b"".join(map(gzip.compress, warc())))),
     "dump": ("dump", "a.xml.bz2", written(bz2.compress(wiki()))),
     "tree": ("tree", "tree", tree),

@@ -197,6 +197,21 @@ def test_samples_of_what_other_rules_removed_hide_personal_data(tmp_path: Path, 
         assert whole["text"] == text
 
 
+def test_samples_of_what_another_rule_edited_hide_personal_data(tmp_path: Path, laid_out: Callable[..., Path]) -> None:
+    """The line with the address goes before personal data is looked for, and the sample shows what went."""
+    text = "The mill is open every day.\nada@example.org\nThe miller likes visitors.\n"
+    known = {"source": "s", "kind": "prose", "url": None, "date": None, "licence": None}
+    documents = laid_out(tmp_path / "in", [{"text": text, "id": "s/a", "metadata": known}])
+    profile = {"mode": "fast", "c4": {"least_sentences": None}, "pii": {}}
+    (tmp_path / "out").mkdir()
+    config = FilterConfig.model_validate({"profiles": {"prose": profile}})
+    metrics = filter_documents(config, documents, tmp_path / "out", workers=0, progress=silent)
+    assert metrics["changed"] == 1
+    samples = (tmp_path / "out" / "samples.jsonl").read_text(encoding="utf-8")
+    assert "■" * 15 in samples
+    assert "ada@" not in samples
+
+
 def test_the_secret_is_in_no_file_of_what_was_changed(tmp_path: Path, laid_out: Callable[..., Path]) -> None:
     secrets = [value for values in FOUND.values() for value in values]
     rows = [

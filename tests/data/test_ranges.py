@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,39 @@ def test_an_s3_object_that_changes_is_never_read_in_parts_of_both(s3: str) -> No
     again = RemoteFiles(f"{s3}/shards")
     assert set(again.array("x", np.dtype("S1"))[0 : 3 * BLOCK].tolist()) == {b"b"}
     again.close()
+
+
+def test_an_interrupted_fetch_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").pipe_file("/interrupted/x", bytes(3 * BLOCK))
+    files = RemoteFiles("memory://interrupted")
+    array, asked, real = files.array("x", np.dtype("u1")), threading.Event(), files._ranges
+    said: list[Exception] = []
+
+    def interrupted(*wanted: Any) -> Any:
+        asked.set()
+        deadline = time.monotonic() + 20
+        while not waiter.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.05)  # the other thread comes to wait for the same block
+        raise KeyboardInterrupt
+
+    def wait() -> None:
+        asked.wait(20)
+        monkeypatch.setattr(files, "_ranges", real)
+        try:
+            array[0:10]
+        except RangeError as error:
+            said.append(error)
+
+    waiter = threading.Thread(target=wait)
+    monkeypatch.setattr(files, "_ranges", interrupted)
+    waiter.start()
+    with pytest.raises(KeyboardInterrupt):
+        array[0:10]
+    waiter.join(20)
+    assert not waiter.is_alive()
+    assert ["was interrupted" in str(error) for error in said] in ([True], [])  # it waited, or came after and had it
+    assert array[0:10].tolist() == [0] * 10
+    files.close()

@@ -125,6 +125,18 @@ def test_bad_records(case: str, tmp_path: Path) -> None:
         go(tmp_path, "refuse", config=bound)
 
 
+def test_a_text_of_a_dataset_is_bounded_by_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    rows = [{"text": mark * 5000} for mark in ("a", "ä")]  # 5,000 characters each, the second of 10,000 bytes
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"type": "dataset", "name": "mine", "dataset": str(tmp_path / "set")}
+    config = {"sources": [source], "on_bad": "quarantine", "max_record_bytes": 8192}
+    (tmp_path / "out").mkdir()
+    metrics = ingest(IngestConfig.model_validate(config), tmp_path / "out", 0, workers=0, progress=silent)
+    assert metrics["documents_out"] == 1
+    assert metrics["quarantined_by_reason"] == {"too large": 1}
+
+
 def test_files_of_other_columns_in_one_folder(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     table(tmp_path / "in" / "a.parquet", text=["one"], url=["https://a"])
