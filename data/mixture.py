@@ -82,7 +82,7 @@ class Mixture:
         if described.get("format") != FORMAT:
             raise MixtureError(
                 f"{self.files.name('mixture.json')} has format {described.get('format')!r}, this code reads {FORMAT}: "
-                f"mix again"
+                f"or mix again"
             )
         if described["tokens_index_sha256"] != shards.index_sha256:
             raise MixtureError(f"{self.files} was made from other token shards than {shards.files}: mix again")
@@ -137,8 +137,21 @@ class Mixture:
         return [n / order.total for n in order.used]
 
     def token_counts(self, source: str, split: str = "train") -> np.ndarray:
-        """How often each token id occurs in a stream, (V,) uint64."""
-        return np.frombuffer(self.files.read(f"{split}/{source}/counts"), COUNT)
+        """How often each token id occurs in a stream, (V,) uint64.
+
+        Raises:
+            MixtureError: the file does not count the tokens of these shards.
+        """
+        path = f"{split}/{source}/counts"
+        read = self.files.read(path)
+        counts = np.frombuffer(read[: len(read) // COUNT.itemsize * COUNT.itemsize], COUNT)
+        tokens = sum(entry.tokens for entry in self.shards.entries(split, source))
+        if len(read) != self.shards.vocab_size * COUNT.itemsize or int(counts.sum()) != tokens:
+            raise MixtureError(
+                f"{self.files.name(path)} does not count the {tokens:,} tokens of {self.shards.files}: fetch it again "
+                f"or mix again"
+            )
+        return counts
 
     def _part(self, split: str, source: str, number: int) -> _Part:
         key = (split, source, number)

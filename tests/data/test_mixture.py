@@ -302,6 +302,12 @@ def test_damage_is_named(tmp_path: Path) -> None:
     path.write_bytes(good[:-8])
     with pytest.raises(MixtureError, match=rf"00001\.pieces has {len(good) - 8} bytes, not the {len(good)} of mixture"):
         Mixture(tmp_path / "mix", mixture.shards)
+    counts = tmp_path / "mix" / "train" / "a" / "counts"
+    held = counts.read_bytes()
+    for damaged in (held[:-3], held[:-8], bytes([held[24] ^ 1]) + held[1:]):
+        counts.write_bytes(damaged)
+        with pytest.raises(MixtureError, match=r"a/counts does not count the [\d,]+ tokens of "):
+            mixture.token_counts("a")
     with pytest.raises(MixtureError, match=r"has no mixture\.json"):
         Mixture(tmp_path, mixture.shards)
     other = token_folder(tmp_path / "other", {**STREAMS, ("train", "c"): [[5]]})
