@@ -209,7 +209,7 @@ def verify(
         print(json.dumps(found, indent=1, sort_keys=True))
     else:
         for name, content in found["stages"].items():
-            print(f"{name:<11} {content}")
+            print(f"{name:<13} {content}")
         for wrong in found["bad"]:
             print(f"bad: {wrong}")
         print(f"{len(found['stages'])} stages of the latest run, {len(found['bad'])} bad")

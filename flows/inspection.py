@@ -72,7 +72,7 @@ def describe_run(record: dict[str, Any]) -> str:
         f"state   {record['state']}" + (f" ({record['error']})" if record.get("error") else ""),
         f"took    {duration(record.get('seconds', 0.0))}",
     ]
-    lines += [f"  {e['stage']:<11} {e['state']:<10} {e['key']}" for e in record["stages"]]
+    lines += [f"  {e['stage']:<13} {e['state']:<10} {e['key']}" for e in record["stages"]]
     return "\n".join(lines)
 
 
@@ -115,12 +115,12 @@ def describe_lineage(store: Store, manifest: Manifest) -> str:
     lines = [f"{manifest['stage']} {manifest['key']} was made of"]
     for node in lineage(store, manifest["key"])[1:]:
         gone = "  (removed from the store)" if node.get("removed") else ""
-        lines.append(f"  {node['stage']:<11} {node['key']}  content {node['content_hash'][:16]}{gone}")
+        lines.append(f"  {node['stage']:<13} {node['key']}  content {node['content_hash'][:16]}{gone}")
         lines += [f"    source {name} {held[:16]}" for name, held in node["sources"].items()]
     lines += [f"  source {name} {held[:16]}" for name, held in manifest["sources"].items()]
     after = descendants(store, manifest["key"])
     lines.append("and was used for" if after else "and was used for nothing")
-    return "\n".join([*lines, *(f"  {d['stage']:<11} {d['key']}" for d in after)])
+    return "\n".join([*lines, *(f"  {d['stage']:<13} {d['key']}" for d in after)])
 
 
 def state_of(record: dict[str, Any], running: bool) -> str:

@@ -67,7 +67,7 @@ def stage_line(name: str, state: str, **values: Any) -> str:
         text = f"{duration(manifest['seconds'])}, {key_metric(manifest)}".rstrip(", ")
     else:
         text = str(values.get("error") or values.get("reason") or "")
-    return f"{name:<11} {state:<8} {text}".rstrip()
+    return f"{name:<13} {state:<8} {text}".rstrip()
 
 
 class Lines:
@@ -84,7 +84,7 @@ class Lines:
         if time.monotonic() - self.last >= LOG_EVERY_SECONDS:
             self.last = time.monotonic()
             shown = " ".join(f"{k} {v:.4g}" for k, v in values.items())
-            self.say(f"{name:<11} {'':<8} {done}/{total} {shown}".rstrip())
+            self.say(f"{name:<13} {'':<8} {done}/{total} {shown}".rstrip())
 
     def say(self, text: str) -> None:
         print(text, file=self.out, flush=True)
@@ -110,7 +110,7 @@ class Bars:
         else:
             text = str(values.get("error") or values.get("reason") or "")
         style = self.STYLES.get(state, "")
-        self.console.print(f"{name:<11} [{style}]{state:<8}[/] {_escaped(text)}")
+        self.console.print(f"{name:<13} [{style}]{state:<8}[/] {_escaped(text)}")
 
     def progress(self, name: str, done: int, total: int, **values: float) -> None:
         with self.guard:

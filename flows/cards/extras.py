@@ -15,10 +15,8 @@ Extra = Callable[[StageFolder], list[str]]
 
 
 def removal_tables(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The tables `removed_by_…` of a stage's metrics; of dedup also the exact and the near duplicates."""
-    kinds = {name: metrics[name] for name in ("exact", "near") if is_number(metrics.get(name))}
-    tables = {"removed_by_kind": kinds} if kinds else {}
-    return tables | {
+    """The tables `removed_by_…` of a stage's metrics."""
+    return {
         name: {k: v for k, v in table.items() if is_number(v)}
         for name, table in metrics.items()
         if name.startswith("removed_by_") and isinstance(table, dict) and table

@@ -32,6 +32,7 @@ TINTS = {"pretrain": "base", "cold_start": "cold-start", "rl_zero": "zero", "rl"
 # would hide the rest.
 UNDRAWN = {"tokenizer"}
 WIDE, HIGH, ACROSS, DOWN = 104, 64, 124, 88
+WIDEST = 11  # characters of a label at its full size
 
 
 def diagram(folders: Mapping[str, StageFolder], earlier: set[str]) -> str:
@@ -71,6 +72,11 @@ def _arrow(source: str, target: str) -> str:
     return f'<path{faint} d="M{start[0]:g},{start[1]:g} {curve}" marker-end="url(#arrow)"/>'
 
 
+def _narrow(label: str) -> str:
+    """A style for a label that its box would not hold."""
+    return "" if len(label) <= WIDEST else f' style="font-size: {14 * WIDEST // len(label)}px"'
+
+
 def _box(name: str, folder: StageFolder, earlier: bool) -> str:
     x, y = _corner(name)
     tint = f' style="stroke: var(--{TINTS[name]}); stroke-width: 2"' if name in TINTS else ""
@@ -81,7 +87,7 @@ def _box(name: str, folder: StageFolder, earlier: bool) -> str:
     return (
         f'<g class="{kind}"><title>{label}: {time}, {size}, {said}</title>'
         f'<rect x="{x}" y="{y}" width="{WIDE}" height="{HIGH}" rx="7"{tint}/>'
-        f'<text class="name" x="{x + WIDE / 2:g}" y="{y + 22}">{label}</text>'
+        f'<text class="name" x="{x + WIDE / 2:g}" y="{y + 22}"{_narrow(label)}>{label}</text>'
         f'<text class="facts" x="{x + WIDE / 2:g}" y="{y + 39}">{time}</text>'
         f'<text class="facts" x="{x + WIDE / 2:g}" y="{y + 54}">{size}</text></g>'
     )

@@ -52,10 +52,9 @@ def protocol(found: Mapping[str, Any], config: Mapping[str, Any], metrics: Mappi
     seen = metrics.get("seen_in_training")
     left_out = ""
     if seen is not None:
-        left_out = (
-            f" Every problem was looked for in the training sets and in the corpus; {seen} that "
-            f"{'was' if seen == 1 else 'were'} found there {'was' if seen == 1 else 'were'} left out."
-        )
+        were = "was" if seen == 1 else "were"
+        result = f"{seen} that {were} found there {were} left out" if seen else "none was found there"
+        left_out = f" Every problem was looked for in the training sets and in the corpus; {result}."
     return (
         f"{problems:,} held-out problems, k = {k} sample{'s' if k > 1 else ''} each{heat}. Pass@1 is the "
         f"mean over samples and problems; lines across bars are 95% intervals over problems.{left_out}"

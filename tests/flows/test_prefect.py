@@ -170,7 +170,7 @@ def test_the_page_shows_the_run(served: tuple[Api, Path, str], tmp_path: Path) -
     (deployment,) = [d for d in api("deployments/filter", {}) if d["name"] == "smoke"]
     pages = {
         "runs": (f"{url}/runs", "smoke"),
-        "run": (f"{url}/runs/flow-run/{run}", "pretrain    done"),  # its log
+        "run": (f"{url}/runs/flow-run/{run}", "pretrain      done"),  # its log
         "card": (f"{url}/artifacts/artifact/{card['id']}", "data:image/png;base64,"),
         "form": (f"{url}/deployments/deployment/{deployment['id']}/run", "from_stage"),
     }
