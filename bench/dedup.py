@@ -1,6 +1,6 @@
 """MinHash deduplication against datatrove and rensa, on one core each, disk to disk; the last line is JSON.
 
-    python bench/dedup.py [--documents 40000] [--default-documents 600] [--keep FOLDER]
+    python bench/dedup.py [--documents 100000] [--default-documents 600] [--keep FOLDER]
     python bench/dedup.py --growth 10000 100000 1000000
     python bench/dedup.py --workers
 
@@ -271,7 +271,7 @@ def workers(documents: int, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Parse the arguments, run, print the line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=40_000, help="at least; real ones and grown ones")
+    parser.add_argument("--documents", type=int, default=100_000, help="at least; real ones and grown ones")
     parser.add_argument("--default-documents", type=int, default=600, help="sample for datatrove's English setting")
     parser.add_argument("--growth", type=int, nargs="+", metavar="DOCUMENTS", help="measure growth instead")
     parser.add_argument("--workers", action="store_true", help="measure one and two workers instead")

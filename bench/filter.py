@@ -30,7 +30,7 @@ from gristmill.data.filters.rule import Prepared
 from gristmill.data.filters.words import ExactSplitter
 from gristmill.data.sieve import edited
 
-SHARED = Path(os.environ.get("GRISTMILL_SHARED_DATA", Path(__file__).parents[1] / "shared" / "data"))
+SHARED = Path(os.environ.get("GRISTMILL_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 NAMES = ("gopher_quality", "gopher_repetition", "c4", "fineweb", "language")
 WARM = "It is a test of the words that we have, and of the plan they made. [1]\nIt is [x] a { line.\n\n" * 20
 
