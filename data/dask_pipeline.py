@@ -293,5 +293,6 @@ def _run_rank(payload: bytes, rank: int, task: str, here: str, folder: str) -> N
     with _ALONE:
         if Path(here).is_dir():
             os.chdir(here)
+        # Steps are code of the user's own: they come as every Dask task comes, by pickle from the client's scheduler.
         executor: DaskPipelineExecutor = cloudpickle.loads(payload)
         executor.run_staged(rank, task)

@@ -29,6 +29,7 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 ARCHIVES = (".zip", *TARS)
 PASSED = frozenset({".git", ".hg", ".svn", "node_modules", "__pycache__", ".venv", ".tox", ".idea", ".mypy_cache"})
 HEAD = 256
+# NotImplementedError is what zipfile raises for a compression or encryption that it does not know
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, DamagedError, zlib.error, EOFError, NotImplementedError)
 
 
