@@ -82,7 +82,7 @@ class Mixture:
         if described.get("format") != FORMAT:
             raise MixtureError(
                 f"{self.files.name('mixture.json')} has format {described.get('format')!r}, this code reads {FORMAT}: "
-                f"or mix again"
+                f"mix again"
             )
         if described["tokens_index_sha256"] != shards.index_sha256:
             raise MixtureError(f"{self.files} was made from other token shards than {shards.files}: mix again")

@@ -201,6 +201,8 @@ class RemoteFiles:
         return await asyncio.gather(*(self._tagged_range(*one) for one in wanted), return_exceptions=True)
 
     async def _tagged_range(self, name: str, start: int, end: int) -> bytes:
+        from s3fs.core import S3_RETRYABLE_ERRORS
+
         bucket, key, _ = self.filesystem.split_path(f"{self.root}/{name}")
         asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{end - 1}"}
         if name in self._etags:
@@ -210,7 +212,7 @@ class RemoteFiles:
             try:
                 async with answer["Body"] as body:
                     return await body.read()
-            except Exception:  # of the connection: each library below has kinds of its own
+            except S3_RETRYABLE_ERRORS:  # the connection broke off; whatever else went wrong is told at once
                 if attempt + 1 == ATTEMPTS:
                     raise
                 await asyncio.sleep(0.1 * 2**attempt)

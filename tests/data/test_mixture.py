@@ -315,7 +315,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         Mixture(tmp_path / "mix", TokenShards(other / "tokens"))
     described = json.loads((tmp_path / "mix" / "mixture.json").read_text())
     (tmp_path / "mix" / "mixture.json").write_text(json.dumps({**described, "format": 9}))
-    with pytest.raises(MixtureError, match="has format 9, this code reads 1"):
+    with pytest.raises(MixtureError, match="has format 9, this code reads 1: mix again"):
         Mixture(tmp_path / "mix", mixture.shards)
     shard = tokens / "tokens" / "train" / "b" / "00000.tokens"
     shard.write_bytes(bytes(2) + shard.read_bytes()[2:-2] + b"\xff\x00")

@@ -118,3 +118,36 @@ def test_an_interrupted_fetch_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPa
     assert ["was interrupted" in str(error) for error in said] in ([True], [])  # it waited, or came after and had it
     assert array[0:10].tolist() == [0] * 10
     files.close()
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again_and_another_error_is_told(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+    from botocore.exceptions import ReadTimeoutError
+
+    filesystem = fsspec.filesystem("s3")
+    filesystem.pipe_file(f"{s3}/shards/x", b"a" * (2 * BLOCK))
+    filesystem.invalidate_cache()
+    files = RemoteFiles(f"{s3}/shards")
+    real, errors = files.filesystem._call_s3, [ReadTimeoutError(endpoint_url=s3), ValueError("no such thing")]
+
+    class Broken:
+        async def __aenter__(self) -> None:
+            raise errors.pop(0)
+
+        async def __aexit__(self, *_: object) -> None:
+            """Never entered."""
+
+    async def breaking(*arguments: Any, **more: Any) -> Any:
+        return {"Body": Broken()} if errors[1:] or len(asked) else await real(*arguments, **more)
+
+    asked: list[int] = []
+    monkeypatch.setattr(files.filesystem, "_call_s3", breaking)
+    array = files.array("x", np.dtype("S1"))
+    assert set(array[0:10].tolist()) == {b"a"}
+    asked.append(1)  # from now on the other error
+    with pytest.raises(RangeError, match="no such thing"):
+        array[BLOCK : BLOCK + 10]
+    assert errors == []
+    files.close()
