@@ -1,11 +1,12 @@
 """MinHash deduplication against datatrove and rensa, on one core each, disk to disk; the last line is JSON.
 
-    python bench/dedup.py [--documents 100000] [--default-documents 600] [--keep FOLDER]
+    python bench/dedup.py [--documents 100000] [--default-documents 600] [--rounds 3] [--keep FOLDER]
     python bench/dedup.py --growth 10000 100000 1000000
     python bench/dedup.py --workers
 
 14 buckets × 8 rows of 64-bit hashes over word 5-grams, threshold 0.8. Every run is a process of its own, started and
-imported within its measure; core-seconds are the user and system time of the process. Keys of the last line:
+imported within its measure; core-seconds are the user and system time of the process, the median of the rounds. Keys
+of the last line:
 
     ratio               datatrove with its fastest splitter (white space, xxhash) over ours, whole chain
     ratio_default       datatrove with its default splitter (English, spaCy) over ours, whole chain; measured on a
@@ -25,6 +26,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -169,7 +171,7 @@ def print_by_similarity(removed: set[int], pairs: dict[tuple[int, int], float]) 
             print(f"  {low:.2f} – {low + 0.05:.2f} {len(inside):12d} {share:9.3f} {curve:9.3f}")
 
 
-def compare(documents: int, default_documents: int, folder: Path) -> dict[str, Any]:
+def compare(documents: int, default_documents: int, rounds: int, folder: Path) -> dict[str, Any]:
     """The benchmark itself."""
     from dedup_corpus import grown, true_pairs, write_documents
 
@@ -181,30 +183,36 @@ def compare(documents: int, default_documents: int, folder: Path) -> dict[str, A
     print(f"{len(texts)} documents, {size:.1f} MB of text; the default setting on {len(few)}, {few_size:.1f} MB")
     measured("run_ours", folder / "nothing", folder / "warm")  # numba's cache on disk
 
-    seconds: dict[str, float] = {}
+    measures: dict[str, list[float]] = {}
+    peak = 0
 
     def timed(name: str, *arguments: object) -> int:
-        seconds[name], peak = measured(*arguments)  # type: ignore[arg-type]
-        print(f"{name:34s} {seconds[name]:8.2f} core-seconds {peak:6d} MiB", flush=True)
-        return peak
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        taken, mib = measured(*arguments)  # type: ignore[arg-type]
+        measures.setdefault(name, []).append(taken)
+        print(f"{name:34s} {taken:8.2f} core-seconds {mib:6d} MiB", flush=True)
+        return mib
 
-    peak = timed("ours", "run_ours", folder / "in", folder / "ours")
-    timed("ours, signatures", "run_our_signatures", folder / "in", folder / "ours-signatures")
-    timed("datatrove, white space", "run_datatrove", folder / "in", folder / "theirs", WHITE_SPACE)
-    seconds["datatrove, its signatures"] = float((folder / "theirs" / "signatures.seconds").read_text())
-    print(f"  of these for signatures          {seconds['datatrove, its signatures']:8.2f}")
-    timed("datatrove, English, sample", "run_datatrove", folder / "few", folder / "t2", "eng")
-    timed("datatrove, English, nothing", "run_datatrove", folder / "nothing", folder / "t3", "eng")
-    timed("rensa, in memory", "run_rensa", folder / "in", folder / "rensa.json")
+    for number in range(rounds):  # every side in every round, so that a slow hour is slow for all
+        peak = max(peak, timed("ours", "run_ours", folder / "in", folder / f"ours-{number}"))
+        timed("ours, signatures", "run_our_signatures", folder / "in", folder / "out")
+        timed("datatrove, white space", "run_datatrove", folder / "in", folder / f"theirs-{number}", WHITE_SPACE)
+        own = float((folder / f"theirs-{number}" / "signatures.seconds").read_text())
+        measures.setdefault("datatrove, its signatures", []).append(own)
+        print(f"  of these for signatures          {own:8.2f}")
+        timed("datatrove, English, sample", "run_datatrove", folder / "few", folder / "out", "eng")
+        timed("datatrove, English, nothing", "run_datatrove", folder / "nothing", folder / "out", "eng")
+        timed("rensa, in memory", "run_rensa", folder / "in", folder / "rensa.json")
+    seconds = {name: statistics.median(taken) for name, taken in measures.items()}
     start = seconds["datatrove, English, nothing"]
     default = start + (seconds["datatrove, English, sample"] - start) * size / few_size
 
     began = time.process_time()
     pairs = true_pairs(texts)
     print(f"brute force: {len(pairs)} pairs at 0.5 or more, {time.process_time() - began:.0f} core-seconds")
-    ours = removed_ids(folder / "ours" / "removed")
+    ours = removed_ids(folder / "ours-0" / "removed")
     recall, precision = quality(ours, pairs)
-    theirs = quality(removed_ids(folder / "theirs" / "removed"), pairs)
+    theirs = quality(removed_ids(folder / "theirs-0" / "removed"), pairs)
     print_by_similarity(ours, pairs)
     return {
         "ratio": round(seconds["datatrove, white space"] / seconds["ours"], 2),
@@ -221,6 +229,7 @@ def compare(documents: int, default_documents: int, folder: Path) -> dict[str, A
         "documents": len(texts),
         "mb": round(size, 1),
         "documents_default": len(few),
+        "rounds": rounds,
     }
 
 
@@ -273,6 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=100_000, help="at least; real ones and grown ones")
     parser.add_argument("--default-documents", type=int, default=600, help="sample for datatrove's English setting")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each side is run")
     parser.add_argument("--growth", type=int, nargs="+", metavar="DOCUMENTS", help="measure growth instead")
     parser.add_argument("--workers", action="store_true", help="measure one and two workers instead")
     parser.add_argument("--keep", type=Path, help="work in this folder, and leave it")
@@ -292,7 +302,7 @@ def main() -> None:
         elif arguments.workers:
             result = workers(arguments.documents, folder)
         else:
-            result = compare(arguments.documents, arguments.default_documents, folder)
+            result = compare(arguments.documents, arguments.default_documents, arguments.rounds, folder)
     print(json.dumps(result))
 
 

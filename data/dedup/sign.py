@@ -36,6 +36,7 @@ FENCES = 256
 COLUMNS_AT_ONCE = 1 << 26  # bytes of bucket keys brought from rows to columns at a time
 WORST = 2**64 - 1
 BUFFER = 1 << 20
+TOGETHER = 1 << 16  # characters of short documents that are signed together: all that is made of them fits a cache
 
 
 def write_index(shard: Path, folder: Path, config: DedupConfig) -> None:
@@ -71,12 +72,11 @@ class _Columns:
         self.id_ends = array("Q")
         self.shingle_ends = array("Q")
 
-    def add(self, row: Row, config: DedupConfig, exact: tuple[int, int]) -> None:
+    def add(self, row: Row, config: DedupConfig) -> None:
         if config.url and row["metadata"].get("url"):
             digest = xxhash.xxh3_128_intdigest(normalised_url(row["metadata"]["url"]).encode("utf-8", "surrogatepass"))
             self.url.extend((digest >> 64, digest & WORST))
             self.url_places.append(len(self.ranks))
-        self.exact.extend(exact)
         self.ranks.append(rank_of(row, config))
         self.ids += row["id"].encode("utf-8", "surrogatepass")
         self.id_ends.append(len(self.ids))
@@ -110,20 +110,36 @@ class _Columns:
 
 def _read_near(shard: Path, config: DedupConfig, columns: _Columns, shingles: IO[bytes], spilled: IO[bytes]) -> None:
     signer = Signer(config.ngram, config.buckets, config.rows)
-    end = 0
-    for row in read_rows(shard):
-        signature = signer.sign(row["text"])
-        columns.add(row, config, signature.exact)
-        end += len(signature.shingles)
-        columns.shingle_ends.append(end)
-        shingles.write(signature.shingles.data)
-        spilled.write(signature.keys.data)
+    end = np.uint64(0)
+    for rows in _batches(read_rows(shard)):
+        made = signer.sign_all([row["text"] for row in rows])
+        for row in rows:
+            columns.add(row, config)
+        columns.exact.frombytes(made.exact.tobytes())
+        columns.shingle_ends.frombytes((end + made.ends).tobytes())
+        end += made.ends[-1]
+        shingles.write(made.shingles.data)
+        spilled.write(made.keys.data)
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Rows in lists of at least TOGETHER characters, or so many rows."""
+    held, size = [], 0
+    for row in rows:
+        held.append(row)
+        size += len(row["text"])
+        if size >= TOGETHER or len(held) >= TOGETHER // 64:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
 
 
 def _read_exact(shard: Path, config: DedupConfig, columns: _Columns) -> None:
     signer = Signer(config.ngram, 1, 1)
     for row in read_rows(shard):
-        columns.add(row, config, signer.exact(row["text"]))
+        columns.add(row, config)
+        columns.exact.extend(signer.exact(row["text"]))
 
 
 def rank_of(row: Row, config: DedupConfig) -> int:

@@ -112,6 +112,25 @@ def test_blocks_are_no_part_of_a_signature(block: int, signer: Signer, monkeypat
         assert (other.keys == one.keys).all()
 
 
+SOME = st.sampled_from(
+    ["", " ", "one", "two words", "a b c d e", "A  B\tc d e f", "é b c d e f", "中文字中文字", "x " * 9000]
+)
+
+
+@given(st.lists(SOME | st.text(max_size=30), max_size=12))
+@settings(max_examples=100, deadline=None)
+def test_texts_are_signed_together_as_each_alone(texts: list[str]) -> None:
+    made = Signer(5, 14, 8).sign_all(texts)
+    ends = [0, *made.ends.tolist()]
+    assert len(made.exact) == len(made.keys) == len(made.ends) == len(texts)
+    assert ends[-1] == len(made.shingles)
+    for number, text in enumerate(texts):
+        one = Signer(5, 14, 8).sign(text)
+        assert tuple(made.exact[number].tolist()) == one.exact == exact_of(text)
+        assert made.keys[number].tolist() == one.keys.tolist()
+        assert made.shingles[ends[number] : ends[number + 1]].tolist() == one.shingles.tolist()
+
+
 def test_n_grams_are_those_of_the_words(shared_data, signer: Signer) -> None:
     """In 388 languages: as many distinct shingles as there are n-grams of an independent splitter's words."""
     with gzip.open(shared_data / "corpus" / "udhr.jsonl.gz") as file:
