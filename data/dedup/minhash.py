@@ -111,7 +111,7 @@ class Signer:
         return Signatures(exact, keys, np.concatenate([NONE, *shingles]), ends)
 
     def _sign_short(self, texts: list[str]) -> Signatures:
-        """Of ASCII texts of at most a block. Where there are fewer words than n, no n-gram, and keys without meaning."""
+        """Of ASCII texts of at most a block; with fewer words than n there is no n-gram, and the keys mean nothing."""
         units = np.frombuffer("".join(texts).encode(), np.uint8)
         sizes = np.array([len(text) for text in texts])
         keys, ends = np.empty((len(texts), self._minima.shape[1]), np.uint64), np.empty(len(texts), np.uint64)
