@@ -2,7 +2,7 @@
 
     python bench/dedup.py [--documents 100000] [--default-documents 600] [--rounds 3] [--keep FOLDER]
     python bench/dedup.py --growth 10000 100000 1000000
-    python bench/dedup.py --workers
+    python bench/dedup.py --workers [--rounds 3]
 
 14 buckets × 8 rows of 64-bit hashes over word 5-grams, threshold 0.8. Every run is a process of its own, started and
 imported within its measure; core-seconds are the user and system time of the process, the median of the rounds. Keys
@@ -36,6 +36,7 @@ from typing import Any
 
 THREADS = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1", "RAYON_NUM_THREADS": "1"}
 BUCKETS, ROWS, THRESHOLD = 14, 8, 0.8
+A_SHARD = 2500  # documents, where one and two workers are compared: what `ingest` puts in one by default
 WHITE_SPACE = "white space"  # its "WhitespaceTokenizer" is spaCy's; str.split in its place is many times faster
 
 
@@ -253,28 +254,38 @@ def growth(counts: list[int], folder: Path) -> dict[str, Any]:
     return {"growth": rows, "linear": round(rows[-1]["microseconds_each"] / rows[0]["microseconds_each"], 3)}
 
 
-def workers(documents: int, folder: Path) -> dict[str, Any]:
-    """Wall time with one worker and with two, the cluster started before."""
+def workers(documents: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """Wall time with one worker and with two, the cluster started before; medians of the rounds."""
     from dedup_corpus import grown, write_documents
 
     from gristmill.data.dedup import DedupConfig, deduplicate
     from gristmill.data.executor import close_cluster
     from gristmill.data.stage_types import silent
 
-    write_documents(folder / "in", grown(documents), 500)
+    write_documents(folder / "in", grown(documents), A_SHARD)
     write_documents(folder / "warm", (f"document {number}" for number in range(16)), 1)  # some for each worker
-    walls = {}
-    for count in (1, 2):
-        for name, source in (("warm", folder / "warm"), ("run", folder / "in")):
-            out = folder / f"{name}-{count}"
-            out.mkdir()
-            began = time.perf_counter()
-            config = DedupConfig(buckets=BUCKETS, rows=ROWS, threshold=THRESHOLD)
-            deduplicate(config, source, out, workers=count, progress=silent)
-            walls[count] = time.perf_counter() - began
-        close_cluster()
-        print(f"{count} workers: {walls[count]:.2f} s", flush=True)
-    return {"speedup": round(walls[1] / walls[2], 2), "seconds": [round(w, 2) for w in walls.values()]}
+    walls: dict[int, list[float]] = {1: [], 2: []}
+    config = DedupConfig(buckets=BUCKETS, rows=ROWS, threshold=THRESHOLD)
+    for _ in range(rounds):
+        for count, taken in walls.items():
+            for source in ("warm", "in"):
+                out = folder / "out"
+                shutil.rmtree(out, ignore_errors=True)
+                out.mkdir()
+                began = time.perf_counter()
+                deduplicate(config, folder / source, out, workers=count, progress=silent)
+                wall = time.perf_counter() - began
+            taken.append(wall)
+            close_cluster()
+            print(f"{count} workers: {wall:.2f} s", flush=True)
+    medians = [statistics.median(taken) for taken in walls.values()]
+    return {
+        "speedup": round(medians[0] / medians[1], 2),
+        "speedups": [round(one / two, 2) for one, two in zip(*walls.values(), strict=True)],
+        "seconds": [round(median, 2) for median in medians],
+        "documents": documents,
+        "documents_a_shard": A_SHARD,
+    }
 
 
 def main() -> None:
@@ -300,7 +311,7 @@ def main() -> None:
         if arguments.growth:
             result = growth(arguments.growth, folder)
         elif arguments.workers:
-            result = workers(arguments.documents, folder)
+            result = workers(arguments.documents, arguments.rounds, folder)
         else:
             result = compare(arguments.documents, arguments.default_documents, arguments.rounds, folder)
     print(json.dumps(result))

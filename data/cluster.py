@@ -43,13 +43,17 @@ NANNY_MEMORY = "256MiB"  # of a job or pod, beside its workers: the process that
 GIVEN_UP = 4.0  # seconds without a process after which nobody will start it; a nanny takes milliseconds
 SCHEDULER = "DASK_SCHEDULER_ADDRESS"
 # Spilling and pausing are for results kept in memory; tasks here keep none. A worker that pauses on the memory of its
-# libraries never goes on: only the limit itself is acted on. The profiler would take a few percent of each worker.
+# libraries never goes on: only the limit itself is acted on. The profiler would take a few percent of each worker, and
+# measuring the machine twice a second and the loop's ticks fifty times as much of the process that starts them.
 SETTINGS = {
     "DASK_DISTRIBUTED__WORKER__MEMORY__TARGET": "False",
     "DASK_DISTRIBUTED__WORKER__MEMORY__SPILL": "False",
     "DASK_DISTRIBUTED__WORKER__MEMORY__PAUSE": "False",
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
+    "DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL": "1s",
+    "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL": "5s",
 }
+OWN_SETTINGS = {"distributed.admin.tick.interval": "1s", "distributed.admin.system-monitor.interval": "5s"}
 JOB_QUEUES = {
     "slurm": "SLURMCluster",
     "pbs": "PBSCluster",
@@ -174,11 +178,12 @@ def local_cluster(workers: int, threads: int = 1, memory: str = MEMORY_LIMIT, sc
         threads: of the libraries inside one worker, which runs one task at a time.
         scratch: folder for Dask's own small files; .gristmill/dask by default.
     """
+    import dask
     from distributed import LocalCluster
 
     scratch = (scratch or Path(".gristmill/dask")).absolute()
     scratch.mkdir(parents=True, exist_ok=True)
-    with unchanged_environment():
+    with unchanged_environment(), dask.config.set(OWN_SETTINGS):
         return LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
