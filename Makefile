@@ -59,7 +59,7 @@ layers: $(VENV)/installed-dev ## import-linter: who may import whom
 bench: $(VENV)/installed-dev ## does `tiny` learn, in what time and memory (three cold runs)
 	$(BIN)/python bench/demo.py
 
-bench-corpus: $(VENV)/installed-dev ## the corpus stages against datatrove, rensa, tokenizers (half an hour)
+bench-corpus: $(VENV)/installed-dev ## the corpus stages against datatrove, rensa, tokenizers (three quarters of an hour)
 	for name in dedup filter spans tokenize loader; do OMP_NUM_THREADS=1 $(BIN)/python -P bench/$$name.py || exit 1; done
 
 bench-kernels: $(VENV)/installed-dev ## the kernels against their peers

@@ -1,7 +1,7 @@
 """MinHash deduplication against datatrove and rensa, on one core each, disk to disk; the last line is JSON.
 
     python bench/dedup.py [--documents 100000] [--default-documents 600] [--rounds 3] [--keep FOLDER]
-    python bench/dedup.py --growth 10000 100000 1000000
+    python bench/dedup.py --growth 10000 100000 1000000 [--rounds 3]
     python bench/dedup.py --workers [--rounds 3]
 
 14 buckets × 8 rows of 64-bit hashes over word 5-grams, threshold 0.8. Every run is a process of its own, started and
@@ -234,24 +234,35 @@ def compare(documents: int, default_documents: int, rounds: int, folder: Path) -
     }
 
 
-def growth(counts: list[int], folder: Path) -> dict[str, Any]:
-    """Time and memory as the corpus grows: `linear` is the time a document over that of the smallest corpus."""
+def growth(counts: list[int], rounds: int, folder: Path) -> dict[str, Any]:
+    """Time and memory as the corpus grows, medians of the rounds.
+
+    Each row has what a document more than in the row before it costs, and `linear` is the last of these over the
+    second: the first one is little beside the start, and noise.
+    """
     from dedup_corpus import small, write_documents
 
-    rows: list[dict[str, Any]] = []
-    write_documents(folder / "nothing", iter(["one document"]))
-    measured("run_ours", folder / "nothing", folder / "warm")
-    start, _ = measured("run_ours", folder / "nothing", folder / "start")
+    write_documents(folder / "0", iter(["one document"]))
+    measured("run_ours", folder / "0", folder / "warm")
+    rows = [{"documents": 0, "mb": 0.0, "core_seconds": 0.0, "mib": 0}]
     for count in counts:
         size = write_documents(folder / str(count), small(count), 20_000) / 1e6
-        seconds, peak = measured("run_ours", folder / str(count), folder / f"{count}-out")
-        each = (seconds - start) / count
-        row = {"documents": count, "mb": round(size, 1), "core_seconds": round(seconds, 2), "mib": peak}
-        rows.append({**row, "microseconds_each": round(1e6 * each, 1)})
-        print(rows[-1], flush=True)
-        shutil.rmtree(folder / str(count))
-        shutil.rmtree(folder / f"{count}-out")
-    return {"growth": rows, "linear": round(rows[-1]["microseconds_each"] / rows[0]["microseconds_each"], 3)}
+        rows.append({"documents": count, "mb": round(size, 1), "core_seconds": 0.0, "mib": 0})
+    taken: dict[int, list[tuple[float, int]]] = {row["documents"]: [] for row in rows}
+    for _ in range(rounds):
+        for count, measures in taken.items():
+            measures.append(measured("run_ours", folder / str(count), folder / "out"))
+            shutil.rmtree(folder / "out")
+    for number, row in enumerate(rows):
+        seconds, peaks = zip(*taken[row["documents"]], strict=True)
+        row |= {"core_seconds": round(statistics.median(seconds), 2), "mib": max(peaks)}
+        if number:
+            before = rows[number - 1]
+            more = (row["core_seconds"] - before["core_seconds"]) / (row["documents"] - before["documents"])
+            row["microseconds_each"] = round(1e6 * more, 1)
+        print(row, flush=True)
+    linear = rows[-1]["microseconds_each"] / rows[min(2, len(rows) - 1)]["microseconds_each"]
+    return {"growth": rows, "linear": round(linear, 3), "rounds": rounds}
 
 
 def workers(documents: int, rounds: int, folder: Path) -> dict[str, Any]:
@@ -309,7 +320,7 @@ def main() -> None:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if arguments.growth:
-            result = growth(arguments.growth, folder)
+            result = growth(arguments.growth, arguments.rounds, folder)
         elif arguments.workers:
             result = workers(arguments.documents, arguments.rounds, folder)
         else:
