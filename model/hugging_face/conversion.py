@@ -81,7 +81,7 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32, mtp: bool = True) 
     """
     config, vocab_size = read_config(folder)
     with TensorFolder(folder) as found:
-        mtp = mtp and _has_mtp(found, config)
+        mtp = mtp and has_mtp(found, config)
         check_tensors(found, config, vocab_size, mtp=mtp)
         if not mtp:
             config = config.model_copy(update={"num_nextn_predict_layers": 0})
@@ -93,7 +93,7 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32, mtp: bool = True) 
     return model
 
 
-def _has_mtp(found: TensorFolder, config: ModelConfig) -> bool:
+def has_mtp(found: TensorFolder, config: ModelConfig) -> bool:
     """Releases declare MTP modules, and conversions by others often leave them out."""
     first = config.num_hidden_layers
     return config.num_nextn_predict_layers > 0 and any(_layer(name) >= first for name in found.names())
@@ -115,7 +115,7 @@ def import_folder(
     """
     config, vocab_size = read_config(source)
     with TensorFolder(source) as found:
-        mtp = mtp and _has_mtp(found, config)
+        mtp = mtp and has_mtp(found, config)
         check_tensors(found, config, vocab_size, mtp=mtp)
         if not mtp:
             config = config.model_copy(update={"num_nextn_predict_layers": 0})
