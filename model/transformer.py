@@ -479,6 +479,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, vocab_size)
         if config.tie_word_embeddings:
+            assert isinstance(self.embed_tokens.weight, nn.Parameter)
             self.lm_head.weight = self.embed_tokens.weight
         self.mtp = nn.ModuleList(MultiTokenPrediction(config) for _ in range(config.num_nextn_predict_layers))
 
