@@ -121,7 +121,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (xᵢ, xᵢ₊ᵣ⸝₂), as the weights of Llama and Qwen expect."""
+    """Rotate the pairs (xᵢ, xᵢ₊ₕ), h being half the width, as the weights of Llama and Qwen expect."""
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 

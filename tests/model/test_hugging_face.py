@@ -60,6 +60,7 @@ SHAPES = {
         rope_scaling=RotaryScalingConfig(type="llama3", factor=8.0, original_max_position_embeddings=32),
     ),
     "qwen 2": dense(qkv_bias=True),
+    "qwen 3, YaRN": dense(qk_norm=True, rope_scaling=YARN.model_copy(update={"mscale_all_dim": 0.0})),
     "qwen 3, tied": dense(head_dim=16, qk_norm=True, tie_word_embeddings=True, rope_theta=1e6),
 }  # fmt: skip
 
