@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gristmill.flows.checkpoint_cli import checkpoint_app
 from gristmill.flows.data_cli import data_app
 from gristmill.flows.errors import StageFailed, UsageError
 from gristmill.flows.terminal import duration, key_metric, print_table, size, watcher
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (tiny, smoke) or a YAML file.")]
 Settings = Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,12 +13,75 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class RotaryScalingConfig(Config):
+    """How rotary frequencies are stretched to contexts longer than the model was first trained on.
+
+    `yarn`: Peng et al. 2023 (arXiv 2309.00071, section 3); `llama3`: as Llama 3.1 does it. Field names are those of
+    `rope_scaling` in the public configurations.
+    """
+
+    type: Literal["yarn", "llama3"] = Field(default="yarn", title="Kind", description="yarn, or llama3.")
+    factor: float = Field(default=40.0, ge=1, title="Factor", description="s: new context over old one (V3: 40).")
+    original_max_position_embeddings: int = Field(
+        default=4096, ge=1, title="First context", description="Tokens of the context that was trained first."
+    )
+    beta_fast: float = Field(
+        default=32.0, gt=0, title="β", description="yarn: with so many turns or more a frequency stays as it is."
+    )
+    beta_slow: float = Field(
+        default=1.0, gt=0, title="α", description="yarn: with so many turns or fewer a frequency is divided by s."
+    )
+    mscale: float = Field(
+        default=1.0, ge=0, title="Amplitude", description="yarn: 0.1·mscale·ln s + 1 multiplies the rotary part."
+    )
+    mscale_all_dim: float = Field(
+        default=1.0,
+        ge=0,
+        title="Temperature",
+        description="yarn: the square of 0.1·mscale_all_dim·ln s + 1 multiplies all scores, and its value divides the "
+        "amplitude (V3: both 1, so that only the scores change).",
+    )
+    low_freq_factor: float = Field(default=1.0, gt=0, title="Low factor", description="llama3: turns of slow ones.")
+    high_freq_factor: float = Field(default=4.0, gt=0, title="High factor", description="llama3: turns of fast ones.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.type == "yarn" and self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast {self.beta_fast} is not above beta_slow {self.beta_slow}: raise it")
+        if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} is not above low_freq_factor {self.low_freq_factor}: "
+                f"raise it"
+            )
+        return self
+
+
 class ModelConfig(Config):
-    """The shape of a DeepSeek-V3 (arXiv 2412.19437, section 2); field names are those of its public configuration."""
+    """The shape of a DeepSeek-V3 (arXiv 2412.19437, section 2); field names are those of its public configuration.
+
+    DeepSeek-V2 is the same with a softmax gate. Small dense models to distill into (Llama, Qwen) are the same with
+    `attention: gqa` and dense blocks throughout.
+    """
 
     hidden_size: int = Field(default=128, ge=8, title="Width", description="Width of the residual stream.")
     num_hidden_layers: int = Field(default=4, ge=1, title="Layers", description="Transformer blocks, dense and MoE.")
     num_attention_heads: int = Field(default=4, ge=1, title="Heads", description="Attention heads of each block.")
+    attention: Literal["mla", "gqa"] = Field(
+        default="mla",
+        title="Attention",
+        description="mla: keys and values from a latent; gqa: grouped queries, as Llama and Qwen have.",
+    )
+    num_key_value_heads: int | None = Field(
+        default=None, ge=1, title="Key/value heads", description="gqa: heads of keys and values; none: as of queries."
+    )
+    head_dim: int | None = Field(
+        default=None, ge=2, multiple_of=2, title="Head width", description="gqa: none: width over heads."
+    )
+    qkv_bias: bool = Field(default=False, title="Biases", description="gqa: biases on queries, keys, values (Qwen 2).")
+    qk_norm: bool = Field(default=False, title="Norms", description="gqa: RMSNorm on queries and keys (Qwen 3).")
+    tie_word_embeddings: bool = Field(
+        default=False, title="Tied head", description="The output head is the embedding matrix."
+    )
     q_lora_rank: int | None = Field(
         default=None, ge=1, title="Query latent", description="Width of the query latent; none projects directly."
     )
@@ -45,6 +108,11 @@ class ModelConfig(Config):
     n_shared_experts: int = Field(default=1, ge=0, title="Shared experts", description="Experts that see every token.")
     num_experts_per_tok: int = Field(default=2, ge=1, title="Active experts", description="Routed experts a token.")
     moe_intermediate_size: int = Field(default=64, ge=1, title="Expert FFN", description="Hidden width of one expert.")
+    scoring_func: Literal["sigmoid", "softmax"] = Field(
+        default="sigmoid",
+        title="Gate",
+        description="sigmoid (V3): a group scores by its two best; softmax (V2): by its best one.",
+    )
     n_group: int = Field(default=1, ge=1, title="Expert groups", description="Groups for node-limited routing.")
     topk_group: int = Field(default=1, ge=1, title="Groups a token", description="Groups a token may choose from.")
     routed_scaling_factor: float = Field(
@@ -63,15 +131,18 @@ class ModelConfig(Config):
     num_nextn_predict_layers: int = Field(
         default=1,
         ge=0,
-        le=1,
+        le=8,
         title="MTP depth",
-        description="Multi-token-prediction modules trained beside the model.",
+        description="Multi-token-prediction modules trained beside the model; the k-th predicts token t+1+k.",
     )
     mtp_loss_weight: float = Field(
         default=0.3, ge=0, title="MTP weight", description="λ of the MTP loss in pretraining (V3: 0.3)."
     )
     rope_theta: float = Field(
         default=10_000.0, gt=1, title="Rotary base", description="Base of the rotary frequencies."
+    )
+    rope_scaling: RotaryScalingConfig | None = Field(
+        default=None, title="Rotary scaling", description="For contexts longer than those trained first; none: as is."
     )
     max_position_embeddings: int = Field(
         default=512,
@@ -86,6 +157,44 @@ class ModelConfig(Config):
         title="Initial spread",
         description="Standard deviation of the initial weights (V3: 0.006).",
     )
+
+    @property
+    def rotary_width(self) -> int:
+        """Numbers of a head that are rotated."""
+        return self.qk_rope_head_dim if self.attention == "mla" else self.head_width
+
+    @property
+    def head_width(self) -> int:
+        """Numbers of a query head."""
+        if self.attention == "mla":
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers that decoding keeps of a token in a layer: V3 section 2.1.1, or keys and values of all heads."""
+        if self.attention == "mla":
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return 2 * (self.num_key_value_heads or self.num_attention_heads) * self.head_width
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.attention == "mla":
+            given = [n for n in ("num_key_value_heads", "head_dim") if getattr(self, n) is not None]
+            given += [n for n in ("qkv_bias", "qk_norm") if getattr(self, n)]
+            if given:
+                raise ValueError(f"{given[0]} belongs to attention: gqa, and attention is mla: leave it out")
+            return self
+        heads, own = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        if heads % own:
+            near = [n for n in range(1, heads + 1) if heads % n == 0]
+            raise ValueError(f"num_key_value_heads {own} does not divide num_attention_heads {heads}: choose of {near}")
+        if self.head_dim is None and (self.hidden_size % heads or self.hidden_size // heads % 2):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} over num_attention_heads {heads} is no even width of a head: "
+                f"choose other numbers, or give head_dim"
+            )
+        return self
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -107,7 +216,7 @@ class ModelConfig(Config):
                 f"num_experts_per_tok {self.num_experts_per_tok} is more than the {reachable} experts of "
                 f"{self.topk_group} groups: raise topk_group or lower num_experts_per_tok"
             )
-        if groups > 1 and experts // groups < 2:
+        if groups > 1 and experts // groups < 2 and self.scoring_func == "sigmoid":
             raise ValueError(
                 f"n_group {groups} leaves {experts // groups} expert a group, and a group is scored by its two best: "
                 f"choose at most {experts // 2} groups"

@@ -1,4 +1,4 @@
-"""The `export` stage: a Hugging Face folder of the finished model. The work is in `conversion.py`."""
+"""The `export` stage: a Hugging Face folder of the finished model. The work is in `hugging_face/`."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ def export(
         JobFailed: the model has no Hugging Face form, or `transformers` computes other logits from the folder.
     """
     job = {"config": config.model_dump(mode="json"), "model": str(model), "tokenizer": str(tokenizer)}
-    return launch("gristmill.model.conversion:run", job, out, threads=threads, device="cpu", progress=progress)
+    return launch("gristmill.model.hugging_face.export:run", job, out, threads=threads, device="cpu", progress=progress)

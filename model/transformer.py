@@ -1,10 +1,12 @@
 """DeepSeek-V3 on one device, read from top to bottom (arXiv 2412.19437, section 2).
 
+By configuration also DeepSeek-V2 (softmax gate) and the small dense models it is distilled into (grouped queries).
 Parallelism, optimizers and checkpoints are applied from outside. Shapes are written as suffixes:
 
     B  sequences      T  tokens (all sequences laid end to end, B·S)      S  positions of a sequence
     D  width          H  heads                                             V  rows of the vocabulary
     C  key/value latent   Q  query latent or width   N, R  head width without and with rotation   W  value width
+    G  heads of keys and values, where they are fewer than those of queries
     E  routed experts K  experts a token chose       F  hidden width of an FFN                    M = T·K routed rows
 """
 
@@ -43,14 +45,15 @@ class Routing:
 
 
 class Linear(nn.Module):
-    """A matrix without bias, stored (out, in) as Hugging Face does."""
+    """A matrix, stored (out, in) as Hugging Face does, and rarely a bias."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -63,12 +66,49 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
+def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
+    """Radians a position of each rotated pair, float32, (R/2); scaled for long contexts where that is asked for."""
+    width, scaling = config.rotary_width, config.rope_scaling
+    power = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
+    frequency = 1.0 / config.rope_theta**power
+    if scaling is None:
+        return frequency
+    if scaling.type == "llama3":
+        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    else:
+        low, high = (
+            width * math.log(scaling.original_max_position_embeddings / (turns * 2 * math.pi))
+            / (2 * math.log(config.rope_theta))
+            for turns in (scaling.beta_fast, scaling.beta_slow)
+        )  # fmt: skip
+        low, high = max(math.floor(low), 0), min(math.ceil(high), width - 1)
+        pair = torch.arange(width // 2, device=device, dtype=torch.float32)
+        kept = 1 - (pair - low) / max(high - low, 0.001)
+    kept = kept.clamp(0, 1)
+    return frequency * kept + frequency / scaling.factor * (1 - kept)
+
+
+def yarn_amplitude(factor: float, weight: float) -> float:
+    """√(1/t) of YaRN (arXiv 2309.00071, equation 22), the weight being its 1."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
 def rotary_angles(config: ModelConfig, position: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles, float32, shape (*position.shape, R/2)."""
-    width = config.qk_rope_head_dim
-    power = torch.arange(0, width, 2, device=position.device, dtype=torch.float32) / width
-    angle = position[..., None].float() * (1.0 / config.rope_theta**power)
-    return angle.cos(), angle.sin()
+    angle, scaling = position[..., None].float() * rotary_frequencies(config, position.device), config.rope_scaling
+    if scaling is None or scaling.type != "yarn" or scaling.mscale == scaling.mscale_all_dim:
+        return angle.cos(), angle.sin()
+    size = yarn_amplitude(scaling.factor, scaling.mscale) / yarn_amplitude(scaling.factor, scaling.mscale_all_dim)
+    return angle.cos() * size, angle.sin() * size
+
+
+def score_scale(config: ModelConfig) -> float:
+    """What the products of queries and keys are multiplied by: 1/√(head width), and YaRN's temperature."""
+    scale, scaling = config.head_width**-0.5, config.rope_scaling
+    if config.attention == "mla" and scaling is not None and scaling.type == "yarn" and scaling.mscale_all_dim:
+        scale *= yarn_amplitude(scaling.factor, scaling.mscale_all_dim) ** 2
+    return scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -80,12 +120,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((even * cos - odd * sin, odd * cos + even * sin), -1)
 
 
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (xᵢ, xᵢ₊ₕ), h being half the width, as the weights of Llama and Qwen expect."""
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
 class LatentCache:
-    """What decoding keeps: `kv_lora_rank + qk_rope_head_dim` numbers a token and layer (V3 section 2.1.1)."""
+    """What decoding keeps: `kv_lora_rank + qk_rope_head_dim` numbers a token and layer (V3 section 2.1.1).
+
+    With grouped queries it is each head's keys and values.
+    """
 
     def __init__(self, config: ModelConfig, sequences: int, length: int, like: Tensor) -> None:
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        self.latent_LBSC = like.new_zeros(config.num_hidden_layers, sequences, length, width)
+        self.latent_LBSC = like.new_zeros(config.num_hidden_layers, sequences, length, config.cache_width)
         self.position_BS = torch.full((sequences, length), -1, dtype=torch.long, device=like.device)
         self.filled = 0
 
@@ -100,9 +148,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        c, heads = config, config.num_attention_heads
-        head_width = c.qk_nope_head_dim + c.qk_rope_head_dim
-        self.config, self.scale = config, head_width**-0.5
+        c, heads, head_width = config, config.num_attention_heads, config.head_width
+        self.config, self.scale = config, score_scale(config)
         if c.q_lora_rank is None:
             self.q_proj = Linear(c.hidden_size, heads * head_width)
         else:
@@ -166,6 +213,53 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(out.reshape(batch, length, -1))
 
 
+class GroupedQueryAttention(nn.Module):
+    """Attention of Llama and Qwen: several query heads share a head of keys and values (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c, width = config, config.head_width
+        self.config, self.scale, self.groups = c, score_scale(c), c.num_key_value_heads or c.num_attention_heads
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * width, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, self.groups * width, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, self.groups * width, bias=c.qkv_bias)
+        self.o_proj = Linear(c.num_attention_heads * width, c.hidden_size)
+        self.q_norm = RMSNorm(width, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(width, c.rms_norm_eps) if c.qk_norm else None
+
+    def project(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B,S,H,R), rotated keys and values (B,S,G,R)."""
+        width = self.config.head_width
+        q_BSHR, k_BSGR, v_BSGR = (
+            project(x_BSD).unflatten(-1, (-1, width)) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHR, k_BSGR = self.q_norm(q_BSHR), self.k_norm(k_BSGR)
+        cos, sin = (part[:, :, None] for part in rotary)
+        q_BSHR, k_BSGR = (rotate_halves(x, cos, sin).to(x_BSD.dtype) for x in (q_BSHR, k_BSGR))
+        return q_BSHR, k_BSGR, v_BSGR
+
+    def attend(self, q_BSHR: Tensor, k_BSGR: Tensor, v_BSGR: Tensor, mask_BSS: Tensor | None) -> Tensor:
+        mask = None if mask_BSS is None else mask_BSS[:, None]
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHR, k_BSGR, v_BSGR))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
+        return self.attend(*self.project(x_BSD, rotary), mask_BSS)
+
+    def decode(
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], cache_BSC: Tensor, seen_BSS: Tensor, at: int
+    ) -> Tensor:
+        """As `MultiHeadLatentAttention.decode`, the cache holding keys and then values."""
+        q_BSHR, k_BSGR, v_BSGR = self.project(x_BSD, rotary)
+        cache_BSC[:, at : at + x_BSD.shape[1]] = torch.cat((k_BSGR.flatten(2), v_BSGR.flatten(2)), -1)
+        k_BSGR, v_BSGR = (part.unflatten(-1, (self.groups, -1)) for part in cache_BSC.chunk(2, -1))
+        return self.attend(q_BSHR, k_BSGR, v_BSGR, seen_BSS)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) · up(x)); gate and up lie in one matrix, gate first."""
 
@@ -180,7 +274,7 @@ class SwiGLU(nn.Module):
 
 
 class Gate(nn.Module):
-    """Sigmoid affinities, biased and group-limited choice, unbiased normalised gates (V3 equations 12–16)."""
+    """Affinities, biased and group-limited choice, unbiased gates (V3 equations 12–16; V2 section 2.2.1: softmax)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -192,7 +286,8 @@ class Gate(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Chosen experts (T,K), their gate values (T,K) and all affinities (T,E), in float32."""
         c = self.config
-        score_TE = F.linear(x_TD.float(), self.weight.float()).sigmoid()
+        logit_TE = F.linear(x_TD.float(), self.weight.float())
+        score_TE = logit_TE.sigmoid() if c.scoring_func == "sigmoid" else logit_TE.softmax(-1)
         with torch.no_grad():
             choice_TE = score_TE + self.e_score_correction_bias
             if c.n_group > 1:
@@ -204,10 +299,11 @@ class Gate(nn.Module):
         return expert_TK, gate_TK * c.routed_scaling_factor, score_TE
 
     def _allowed(self, choice_TE: Tensor) -> Tensor:
-        """Experts of the best groups; a group's score is the sum of its two highest biased affinities."""
+        """Experts of the best groups; a group's score is the sum of its two highest biased affinities (V2: highest)."""
         c = self.config
         groups = choice_TE.view(-1, c.n_group, c.n_routed_experts // c.n_group)
-        best = groups.topk(2, -1).values.sum(-1).topk(c.topk_group, -1, sorted=False).indices
+        scored = groups.topk(2 if c.scoring_func == "sigmoid" else 1, -1).values.sum(-1)
+        best = scored.topk(c.topk_group, -1, sorted=False).indices
         allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
         return allowed[..., None].expand_as(groups).reshape_as(choice_TE)
 
@@ -324,7 +420,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, dense: bool) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config)
+        attention = MultiHeadLatentAttention if config.attention == "mla" else GroupedQueryAttention
+        self.self_attn = attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
 
@@ -340,7 +437,7 @@ class Block(nn.Module):
 
 
 class MultiTokenPrediction(nn.Module):
-    """Depth 1: token t+2 from the hidden state at t and the embedding of token t+1 (V3 section 2.2)."""
+    """Module k: token t+1+k from module k−1's hidden state at t and the embedding of token t+k (V3 section 2.2)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -358,8 +455,15 @@ class MultiTokenPrediction(nn.Module):
         mask_BSS: Tensor | None,
         routing: Routing | None,
     ) -> Tensor:
+        """The block's output before `norm`, which the next module takes (equations 21 and 22)."""
         joined = torch.cat((self.enorm(next_BSD), self.hnorm(hidden_BSD)), -1)
-        return self.norm(self.block(self.eh_proj(joined), rotary, mask_BSS, routing))
+        return self.block(self.eh_proj(joined), rotary, mask_BSS, routing)
+
+
+def token_behind(target_BS: Tensor) -> Tensor:
+    """Targets one token further ahead; −100 at a sequence's last position and where the nearer target is left out."""
+    behind_BS = F.pad(target_BS[:, 1:], (0, 1), value=-100)
+    return behind_BS.masked_fill(target_BS < 0, -100)
 
 
 class Transformer(nn.Module):
@@ -374,7 +478,10 @@ class Transformer(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, vocab_size)
-        self.mtp = MultiTokenPrediction(config) if config.num_nextn_predict_layers else None
+        if config.tie_word_embeddings:
+            assert isinstance(self.embed_tokens.weight, nn.Parameter)
+            self.lm_head.weight = self.embed_tokens.weight
+        self.mtp = nn.ModuleList(MultiTokenPrediction(config) for _ in range(config.num_nextn_predict_layers))
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -385,12 +492,12 @@ class Transformer(nn.Module):
                 draw = torch.empty(parameter.shape).normal_(0, self.config.initializer_range, generator=generator)
                 parameter.copy_(draw)
             else:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             assert parameter.isfinite().all(), name
 
     def mixtures(self) -> list[MixtureOfExperts]:
-        """The MoE blocks in the order in which `Routing` lists them; the MTP module's is last."""
-        blocks = [*self.layers, *([self.mtp.block] if self.mtp is not None else [])]
+        """The MoE blocks in the order in which `Routing` lists them; those of the MTP modules are last."""
+        blocks = [*self.layers, *(module.block for module in self.mtp)]
         return [b.mlp for b in blocks if isinstance(b, Block) and isinstance(b.mlp, MixtureOfExperts)]
 
     def hidden(self, batch: Batch, routing: Routing | None = None) -> Tensor:
@@ -412,20 +519,26 @@ class Transformer(nn.Module):
         next_target_BS: Tensor | None,
         weight_BS: Tensor,
         routing: Routing,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mean cross-entropy of token t+1, and of t+2 by the MTP module where `next_target_BS` is given.
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Mean cross-entropy of token t+1; and where `next_target_BS` is given, that of each MTP module.
 
         A target of -100 is left out; `weight_BS` weighs positions (0 leaves one out) and the mean is over the
-        weights. The MTP module embeds `target_BS` (token t+1), -100 standing for a token that nobody reads.
+        weights. Module k embeds its predecessor's target (module 1: `target_BS`, token t+1), -100 standing for a
+        token that nobody reads, and predicts the token behind it (V3 equations 21–25).
         """
         hidden_BSD = self.hidden(batch, routing)
         main = self._loss(self.norm(hidden_BSD), target_BS, weight_BS)
-        if next_target_BS is None or self.mtp is None:
-            return main, None
-        next_BSD = self.embed_tokens(target_BS.clamp_min(0))
+        ahead: list[Tensor] = []
+        if next_target_BS is None:
+            return main, ahead
         rotary = rotary_angles(self.config, batch.position_BS)
-        ahead_BSD = self.mtp(hidden_BSD, next_BSD, rotary, batch.mask_BSS, routing)
-        return main, self._loss(ahead_BSD, next_target_BS, weight_BS)
+        for module in self.mtp:
+            assert isinstance(module, MultiTokenPrediction)
+            next_BSD = self.embed_tokens(target_BS.clamp_min(0))
+            hidden_BSD = module(hidden_BSD, next_BSD, rotary, batch.mask_BSS, routing)
+            ahead.append(self._loss(module.norm(hidden_BSD), next_target_BS, weight_BS))
+            target_BS, next_target_BS = next_target_BS, token_behind(next_target_BS)
+        return main, ahead
 
     def _loss(self, x_BSD: Tensor, target_BS: Tensor, weight_BS: Tensor) -> Tensor:
         target_T = target_BS.reshape(-1)
@@ -475,8 +588,9 @@ def flops_per_token(config: ModelConfig, vocab_size: int, length: int, mtp: bool
         if p.ndim < 2 or name.startswith("embed_tokens") or (name.startswith("mtp.") and not mtp):
             continue
         products += p.numel() * (share if ".experts." in name else 1.0)
-    heads_width = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    layers = config.num_hidden_layers + (1 if mtp and model.mtp is not None else 0)
-    products += layers * config.num_attention_heads * heads_width * length / 2
-    products += model.lm_head.weight.numel() if mtp and model.mtp is not None else 0
+    heads_width = config.head_width + (config.v_head_dim if config.attention == "mla" else config.head_width)
+    depth = len(model.mtp) if mtp else 0
+    products += (config.num_hidden_layers + depth) * config.num_attention_heads * heads_width * length / 2
+    head = model.lm_head.weight.numel()  # a tied one is the embedding, and left out above
+    products += head * (depth + config.tie_word_embeddings)
     return int(6 * products)

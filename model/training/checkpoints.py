@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gristmill.model.config import ModelConfig
+from gristmill.model.hugging_face.folders import TensorFolder
 from gristmill.model.training.optimizers import MuonAdamW
 from gristmill.model.transformer import Transformer
 
@@ -28,29 +29,45 @@ def save_model(folder: Path, model: Transformer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     described = {**model.config.model_dump(mode="json"), "vocab_size": model.vocab_size}
     _write_json(folder / "config.json", described)
-    _write_tensors(folder / "model.safetensors", model.state_dict())
+    _write_tensors(folder / "model.safetensors", _own(model))
 
 
 def load_model(folder: Path, device: torch.device, *, mtp: bool = True) -> Transformer:
     """The model that `save_model` wrote; without its MTP module where `mtp` is false.
 
     Raises:
-        ValueError: the folder holds no model, or tensors that do not fit its configuration.
+        ValueError: the folder holds no model, a damaged one, or tensors that do not fit its configuration.
     """
-    described_at, tensors_at = folder / "config.json", folder / "model.safetensors"
-    if not (described_at.exists() and tensors_at.exists()):
+    if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no model (config.json and model.safetensors): give a stage's `model` folder")
-    described = json.loads(described_at.read_text(encoding="utf-8"))
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     vocab_size = described.pop("vocab_size")
-    tensors = load_file(tensors_at, device=str(device))
     if not mtp:
         described["num_nextn_predict_layers"] = 0
-        tensors = {name: t for name, t in tensors.items() if not name.startswith("mtp.")}
     model = Transformer(ModelConfig.model_validate(described), vocab_size).to(device)
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    if missing or unexpected:
-        raise ValueError(f"{tensors_at} does not fit its config.json: missing {missing}, unexpected {unexpected}")
+    own = _own(model)
+    with TensorFolder(folder) as found:
+        names = {name for name in found.names() if mtp or not name.startswith("mtp.")}
+        missing, unexpected = sorted(own.keys() - names), sorted(names - own.keys())
+        if missing or unexpected:
+            raise ValueError(f"{folder} does not fit its config.json: missing {missing}, unexpected {unexpected}")
+        for name, tensor in own.items():
+            if found.shape(name) != tuple(tensor.shape):
+                raise ValueError(
+                    f"{folder} does not fit its config.json: {name} is {found.shape(name)}, expected "
+                    f"{tuple(tensor.shape)}"
+                )
+            tensor.copy_(found.read(name))
     return model
+
+
+def _own(model: Transformer) -> dict[str, Tensor]:
+    """The tensors of a model, each once: a head that is the embedding is left out."""
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight" or not model.config.tie_word_embeddings
+    }
 
 
 def save_checkpoint(
@@ -71,7 +88,7 @@ def save_checkpoint(
     part, final = work / f"checkpoint-{step:08d}.tmp", work / f"checkpoint-{step:08d}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    _write_tensors(part / "model.safetensors", model.state_dict())
+    _write_tensors(part / "model.safetensors", _own(model))
     _write_tensors(part / "optimizer.safetensors", optimizer.named_state())
     for name, tensors in (further or {}).items():
         _write_tensors(part / name, tensors)
@@ -103,7 +120,8 @@ def load_checkpoint(work: Path, model: Transformer, optimizer: MuonAdamW) -> dic
         return None
     device = str(next(model.parameters()).device)
     state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-    model.load_state_dict(load_file(found[-1] / "model.safetensors", device=device))
+    kept = load_file(found[-1] / "model.safetensors", device=device)
+    model.load_state_dict(kept, strict=not model.config.tie_word_embeddings)
     optimizer.load_named_state(load_file(found[-1] / "optimizer.safetensors", device=device), state["optimizer_steps"])
     return state
 

@@ -26,7 +26,7 @@ from gristmill.model.training import checkpoints
 from gristmill.model.training.batches import Batches, TrainingBatch
 from gristmill.model.training.optimizers import MuonAdamW
 from gristmill.model.training.schedules import factor
-from gristmill.model.transformer import Routing, Transformer
+from gristmill.model.transformer import Routing, Transformer, token_behind
 
 Row = dict[str, Any]
 
@@ -56,17 +56,33 @@ class Objective(nn.Module):
         self.routing = Routing()
         next_target = batch.next_target_BS if self.mtp_loss_weight else None
         main, ahead = self.model.losses(batch.inputs, batch.target_BS, next_target, batch.weight_BS, self.routing)
-        if batch.share != 1.0 or batch.next_share != 1.0:
-            main, ahead = main * batch.share, None if ahead is None else ahead * batch.next_share
+        main = main * batch.share
         total, parts = main, {"main_loss": main.detach()}
-        if ahead is not None:
-            total = total + self.mtp_loss_weight * ahead
-            parts["mtp_loss"] = ahead.detach()
+        if ahead:
+            shares = _shares_ahead(batch, len(ahead))
+            mtp = torch.stack([loss * share for loss, share in zip(ahead, shares, strict=True)]).mean()
+            total = total + self.mtp_loss_weight * mtp
+            parts["mtp_loss"] = mtp.detach()
         if self.routing.balance_loss:
             balance = torch.stack(self.routing.balance_loss).sum()
             total = total + balance
             parts["balance_loss"] = balance.detach()
         return total, {"loss": total.detach(), **parts}
+
+
+def _shares_ahead(batch: TrainingBatch, modules: int) -> list[float]:
+    """This rank's part of the targets of each MTP module, times the ranks; as `TrainingBatch.share`."""
+    ranks = dist.get_world_size()
+    shares, target_BS = [batch.next_share], batch.next_target_BS
+    for _ in range(1, modules):
+        assert target_BS is not None
+        target_BS = token_behind(target_BS)
+        own = (batch.weight_BS * (target_BS >= 0)).sum()
+        whole = own.clone()
+        if ranks > 1:
+            dist.all_reduce(whole)
+        shares.append(float(own) * ranks / max(float(whole), 1e-9))
+    return shares
 
 
 def start_distributed(device: torch.device) -> tuple[int, int]:

@@ -120,7 +120,7 @@ def _check_run(config: PretrainConfig, mixture: Mixture) -> None:
 def _metrics(config: PretrainConfig, model: Transformer, curves: list[Row], vocab_size: int, unigram: float) -> Metrics:
     total, active = parameter_counts(config.model, vocab_size)
     tokens = config.steps * config.batch_sequences * config.sequence_length
-    each = flops_per_token(config.model, vocab_size, config.sequence_length, mtp=model.mtp is not None)
+    each = flops_per_token(config.model, vocab_size, config.sequence_length, mtp=len(model.mtp) > 0)
     return {
         "parameters": total,
         "active_parameters": active,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.model.config import ModelConfig
+from gristmill.model.config import ModelConfig, RotaryScalingConfig
 from gristmill.model.training.batches import document_mask, positions_within
 from gristmill.model.transformer import (
     Batch,
@@ -20,6 +20,7 @@ from gristmill.model.transformer import (
     Routing,
     Transformer,
     parameter_counts,
+    rotary_angles,
 )
 
 # float32 sums of at most a few hundred terms of order one, in another order: a few hundred ulp of 1.2e-7.
@@ -37,6 +38,22 @@ SHAPES = {
     ),
     "no dense layer, scaled gates": ModelConfig(first_k_dense_replace=0, routed_scaling_factor=2.5),
     "unnormalised gates, other value width": ModelConfig(norm_topk_prob=False, v_head_dim=24),
+    "softmax gate": ModelConfig(
+        scoring_func="softmax", norm_topk_prob=False, n_routed_experts=8, n_group=4, topk_group=2
+    ),
+    "long context": ModelConfig(
+        rope_scaling=RotaryScalingConfig(factor=4.0, original_max_position_embeddings=64, mscale=0.7)
+    ),
+    "grouped queries": ModelConfig(
+        attention="gqa",
+        num_key_value_heads=2,
+        qk_norm=True,
+        qkv_bias=True,
+        tie_word_embeddings=True,
+        first_k_dense_replace=4,
+        num_nextn_predict_layers=0,
+        rope_scaling=RotaryScalingConfig(type="llama3", factor=8.0, original_max_position_embeddings=64),
+    ),
     "dense throughout": ModelConfig(first_k_dense_replace=4, num_nextn_predict_layers=0),
 }
 
@@ -65,7 +82,8 @@ def test_cached_decoding_equals_the_full_forward(shape: str) -> None:
     token_BS = torch.randint(0, 97, (3, 12), generator=torch.Generator().manual_seed(0))
     whole_BSV = model(plain(token_BS))
     cache = LatentCache(config, 3, 12, model.lm_head.weight)
-    assert cache.latent_LBSC.shape[-1] == config.kv_lora_rank + config.qk_rope_head_dim
+    if config.attention == "mla":
+        assert cache.latent_LBSC.shape[-1] == config.kv_lora_rank + config.qk_rope_head_dim
     logits = [model.decode(token_BS[:, :5], torch.arange(5).expand(3, 5), cache)]
     for place in range(5, 12):
         logits.append(model.decode(token_BS[:, place : place + 1], torch.full((3, 1), place), cache))
@@ -160,23 +178,25 @@ def test_balance_loss_is_least_when_uniform_and_matches_the_equations() -> None:
     assert math.isclose(float(moe.balance_loss(score, expert, 2)), expected, rel_tol=1e-5)
 
 
-def test_mtp_loss_equals_a_direct_computation() -> None:
-    config = SHAPES["tiny"]
+@pytest.mark.parametrize("depth", [1, 3])
+def test_mtp_loss_equals_a_direct_computation(depth: int) -> None:
+    config = SHAPES["tiny"].model_copy(update={"num_nextn_predict_layers": depth})
     model = build(config)
-    tokens = torch.randint(0, 97, (2, 14), generator=torch.Generator().manual_seed(8))
+    tokens = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(8))
     batch = plain(tokens[:, :12])
     weight = torch.ones(2, 12)
     main, ahead = model.losses(batch, tokens[:, 1:13], tokens[:, 2:14], weight, Routing())
     logits = model(batch)
     torch.testing.assert_close(main, F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:13].flatten()), **CLOSE)
-    assert model.mtp is not None
     hidden = model.hidden(batch)
-    joined = torch.cat((model.mtp.enorm(model.embed_tokens(tokens[:, 1:13])), model.mtp.hnorm(hidden)), -1)
-    from gristmill.model.transformer import rotary_angles
-
-    h = model.mtp.block(joined @ model.mtp.eh_proj.weight.T, rotary_angles(config, batch.position_BS), None, None)
-    expected = F.cross_entropy(model.lm_head(model.mtp.norm(h)).flatten(0, 1), tokens[:, 2:14].flatten())
-    torch.testing.assert_close(ahead, expected, **CLOSE)
+    expected = []
+    for k, mtp in enumerate(model.mtp, 1):
+        joined = torch.cat((mtp.enorm(model.embed_tokens(tokens[:, k : k + 12])), mtp.hnorm(hidden)), -1)
+        hidden = mtp.block(joined @ mtp.eh_proj.weight.T, rotary_angles(config, batch.position_BS), None, None)
+        known = 12 - (k - 1)  # of module k, the target of the last k − 1 positions lies beyond what is given
+        logits = model.lm_head(mtp.norm(hidden[:, :known]))
+        expected.append(F.cross_entropy(logits.flatten(0, 1), tokens[:, k + 1 : k + 1 + known].flatten()))
+    torch.testing.assert_close(torch.stack(ahead), torch.stack(expected), **CLOSE)
 
 
 def test_a_packed_document_sees_no_other() -> None:
@@ -226,14 +246,43 @@ def test_group_limited_choice_stays_in_the_best_groups() -> None:
     torch.testing.assert_close(gate_TK.sum(1), torch.ones(50), **CLOSE)
 
 
-def test_published_sizes() -> None:
-    """671 B parameters of which 37 B are active (V3 section 4.2), computed without storage."""
-    v3 = ModelConfig(
-        hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, q_lora_rank=1536, kv_lora_rank=512,
-        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=3, intermediate_size=18432,
-        n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048, n_group=8,
-        topk_group=4, routed_scaling_factor=2.5, max_position_embeddings=4096,
-    )  # fmt: skip
-    total, active = parameter_counts(v3, 129_280)
-    assert round(total / 1e9) == 671
-    assert abs(active / 1e9 - 37) < 1.5
+V2_LITE = ModelConfig(
+    hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None, kv_lora_rank=512,
+    qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=1, intermediate_size=10944,
+    n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6, moe_intermediate_size=1408, scoring_func="softmax",
+    norm_topk_prob=False, max_position_embeddings=163_840, num_nextn_predict_layers=0,
+)  # fmt: skip
+V2 = V2_LITE.model_copy(
+    update={
+        "hidden_size": 5120, "num_hidden_layers": 60, "num_attention_heads": 128, "q_lora_rank": 1536,
+        "intermediate_size": 12288, "n_routed_experts": 160, "n_group": 8, "topk_group": 3,
+        "moe_intermediate_size": 1536, "routed_scaling_factor": 16.0,
+    }
+)  # fmt: skip
+V3 = ModelConfig(
+    hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, q_lora_rank=1536, kv_lora_rank=512,
+    qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=3, intermediate_size=18432,
+    n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048, n_group=8,
+    topk_group=4, routed_scaling_factor=2.5, max_position_embeddings=163_840,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "vocab_size", "total", "active"),
+    [
+        # arXiv 2405.04434: 15.7 B and 2.4 B (appendix B), 236 B and 21 B (abstract); arXiv 2412.19437: 671 B and 37 B
+        pytest.param(V2_LITE, 102_400, 15.7, 2.4, id="16B"),
+        pytest.param(V2, 102_400, 236, 21, id="236B"),
+        pytest.param(V3, 129_280, 671, 37, id="671B"),
+    ],
+)
+def test_published_sizes(config: ModelConfig, vocab_size: int, total: float, active: float) -> None:
+    """Parameters in all and active a token, in billions, computed without storage.
+
+    The published active counts leave out the embedding, of which a token reads one row; 2.45 B is printed there as 2.4.
+    """
+    own_total, own_active = parameter_counts(config, vocab_size)
+    assert round(own_total / 1e9, 1 if total < 100 else 0) == total
+    own_active -= vocab_size * config.hidden_size
+    digits = 1 if active < 10 else 0
+    assert active in (round(own_active / 1e9, digits), int(own_active / 1e9 * 10**digits) / 10**digits)

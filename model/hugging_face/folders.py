@@ -1,0 +1,179 @@
+"""Folders of safetensors, read and written a tensor at a time: no model is ever held whole.
+
+model.safetensors                              or
+model-00001-of-00002.safetensors, … and model.safetensors.index.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gristmill.model.hugging_face.fp8 import SCALES, dequantised
+
+INDEX = "model.safetensors.index.json"
+ONE = "model.safetensors"
+DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+
+
+class TensorFolder:
+    """The tensors of a folder, mapped and read one by one; use it in a `with`.
+
+    Raises:
+        ValueError: there is no model, its index names a file that is not there, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._where = self._index()
+        self._open: dict[str, Any] = {}
+
+    def _index(self) -> dict[str, str]:
+        if (self.folder / INDEX).exists():
+            where: dict[str, str] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            lacking = sorted({file for file in where.values() if not (self.folder / file).exists()})
+            if lacking:
+                raise ValueError(f"{self.folder / INDEX} names files that are not there: {', '.join(lacking)}")
+            return where
+        if not (self.folder / ONE).exists():
+            raise ValueError(f"{self.folder} holds neither {ONE} nor {INDEX}: give the folder of a model")
+        with self._opened(self.folder / ONE) as file:
+            return dict.fromkeys(file.keys(), ONE)
+
+    @staticmethod
+    def _opened(path: Path) -> Any:
+        try:
+            return safe_open(path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}): copy it again") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()
+
+    def _slice(self, name: str) -> Any:
+        file = self._where[name]
+        if file not in self._open:
+            self._open.clear()  # one map at a time: what was read of the last one may leave memory
+            self._open[file] = self._opened(self.folder / file)
+        return self._open[file].get_slice(name)
+
+    def names(self) -> set[str]:
+        """All tensors, scales left out."""
+        return {name for name in self._where if not name.endswith(SCALES)}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, dtype: torch.dtype | None = None, place: tuple[int | slice, ...] = ()) -> Tensor:
+        """A tensor or the part of it at `place`; FP8 weights are multiplied by their blocks' scales.
+
+        Raises:
+            ValueError: it is in FP8 and its scales are missing or of another shape.
+        """
+        part = self._slice(name)
+        tensor = part[place] if place else part[...]
+        if tensor.dtype == torch.float8_e4m3fn:
+            if name + SCALES not in self._where:
+                raise ValueError(f"{name} is in FP8, and its scales {name + SCALES} are missing")
+            scales = self._slice(name + SCALES)[...]
+            try:
+                return dequantised(tensor, scales, dtype or torch.bfloat16)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return tensor if dtype is None else tensor.to(dtype)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that will be written: its name, shape, type, and the parts it is made of, in the order of its rows."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: Callable[[], Iterable[Tensor]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_folder(folder: Path, entries: Iterable[Entry], shard_megabytes: int, log: Callable[[str], None]) -> int:
+    """Write the entries in order into safetensors files of about this size; the number of files.
+
+    One part of one tensor is in memory at a time. A folder without its index, or with a file still called `.part`, is
+    not finished.
+    """
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.size > shard_megabytes * 1_000_000:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.size
+    names = (
+        [ONE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
+    where: dict[str, str] = {}
+    for shard, name in zip(shards, names, strict=True):
+        _write_file(folder / name, shard)
+        where |= dict.fromkeys((entry.name for entry in shard), name)
+        log(name)
+    if len(shards) > 1:
+        total = sum(entry.size for shard in shards for entry in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return len(shards)
+
+
+def _write_file(path: Path, entries: list[Entry]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": DTYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.size],
+        }
+        offset += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            _write_parts(file, entry)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _write_parts(file: IO[bytes], entry: Entry) -> None:
+    written = 0
+    for part in entry.parts():
+        data = part.detach().to("cpu", entry.dtype).contiguous()
+        file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        written += data.nbytes
+    if written != entry.size:
+        raise ValueError(f"{entry.name} came to {written} bytes, and {entry.size} were announced")

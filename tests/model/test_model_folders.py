@@ -1,0 +1,143 @@
+"""Checking, converting, comparing and averaging folders of models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from gristmill.flows.cli import app
+from gristmill.flows.errors import UsageError
+from gristmill.model import model_folders
+from gristmill.model.config import ModelConfig
+from gristmill.model.training.checkpoints import load_model, save_model
+from gristmill.model.transformer import Transformer
+
+SMALL = ModelConfig(
+    hidden_size=32, num_hidden_layers=3, num_attention_heads=4, kv_lora_rank=16, qk_nope_head_dim=8,
+    qk_rope_head_dim=8, v_head_dim=8, intermediate_size=48, n_routed_experts=4, moe_intermediate_size=16,
+)  # fmt: skip
+
+
+def saved(folder: Path, seed: int = 0) -> Transformer:
+    model = Transformer(SMALL, 64)
+    model.initialise(seed)
+    save_model(folder, model)
+    return model
+
+
+def spoil(path: Path, **changes: torch.Tensor | None) -> None:
+    held = load_file(path)
+    for name, tensor in changes.items():
+        if tensor is None:
+            del held[name.replace("__", ".")]
+        else:
+            held[name.replace("__", ".")] = tensor
+    save_file(held, path)
+
+
+def gristmill(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["checkpoint", *map(str, arguments)])
+    if isinstance(result.exception, UsageError):  # `main` prints it and ends with 2
+        return 2, result.output + str(result.exception)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_there_and_back_is_the_same(tmp_path: Path) -> None:
+    model = saved(tmp_path / "ours")
+    assert gristmill("convert", tmp_path / "ours", tmp_path / "theirs", "--mtp", "--shard-megabytes", 1)[0] == 0
+    assert gristmill("verify", tmp_path / "theirs")[0] == 0
+    code, said = gristmill("convert", tmp_path / "theirs", tmp_path / "back", "--dtype", "float32")
+    assert (code, "1 files" in said) == (0, True)
+    again = load_model(tmp_path / "back", torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert gristmill("diff", tmp_path / "ours", tmp_path / "back") == (0, "no tensor differs\n")
+
+
+def test_what_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    saved(tmp_path)
+    code, said = gristmill("verify", tmp_path)
+    assert code == 0
+    assert "whole; Gristmill form" in said
+    spoil(tmp_path / "model.safetensors", norm__weight=torch.ones(3), embed_tokens__weight=None, more=torch.ones(1))
+    code, said = gristmill("verify", tmp_path)
+    assert code == 1
+    for part in (
+        "3 tensors",
+        "missing embed_tokens.weight (64, 32)",
+        "left over more",
+        "norm.weight is (3,), expected (32,)",
+    ):
+        assert part in said
+    assert gristmill("convert", tmp_path, tmp_path / "out") == (2, model_error(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def model_error(folder: Path) -> str:
+    with pytest.raises(ValueError, match="does not fit") as error:
+        model_folders.verify(folder)
+    return str(error.value)
+
+
+def test_numbers_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    saved(tmp_path)
+    spoil(tmp_path / "model.safetensors", norm__weight=torch.full((32,), torch.nan))
+    code, said = gristmill("verify", tmp_path)
+    assert code == 1
+    assert "not finite in 1 tensors: norm.weight" in said
+
+
+def test_a_file_cut_short(tmp_path: Path) -> None:
+    saved(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "is not a whole safetensors file" in gristmill("verify", tmp_path)[1]
+    assert "holds no config.json" in gristmill("verify", tmp_path / "nothing")[1]
+
+
+def test_differences_have_a_size(tmp_path: Path) -> None:
+    saved(tmp_path / "a")
+    saved(tmp_path / "b")
+    before = load_file(tmp_path / "b" / "model.safetensors")["norm.weight"]
+    spoil(tmp_path / "b" / "model.safetensors", norm__weight=before + 0.5, lm_head__weight=None)
+    rows = list(model_folders.differences(tmp_path / "a", tmp_path / "b"))
+    assert rows == [
+        {"tensor": "lm_head.weight", "differs": f"only in {tmp_path / 'a'}"},
+        {"tensor": "norm.weight", "largest": 0.5, "relative": 0.5},
+    ]
+    code, said = gristmill("diff", tmp_path / "a", tmp_path / "b")
+    assert (code, "2 tensors differ" in said) == (1, True)
+
+
+def test_an_average_is_that_of_the_numbers(tmp_path: Path) -> None:
+    models = [saved(tmp_path / str(seed), seed) for seed in range(3)]
+    places = [tmp_path / str(seed) for seed in range(3)]
+    assert gristmill("average", *places, tmp_path / "mean", "--weights", "1,1,2")[0] == 0
+    mean = load_model(tmp_path / "mean", torch.device("cpu")).state_dict()
+    for name, tensor in mean.items():
+        parts = [model.state_dict()[name].double() for model in models]
+        expected = parts[0] / 4 + parts[1] / 4 + parts[2] / 2
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-8)  # three roundings of float32
+
+
+def test_averages_that_cannot_be(tmp_path: Path) -> None:
+    saved(tmp_path / "a")
+    saved(tmp_path / "b")
+    other = Transformer(SMALL.model_copy(update={"n_routed_experts": 8}), 64)
+    other.initialise(0)
+    save_model(tmp_path / "c", other)
+    for arguments, message in (
+        (("a", "out"), "takes two folders or more"),
+        (("a", "c", "out"), "another shape or form"),
+        (("a", "b", "c"), "is not empty"),
+        (("a", "b", "out", "--weights", "1"), "for 2 folders"),
+        (("a", "b", "out", "--weights", "x,y"), "are not numbers"),
+    ):
+        placed = [tmp_path / a if len(a) < 4 and "," not in a and a != "1" else a for a in arguments]
+        code, said = gristmill("average", *placed)
+        assert code == 2
+        assert message in said
