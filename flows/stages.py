@@ -128,7 +128,7 @@ mix = stage(
 )(mix_tokens)
 pretrain = stage(
     "pretrain",
-    version=2,
+    version=3,
     title="Pretraining of the base model",
     estimate=estimates.of_training,
 )(pretrain_model)
@@ -156,5 +156,5 @@ evaluate = stage(
     title="Evaluation on held-out problems",
     estimate=estimates.of_evaluation,
 )(evaluate_models)
-export = stage("export", version=1, title="Export to Hugging Face", estimate=estimates.of_export)(export_model)
+export = stage("export", version=2, title="Export to Hugging Face", estimate=estimates.of_export)(export_model)
 report = stage("report", version=2, title="Report", estimate=estimates.of_report)(make_report)
