@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,12 @@ def make(folder: Path, layers: int, experts: int, vocab_size: int) -> None:
     from gristmill.model.hugging_face.conversion import export
 
     config = shape(layers, experts)
-    generator = torch.Generator().manual_seed(0)
 
     def random(_: str, piece: Any) -> torch.Tensor:
+        """The same numbers each time a piece is asked for: once for its values, once for their scales."""
         if len(piece.shape) == 1:
             return torch.ones(piece.shape)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{piece.name} {piece.expert}".encode()))
         return torch.empty(piece.shape, dtype=torch.float32).uniform_(-0.05, 0.05, generator=generator)
 
     export(random, config, vocab_size, folder, dtype=torch.bfloat16, fp8=True, mtp=True, shard_megabytes=1000)

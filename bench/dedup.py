@@ -238,7 +238,7 @@ def growth(counts: list[int], rounds: int, folder: Path) -> dict[str, Any]:
     """Time and memory as the corpus grows, medians of the rounds.
 
     Each row has what a document more than in the row before it costs, and `linear` is the last of these over the
-    second: the first one is little beside the start, and noise.
+    second (none with fewer than three): the first one is little beside the start, and noise.
     """
     from dedup_corpus import small, write_documents
 
@@ -261,8 +261,9 @@ def growth(counts: list[int], rounds: int, folder: Path) -> dict[str, Any]:
             more = (row["core_seconds"] - before["core_seconds"]) / (row["documents"] - before["documents"])
             row["microseconds_each"] = round(1e6 * more, 1)
         print(row, flush=True)
-    linear = rows[-1]["microseconds_each"] / rows[min(2, len(rows) - 1)]["microseconds_each"]
-    return {"growth": rows, "linear": round(linear, 3), "rounds": rounds}
+    each = [row["microseconds_each"] for row in rows[1:]]
+    linear = round(each[-1] / each[1], 3) if len(each) > 2 else None
+    return {"growth": rows, "linear": linear, "rounds": rounds}
 
 
 def workers(documents: int, rounds: int, folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
     try:
         found = work(folder)
     except ValueError as error:
-        print(error)
+        print(json.dumps({"error": str(error)}) if as_json else error)
         raise typer.Exit(1) from error
     if as_json:
         print(json.dumps(found))

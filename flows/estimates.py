@@ -125,14 +125,16 @@ def parameters(model: ModelConfig, vocab_size: int, active: bool = True) -> int:
     Norms, routing biases and the MTP module are left out.
     """
     width, heads = model.hidden_size, model.num_attention_heads
-    query = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
+    query = heads * model.head_width
     through = width * query if model.q_lora_rank is None else model.q_lora_rank * (width + query)
     attention = through + width * (model.kv_lora_rank + model.qk_rope_head_dim)
     attention += model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
     attention += heads * model.v_head_dim * width
+    if model.attention == "gqa":
+        attention = 2 * width * query + width * model.cache_width
     experts = (model.num_experts_per_tok if active else model.n_routed_experts) + model.n_shared_experts
     sparse = 3 * width * model.moe_intermediate_size * experts + width * model.n_routed_experts
     dense = model.first_k_dense_replace
     blocks = model.num_hidden_layers * attention + dense * 3 * width * model.intermediate_size
     blocks += (model.num_hidden_layers - dense) * sparse
-    return blocks + 2 * vocab_size * width
+    return blocks + (1 if model.tie_word_embeddings else 2) * vocab_size * width

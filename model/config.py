@@ -32,14 +32,14 @@ class RotaryScalingConfig(Config):
         default=1.0, gt=0, title="α", description="yarn: with so many turns or fewer a frequency is divided by s."
     )
     mscale: float = Field(
-        default=1.0, ge=0, title="Amplitude", description="yarn: 0.1·mscale·ln s + 1 multiplies the rotary part."
+        default=1.0, gt=0, title="Amplitude", description="yarn: 0.1·mscale·ln s + 1 multiplies the rotary part."
     )
     mscale_all_dim: float = Field(
         default=1.0,
         ge=0,
         title="Temperature",
         description="yarn: the square of 0.1·mscale_all_dim·ln s + 1 multiplies all scores, and its value divides the "
-        "amplitude (V3: both 1, so that only the scores change).",
+        "amplitude (V3: both 1, so that only the scores change); 0: neither, as YaRN is elsewhere.",
     )
     low_freq_factor: float = Field(default=1.0, gt=0, title="Low factor", description="llama3: turns of slow ones.")
     high_freq_factor: float = Field(default=4.0, gt=0, title="High factor", description="llama3: turns of fast ones.")
@@ -48,6 +48,11 @@ class RotaryScalingConfig(Config):
     def _ordered(self) -> Self:
         if self.type == "yarn" and self.beta_fast <= self.beta_slow:
             raise ValueError(f"beta_fast {self.beta_fast} is not above beta_slow {self.beta_slow}: raise it")
+        if self.type == "yarn" and not self.mscale_all_dim and self.mscale != 1:
+            raise ValueError(
+                f"mscale {self.mscale} without mscale_all_dim means one thing to DeepSeek's code and another to "
+                f"transformers: give both, or neither"
+            )
         if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"high_freq_factor {self.high_freq_factor} is not above low_freq_factor {self.low_freq_factor}: "
@@ -220,6 +225,11 @@ class ModelConfig(Config):
             raise ValueError(
                 f"n_group {groups} leaves {experts // groups} expert a group, and a group is scored by its two best: "
                 f"choose at most {experts // 2} groups"
+            )
+        if self.scoring_func == "softmax" and self.bias_update_speed:
+            raise ValueError(
+                f"bias_update_speed {self.bias_update_speed} with scoring_func softmax: DeepSeek-V2 has no biases to "
+                f"move, so set it to 0, or take sigmoid"
             )
         if self.first_k_dense_replace > self.num_hidden_layers:
             raise ValueError(

@@ -18,7 +18,7 @@ def export(
     threads: int,
     progress: Progress,
 ) -> Metrics:
-    """Write `out/huggingface` (DeepseekV3ForCausalLM, tokenizer, chat template) and compare its logits with ours.
+    """Write `out/huggingface` (model, tokenizer, chat template) and compare the logits of `transformers` with ours.
 
     Raises:
         JobFailed: the model has no Hugging Face form, or `transformers` computes other logits from the folder.

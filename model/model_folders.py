@@ -1,10 +1,15 @@
-"""Folders of models, ours and Hugging Face's: check, convert, compare, average; a tensor at a time."""
+"""Folders of models, ours and Hugging Face's: check, convert, compare, average; a piece of a tensor at a time.
+
+What is written is written beside its place and renamed when it is whole.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +30,13 @@ from gristmill.model.hugging_face.folders import Entry, TensorFolder, write_fold
 from gristmill.model.hugging_face.names import layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+BESIDE = (  # a model: how it generates, and its tokenizer
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja",
+)  # fmt: skip
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SHARD_MEGABYTES = 2000
+ROW_NUMBERS = 1 << 24  # numbers of a tensor that are compared or averaged at a time
 
 Log = Callable[[str], None]
 
@@ -66,7 +76,7 @@ def describe(folder: Path) -> Described:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Read every tensor; how many there are, their numbers and bytes.
+    """Read every tensor; how many there are, their numbers and the bytes they are stored in.
 
     Raises:
         ValueError: tensors are missing, left over, misshapen or not finite; all of them are named.
@@ -77,10 +87,10 @@ def verify(folder: Path) -> dict[str, Any]:
     with TensorFolder(folder) as found:
         check(found, described)
         for name in sorted(found.names()):
-            tensor = found.read(name)
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            parts = found.parts(name)
+            if not all(bool(part.isfinite().all()) for part in parts):
                 spoilt.append(name)
-            count, numbers, size = count + 1, numbers + tensor.numel(), size + tensor.nbytes
+            count, numbers, size = count + 1, numbers + math.prod(found.shape(name)), size + found.size(name)
     if spoilt:
         raise ValueError(f"{folder} holds numbers that are not finite in {len(spoilt)} tensors: {', '.join(spoilt)}")
     form = "Hugging Face" if described.hugging_face else "Gristmill"
@@ -131,25 +141,64 @@ def convert(
     Raises:
         ValueError: the source is not a whole model, or `out` is not empty, or the form does not exist.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: name another folder, or remove it")
     described = describe(source)
-    if described.hugging_face:
-        if fp8:
-            raise ValueError("fp8 is a form of Hugging Face's folders, and this one becomes ours: leave it out")
-        files = import_folder(source, out, dtype=DTYPES[dtype or "bfloat16"], shard_megabytes=shard_megabytes, log=log)
-    else:
-        with TensorFolder(source) as found:
+    if described.hugging_face and fp8:
+        raise ValueError("fp8 is a form of Hugging Face's folders, and this one becomes ours: leave it out")
+    with _written(out) as part, TensorFolder(source) as found:
+        if described.hugging_face:
+            files = import_folder(
+                source, part, dtype=DTYPES[dtype or "bfloat16"], shard_megabytes=shard_megabytes, log=log
+            )
+        else:
             check(found, described)
-            kept = DTYPES[dtype] if dtype else found.read("norm.weight").dtype
+            kept = DTYPES[dtype] if dtype else found.dtype("norm.weight")
             files = export(
-                of_folder(found), described.config, described.vocab_size, out, dtype=kept, fp8=fp8, mtp=mtp,
-                shard_megabytes=shard_megabytes, log=log,
+                of_folder(found), described.config, described.vocab_size, part, dtype=kept, fp8=fp8, mtp=mtp,
+                shard_megabytes=shard_megabytes, further=_token_ids(source), log=log,
             )  # fmt: skip
-    for name in TOKENIZER_FILES:
+        _copy_beside(source, part)
+    return files
+
+
+@contextmanager
+def _written(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place at the end; what an interrupted one left there is removed.
+
+    Raises:
+        ValueError: `out` is a file, or a folder that is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not an empty folder: name another one, or remove it")
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _copy_beside(source: Path, out: Path) -> None:
+    """Take over what lies beside the tensors; ids of special tokens that config.json alone has get their own file."""
+    for name in BESIDE:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
-    return files
+    ids = _token_ids(source)
+    if ids and not (out / BESIDE[0]).exists():
+        (out / BESIDE[0]).write_text(json.dumps(ids, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _token_ids(folder: Path) -> dict[str, Any]:
+    """Ids of special tokens as a folder's configurations say them."""
+    found: dict[str, Any] = {}
+    for name in ("config.json", BESIDE[0]):
+        if (folder / name).exists():
+            told = json.loads((folder / name).read_text(encoding="utf-8"))
+            found |= {field: told[field] for field in TOKEN_IDS if told.get(field) is not None}
+    return found
 
 
 def differences(one: Path, other: Path) -> Iterator[dict[str, Any]]:
@@ -168,26 +217,32 @@ def differences(one: Path, other: Path) -> Iterator[dict[str, Any]]:
             if first.shape(name) != second.shape(name):
                 yield {"tensor": name, "differs": f"{first.shape(name)} and {second.shape(name)}"}
                 continue
-            a, b = first.read(name), second.read(name)
-            if a.dtype == b.dtype and torch.equal(a, b):
-                continue
-            a, b = a.float(), b.float()
-            size = float(a.square().mean().sqrt())
-            apart = a - b
-            relative = float(apart.square().mean().sqrt()) / max(size, 1e-30)
-            yield {"tensor": name, "largest": float(apart.abs().max()), "relative": relative}
+            largest = apart = size = 0.0
+            for a, b in zip(_floats(first, name), _floats(second, name), strict=True):
+                largest = max(largest, float((a - b).abs().max()))
+                apart, size = apart + float((a - b).square().sum()), size + float(a.square().sum())
+            if largest or first.dtype(name) != second.dtype(name):
+                yield {"tensor": name, "largest": largest, "relative": math.sqrt(apart / size) if size else math.inf}
+
+
+def _floats(found: TensorFolder, name: str) -> Iterator[Tensor]:
+    """A tensor in float32, row by row along its first axis, a bounded number of rows at a time."""
+    rows = max(1, ROW_NUMBERS // max(1, math.prod(found.shape(name)[1:])))
+    for part in found.parts(name):
+        for start in range(0, max(1, len(part)), rows):
+            yield part[start : start + rows].float()
 
 
 def average(folders: Sequence[Path], out: Path, weights: Sequence[float] | None = None, log: Log = silent) -> int:
-    """Write the weighted mean of models of one shape (in float32, kept in the first one's types); the number of files.
+    """Write the weighted mean of models of one shape, computed in float32; the number of files.
+
+    Types are those of the first one, bfloat16 where it has FP8.
 
     Raises:
         ValueError: they are of different shapes, there are fewer than two, or the weights do not fit.
     """
     if len(folders) < 2:
         raise ValueError("an average takes two folders or more")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: name another folder, or remove it")
     shares = list(weights or [1.0] * len(folders))
     if len(shares) != len(folders) or sum(shares) <= 0 or min(shares) < 0:
         raise ValueError(
@@ -197,25 +252,25 @@ def average(folders: Sequence[Path], out: Path, weights: Sequence[float] | None 
     for folder in folders[1:]:
         if describe(folder) != first:
             raise ValueError(f"{folder} is a model of another shape or form than {folders[0]}: average equal ones")
-    opened = [TensorFolder(folder) for folder in folders]
-    for found in opened:
-        check(found, first)
-    out.mkdir(parents=True, exist_ok=True)
-
-    def entry(name: str) -> Entry:
-        kept = opened[0].read(name).dtype
-        return Entry(name, opened[0].shape(name), kept, lambda: [_mean(name, opened, shares)])
-
-    files = write_folder(out, [entry(name) for name in sorted(opened[0].names())], SHARD_MEGABYTES, log)
-    for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
-        if (folders[0] / name).exists():
-            shutil.copyfile(folders[0] / name, out / name)
-    return files
-
-
-def _mean(name: str, folders: Sequence[TensorFolder], shares: Sequence[float]) -> Tensor:
     total = sum(shares)
-    mean = folders[0].read(name).float() * (shares[0] / total)
-    for found, share in zip(folders[1:], shares[1:], strict=True):
-        mean += found.read(name).float() * (share / total)
-    return mean
+    with ExitStack() as stack:
+        opened = [stack.enter_context(TensorFolder(folder)) for folder in folders]
+        for found in opened:
+            check(found, first)
+        part = stack.enter_context(_written(out))
+
+        def mean(name: str) -> Iterator[Tensor]:
+            for rows in zip(*(_floats(found, name) for found in opened), strict=True):
+                yield torch.stack([row * (share / total) for row, share in zip(rows, shares, strict=True)]).sum(0)
+
+        def entry(name: str) -> Entry:
+            return Entry(name, opened[0].shape(name), opened[0].dtype(name), lambda: mean(name))
+
+        files = write_folder(part, [entry(name) for name in sorted(opened[0].names())], SHARD_MEGABYTES, log)
+        described = json.loads((folders[0] / "config.json").read_text(encoding="utf-8"))
+        if described.pop("quantization_config", None):  # FP8 was multiplied out
+            described["torch_dtype"] = "bfloat16"
+        text = json.dumps(described, indent=2, sort_keys=True)
+        (part / "config.json").write_text(text + "\n", encoding="utf-8")
+        _copy_beside(folders[0], part)
+    return files

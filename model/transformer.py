@@ -23,6 +23,8 @@ from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.grouped_gemm import grouped_gemm
 from gristmill.model.config import ModelConfig
 
+LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps is: DeepSeek's own code gives them none
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -154,10 +156,10 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_proj = Linear(c.hidden_size, heads * head_width)
         else:
             self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
-            self.q_a_layernorm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, LATENT_EPS)
             self.q_b_proj = Linear(c.q_lora_rank, heads * head_width)
         self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
-        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_EPS)
         self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size)
 

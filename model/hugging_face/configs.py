@@ -23,6 +23,12 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+          "max_position_embeddings", "rms_norm_eps")  # fmt: skip
+NEEDED_OF = {
+    "deepseek_v3": (*LATENT, *EXPERTS),
+    "deepseek_v2": (*LATENT, *(field for field in EXPERTS if field not in ("n_group", "topk_group"))),
+}
 YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 LLAMA3 = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
 
@@ -36,9 +42,10 @@ def family(config: ModelConfig) -> str:
     if config.attention == "gqa":
         if config.first_k_dense_replace < config.num_hidden_layers:
             raise ValueError("attention gqa with experts has no Hugging Face form: make all blocks dense, or use mla")
+        name = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
         if config.qk_norm:
-            return _without("qkv_bias", config, "qwen3")
-        return "qwen2" if config.qkv_bias else "llama"
+            _without("qkv_bias", config, name)
+        return _without("num_nextn_predict_layers", config, name)
     if config.n_shared_experts == 0 and config.first_k_dense_replace < config.num_hidden_layers:
         raise ValueError("n_shared_experts is 0, and DeepseekV3ForCausalLM has at least 1: train with a shared expert")
     if config.scoring_func == "softmax":
@@ -57,7 +64,7 @@ def _without(field: str, config: ModelConfig, name: str) -> str:
 def to_hugging_face(
     config: ModelConfig, vocab_size: int, *, dtype: str = "float32", fp8: bool = False
 ) -> dict[str, Any]:
-    """config.json of a model of this shape, without what the tokenizer decides.
+    """config.json of a model of this shape, without what the tokenizer decides (ids of its special tokens).
 
     Raises:
         ValueError: no architecture has this shape.
@@ -69,7 +76,7 @@ def to_hugging_face(
         **{field: getattr(config, field) for field in SAME},
         "rope_scaling": _scaling(config),
         "hidden_act": "silu",
-        "attention_bias": config.qkv_bias and name == "llama",
+        "attention_bias": False,
         "attention_dropout": 0.0,
         "vocab_size": vocab_size,
         "torch_dtype": dtype,
@@ -107,6 +114,9 @@ def from_hugging_face(described: dict[str, Any]) -> tuple[ModelConfig, int]:
     name = described.get("model_type")
     if name not in ARCHITECTURES:
         raise ValueError(f"model_type {name!r} is not one of {', '.join(ARCHITECTURES)}: convert it to one of them")
+    lacking = [f for f in (*NEEDED, *NEEDED_OF.get(name, ())) if f not in described]
+    if lacking:
+        raise ValueError(f"config.json of a {name} lacks {', '.join(lacking)}: what is not said is not guessed")
     _refuse(described, name)
     rotary = described.get("rope_parameters") or {}
     given: dict[str, Any] = {field: described[field] for field in SAME if described.get(field) is not None}
@@ -114,13 +124,15 @@ def from_hugging_face(described: dict[str, Any]) -> tuple[ModelConfig, int]:
     given["rope_scaling"] = _read_scaling(described.get("rope_scaling") or rotary)
     if name.startswith("deepseek"):
         given |= {field: described[field] for field in (*LATENT, *EXPERTS) if described.get(field) is not None}
-        given.setdefault("q_lora_rank", None)
         given["scoring_func"] = "sigmoid" if name == "deepseek_v3" else "softmax"
         given["num_nextn_predict_layers"] = described.get("num_nextn_predict_layers", 0) if name == "deepseek_v3" else 0
+        given["q_lora_rank"] = described["q_lora_rank"]
         if name == "deepseek_v2":
-            given["norm_topk_prob"] = False
+            given["bias_update_speed"] = 0.0
             if described.get("topk_method", "greedy") == "greedy":
                 given |= {"n_group": 1, "topk_group": 1}
+            elif lacking := [f for f in ("n_group", "topk_group") if described.get(f) is None]:
+                raise ValueError(f"topk_method group_limited_greedy without {' and '.join(lacking)}: give them")
     else:
         heads = described["num_attention_heads"]
         given |= {
@@ -144,10 +156,15 @@ def _refuse(described: dict[str, Any], name: str) -> None:
     wanted = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
     if name == "deepseek_v3":
         wanted |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "rope_interleave": True}
+    if name == "deepseek_v2":
+        wanted |= {"scoring_func": "softmax", "norm_topk_prob": False}
     wanted["moe_layer_freq"] = 1
     for field, value in wanted.items():
         if described.get(field, value) not in (value, None):
             raise ValueError(f"{field} is {described[field]!r}, and this model has {value!r} alone: it cannot be read")
+    methods = ("greedy", "group_limited_greedy")
+    if name == "deepseek_v2" and described.get("topk_method", "greedy") not in methods:
+        raise ValueError(f"topk_method is {described['topk_method']!r}, and a softmax gate has {' or '.join(methods)}")
 
 
 def _read_scaling(scaling: dict[str, Any]) -> dict[str, Any] | None:
@@ -157,7 +174,17 @@ def _read_scaling(scaling: dict[str, Any]) -> dict[str, Any] | None:
     if kind not in ("yarn", "llama3"):
         raise ValueError(f"rope_scaling of type {kind!r} is neither yarn nor llama3: it cannot be read")
     fields = YARN if kind == "yarn" else LLAMA3
+    needed = fields if kind == "llama3" else fields[:2]
+    if lacking := [field for field in needed if scaling.get(field) is None]:
+        raise ValueError(f"rope_scaling of type {kind} lacks {', '.join(lacking)}: what is not said is not guessed")
+    for field, usual in (("attention_factor", None), ("truncate", True)):
+        if scaling.get(field, usual) != usual:
+            raise ValueError(
+                f"rope_scaling has {field} {scaling[field]!r}, which this model has not: it cannot be read"
+            )
     read = {field: scaling[field] for field in fields if scaling.get(field) is not None}
     if kind == "yarn":
         read.setdefault("mscale_all_dim", 0.0)
+        if read["mscale_all_dim"] and "mscale" not in read:
+            raise ValueError("rope_scaling has mscale_all_dim without mscale: give both, or neither")
     return {"type": kind, **read}

@@ -50,6 +50,7 @@ def check_tensors(found: TensorFolder, config: ModelConfig, vocab_size: int, *, 
         for name, shape in wanted.items()
         if name in names and found.shape(name) != shape
     ]
+    wrong += found.wrong_scales()
     if wrong:
         raise ValueError(
             f"{found.folder} does not fit its config.json in {len(wrong)} tensors:\n  " + "\n  ".join(wrong)
@@ -73,8 +74,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, int]:
     return from_hugging_face(json.loads(path.read_text(encoding="utf-8")))
 
 
-def load(folder: Path, *, dtype: torch.dtype = torch.float32, mtp: bool = True) -> Transformer:
-    """The model of a Hugging Face folder, in memory.
+def load(folder: Path, *, mtp: bool = True) -> Transformer:
+    """The model of a Hugging Face folder, in memory, in float32.
 
     Raises:
         ValueError: the folder does not hold a whole model of a family that this model can be.
@@ -85,11 +86,11 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32, mtp: bool = True) 
         check_tensors(found, config, vocab_size, mtp=mtp)
         if not mtp:
             config = config.model_copy(update={"num_nextn_predict_layers": 0})
-        model = Transformer(config, vocab_size).to(dtype)
+        model = Transformer(config, vocab_size)
         own = model.state_dict()
         for name, (_, pieces) in layout(config, vocab_size).items():
             for piece in pieces:
-                own[name][piece.place()].copy_(found.read(piece.name, dtype))
+                own[name][piece.place()].copy_(found.read(piece.name))
     return model
 
 
@@ -185,7 +186,7 @@ def _entries(get: Get, config: ModelConfig, vocab_size: int, dtype: torch.dtype,
     for ours, (shape, pieces) in made.items():
         if not pieces and bool(get(ours, Piece(ours, shape)).any()):
             raise ValueError(
-                f"{ours} is not zero, and DeepseekV2ForCausalLM has no such bias: train with the loss alone"
+                f"{ours} is not zero, and DeepseekV2ForCausalLM has no such bias: train with bias_update_speed 0"
             )
     by_name = {piece.name: (ours, piece) for ours, (_, pieces) in made.items() for piece in pieces}
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gristmill.model.hugging_face.fp8 import SCALES, dequantised
+from gristmill.model.hugging_face.fp8 import BLOCK, SCALES, dequantised
 
 INDEX = "model.safetensors.index.json"
 ONE = "model.safetensors"
@@ -28,6 +28,8 @@ DTYPES = {
     torch.float16: "F16",
     torch.float8_e4m3fn: "F8_E4M3",
 }
+STORED = {name: dtype for dtype, name in DTYPES.items()}
+PART_BYTES = 256 << 20  # of a tensor that is looked at in parts
 
 
 class TensorFolder:
@@ -44,7 +46,11 @@ class TensorFolder:
 
     def _index(self) -> dict[str, str]:
         if (self.folder / INDEX).exists():
-            where: dict[str, str] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            try:
+                index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+                where: dict[str, str] = dict(index["weight_map"])
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{self.folder / INDEX} is damaged ({error!r}): copy it again") from error
             lacking = sorted({file for file in where.values() if not (self.folder / file).exists()})
             if lacking:
                 raise ValueError(f"{self.folder / INDEX} names files that are not there: {', '.join(lacking)}")
@@ -72,7 +78,12 @@ class TensorFolder:
         if file not in self._open:
             self._open.clear()  # one map at a time: what was read of the last one may leave memory
             self._open[file] = self._opened(self.folder / file)
-        return self._open[file].get_slice(name)
+        try:
+            return self._open[file].get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.folder / file} lacks {name}, which {INDEX} says it holds: copy it again"
+            ) from error
 
     def names(self) -> set[str]:
         """All tensors, scales left out."""
@@ -81,6 +92,57 @@ class TensorFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
         return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type in which a tensor is read: bfloat16 where FP8 is stored.
+
+        Raises:
+            ValueError: it is stored in a type that no model here has.
+        """
+        stored = self._stored(name)
+        return torch.bfloat16 if stored == torch.float8_e4m3fn else stored
+
+    def _stored(self, name: str) -> torch.dtype:
+        called = self._slice(name).get_dtype()
+        if called not in STORED:
+            raise ValueError(f"{name} of {self.folder} is stored as {called}, and {', '.join(STORED)} can be read")
+        return STORED[called]
+
+    def size(self, name: str) -> int:
+        """Bytes of a tensor as it is stored, its scales included."""
+        size = math.prod(self.shape(name)) * self._stored(name).itemsize
+        return size + (4 * math.prod(self.shape(name + SCALES)) if name + SCALES in self._where else 0)
+
+    def wrong_scales(self) -> list[str]:
+        """What is wrong with the scales of FP8 weights and with types, from the files' headers alone."""
+        wrong = []
+        for name in sorted(self._where):
+            if name.endswith(SCALES):
+                if name.removesuffix(SCALES) not in self._where:
+                    wrong.append(f"left over {name}")
+                continue
+            try:
+                in_fp8 = self._stored(name) == torch.float8_e4m3fn
+            except ValueError as error:
+                wrong.append(str(error))
+                continue
+            if in_fp8:
+                blocks = tuple(-(-size // BLOCK) for size in self.shape(name))
+                if name + SCALES not in self._where:
+                    wrong.append(f"missing {name + SCALES} {blocks}")
+                elif self.shape(name + SCALES) != blocks:
+                    wrong.append(f"{name + SCALES} is {self.shape(name + SCALES)}, expected {blocks}")
+        return wrong
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """A tensor as pieces along its first axis, none of them larger than need be; end to end they are the whole."""
+        shape = self.shape(name)
+        if self._stored(name) == torch.float8_e4m3fn or len(shape) < 2:
+            yield self.read(name)
+            return
+        rows = max(1, PART_BYTES // max(1, math.prod(shape[1:]) * self._stored(name).itemsize))
+        for start in range(0, shape[0], rows):
+            yield self.read(name, None, (slice(start, start + rows),))
 
     def read(self, name: str, dtype: torch.dtype | None = None, place: tuple[int | slice, ...] = ()) -> Tensor:
         """A tensor or the part of it at `place`; FP8 weights are multiplied by their blocks' scales.

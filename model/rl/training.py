@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gristmill.kernels.cross_entropy import linear_log_probs
@@ -251,7 +250,7 @@ class Policy:
             self.model,
             self.optimizer,
             {"curves": self.curves, "shown": self.shown},
-            {"reference.safetensors": self.reference.state_dict()} if self.reference is not None else {},
+            {"reference.safetensors": checkpoints.own_tensors(self.reference)} if self.reference is not None else {},
         )
 
     def _resume(self) -> int:
@@ -260,9 +259,8 @@ class Policy:
             return 0
         self.curves, self.shown = state["curves"], state["shown"]
         if self.reference is not None:
-            device = str(self.model.lm_head.weight.device)
             last = checkpoints.checkpoints(self.out / "work")[-1]
-            self.reference.load_state_dict(load_file(last / "reference.safetensors", device=device))
+            checkpoints.take_tensors(self.reference, last / "reference.safetensors")
         return state["step"]
 
     def _record_time(self, step: int, sampling: float, training: float) -> None:

@@ -29,7 +29,7 @@ def save_model(folder: Path, model: Transformer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     described = {**model.config.model_dump(mode="json"), "vocab_size": model.vocab_size}
     _write_json(folder / "config.json", described)
-    _write_tensors(folder / "model.safetensors", _own(model))
+    _write_tensors(folder / "model.safetensors", own_tensors(model))
 
 
 def load_model(folder: Path, device: torch.device, *, mtp: bool = True) -> Transformer:
@@ -45,7 +45,7 @@ def load_model(folder: Path, device: torch.device, *, mtp: bool = True) -> Trans
     if not mtp:
         described["num_nextn_predict_layers"] = 0
     model = Transformer(ModelConfig.model_validate(described), vocab_size).to(device)
-    own = _own(model)
+    own = own_tensors(model)
     with TensorFolder(folder) as found:
         names = {name for name in found.names() if mtp or not name.startswith("mtp.")}
         missing, unexpected = sorted(own.keys() - names), sorted(names - own.keys())
@@ -61,13 +61,28 @@ def load_model(folder: Path, device: torch.device, *, mtp: bool = True) -> Trans
     return model
 
 
-def _own(model: Transformer) -> dict[str, Tensor]:
+def own_tensors(model: Transformer) -> dict[str, Tensor]:
     """The tensors of a model, each once: a head that is the embedding is left out."""
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
         if name != "lm_head.weight" or not model.config.tie_word_embeddings
     }
+
+
+def take_tensors(model: Transformer, path: Path) -> None:
+    """Load what `own_tensors` gave from a file.
+
+    Raises:
+        ValueError: the file holds other tensors than the model has.
+    """
+    kept, own = load_file(path, device=str(next(model.parameters()).device)), own_tensors(model)
+    if kept.keys() != own.keys():
+        raise ValueError(
+            f"{path} is of another model: missing {sorted(own.keys() - kept.keys())}, unexpected "
+            f"{sorted(kept.keys() - own.keys())}"
+        )
+    model.load_state_dict(kept, strict=False)
 
 
 def save_checkpoint(
@@ -88,7 +103,7 @@ def save_checkpoint(
     part, final = work / f"checkpoint-{step:08d}.tmp", work / f"checkpoint-{step:08d}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    _write_tensors(part / "model.safetensors", _own(model))
+    _write_tensors(part / "model.safetensors", own_tensors(model))
     _write_tensors(part / "optimizer.safetensors", optimizer.named_state())
     for name, tensors in (further or {}).items():
         _write_tensors(part / name, tensors)
@@ -120,8 +135,7 @@ def load_checkpoint(work: Path, model: Transformer, optimizer: MuonAdamW) -> dic
         return None
     device = str(next(model.parameters()).device)
     state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-    kept = load_file(found[-1] / "model.safetensors", device=device)
-    model.load_state_dict(kept, strict=not model.config.tie_word_embeddings)
+    take_tensors(model, found[-1] / "model.safetensors")
     optimizer.load_named_state(load_file(found[-1] / "optimizer.safetensors", device=device), state["optimizer_steps"])
     return state
 

@@ -33,6 +33,9 @@ DENSE = {
 }  # fmt: skip
 
 
+DENSE_OF_SMALL = {"attention": "gqa", "first_k_dense_replace": 4}
+
+
 def dense(**changes: Any) -> ModelConfig:
     return ModelConfig.model_validate({**DENSE, **changes})
 
@@ -47,11 +50,12 @@ SHAPES = {
     "v3, 2 shared, 4 groups, 3 dense": shape(n_shared_experts=2, n_group=4, topk_group=2, first_k_dense_replace=3),
     "v3, all MoE, scaled gates, 2 groups": shape(first_k_dense_replace=0, routed_scaling_factor=2.5, n_group=2),
     "v3, gates not normalised, 2 dense": shape(norm_topk_prob=False, first_k_dense_replace=2, v_head_dim=12),
+    "v3, another ε": shape(rms_norm_eps=1e-3, q_lora_rank=12),
     "v3, YaRN": shape(rope_scaling=YARN, q_lora_rank=12),
     "v3, YaRN of unequal amplitudes": shape(rope_scaling=YARN.model_copy(update={"mscale": 0.7, "beta_fast": 8.0})),
-    "v2, greedy": shape(scoring_func="softmax", norm_topk_prob=False, n_shared_experts=2),
+    "v2, greedy": shape(scoring_func="softmax", bias_update_speed=0.0, norm_topk_prob=False, n_shared_experts=2),
     "v2, 4 groups, query latent, YaRN": shape(
-        scoring_func="softmax", norm_topk_prob=False, n_group=4, topk_group=2, q_lora_rank=12, rope_scaling=YARN,
+        scoring_func="softmax", bias_update_speed=0.0, norm_topk_prob=False, n_group=4, topk_group=2, q_lora_rank=12, rope_scaling=YARN,
         routed_scaling_factor=16.0,
     ),
     "llama": dense(),
@@ -225,28 +229,54 @@ def test_fp8_blocks() -> None:
         dequantised(values[:128], scale, torch.float32)
 
 
-def test_an_fp8_folder_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+def test_an_fp8_folder_holds_and_gives_what_its_blocks_say(tmp_path: Path) -> None:
     config = shape(hidden_size=160, moe_intermediate_size=144, q_lora_rank=136)
     model = build(config)
-    write(model, tmp_path / "fp8", fp8=True, dtype=torch.bfloat16, shard_megabytes=1)
-    described = json.loads((tmp_path / "fp8" / "config.json").read_text())
-    assert described["quantization_config"]["weight_block_size"] == [128, 128]
-    with TensorFolder(tmp_path / "fp8") as found:
-        own = conversion.load(tmp_path / "fp8")
-        raw = {name: found.read(name) for name in found.names()}
-    assert all(t.dtype == torch.bfloat16 for n, t in raw.items() if "bias" not in n)
-    for name, tensor in own.state_dict().items():
-        near = torch.testing.assert_close
-        near(tensor, model.state_dict()[name], rtol=1 / 15, atol=float(tensor.abs().max()) / 448 / 2)
-    # to bf16 and on: what the official conversion gives, exactly
-    conversion.import_folder(tmp_path / "fp8", tmp_path / "ours", dtype=torch.bfloat16)
-    with TensorFolder(tmp_path / "ours") as found:
-        conversion.export(conversion.of_folder(found), config, VOCAB, tmp_path / "bf16", dtype=torch.bfloat16)
-    theirs = transformers_model(tmp_path / "bf16")
-    token_BS = tokens(1, 24)
-    own = load_model(tmp_path / "ours", torch.device("cpu")).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(own(plain(token_BS)), theirs(token_BS).logits, **CLOSE)
+    write(model, tmp_path, fp8=True, dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["weight_block_size"] == [128, 128]
+    held, own = load_file(tmp_path / "model.safetensors"), conversion.load(tmp_path).state_dict()
+    in_fp8 = {name for name, tensor in held.items() if tensor.dtype == torch.float8_e4m3fn}
+    pieces = {p.name: (ours, p) for ours, (_, found) in layout(config, VOCAB).items() for p in found}
+    assert in_fp8 == {name for name in pieces if name.endswith(("_proj.weight", "_with_mqa.weight"))}
+    assert len(in_fp8) == 4 * 5 + 3 + 3 * 3 * (
+        8 + 1
+    )  # attention; a dense block; experts and the shared one of 3 blocks
+    for name, (ours, piece) in pieces.items():
+        given = own[ours][piece.place()]
+        original = model.state_dict()[ours][piece.place()]
+        if name not in in_fp8:
+            assert held[name].dtype == (torch.float32 if "bias" in name else torch.bfloat16)
+            assert torch.equal(given, held[name].float())
+            continue
+        scale = held[f"{name}_scale_inv"]
+        assert scale.dtype == torch.float32
+        expected = held[name].float()
+        for i in range(scale.shape[0]):  # block by block: value times the scale of its block, rounded to bfloat16
+            for j in range(scale.shape[1]):
+                expected[i * 128 : i * 128 + 128, j * 128 : j * 128 + 128] *= scale[i, j]
+        assert torch.equal(given, expected.bfloat16().float())
+        # half a step of E4M3 (1/16), half a step of bfloat16, and where values are below the smallest normal one
+        torch.testing.assert_close(given, original, rtol=1 / 15, atol=float(original.abs().max()) / 448 / 16)
+
+
+def test_scales_that_are_missing_or_misshapen_are_listed(tmp_path: Path) -> None:
+    write(build(SMALL), tmp_path, fp8=True)
+    held = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    del held[f"{name}_scale_inv"]
+    held["model.layers.0.mlp.down_proj.weight_scale_inv"] = torch.ones(3, 3)
+    held["model.norm.weight_scale_inv"] = torch.ones(1)
+    del held["model.norm.weight"]
+    save_file(held, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="in 4 tensors") as error:
+        conversion.load(tmp_path)
+    for part in (
+        f"missing {name}_scale_inv (1, 1)",
+        "model.layers.0.mlp.down_proj.weight_scale_inv is (3, 3), expected (1, 1)",
+        "left over model.norm.weight_scale_inv",
+        "missing model.norm.weight (32,)",
+    ):
+        assert part in str(error.value)
 
 
 def test_all_that_is_wrong_with_a_folder_is_listed_at_once(tmp_path: Path) -> None:
@@ -280,6 +310,28 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "one", "b": "two"}}))
     with pytest.raises(ValueError, match="names files that are not there: one, two"):
         conversion.load(tmp_path)
+    for damaged in ('{"weight_', "{}", "[]"):
+        (tmp_path / INDEX).write_text(damaged)
+        with pytest.raises(ValueError, match=r"index\.json is damaged"):
+            conversion.load(tmp_path)
+    save_file({"other": torch.ones(1)}, tmp_path / "some.safetensors")
+    weights = dict.fromkeys((p.name for _, pieces in layout(SMALL, VOCAB).values() for p in pieces), "some.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weights}))
+    with pytest.raises(ValueError, match=r"some\.safetensors lacks model\."):
+        conversion.load(tmp_path)
+
+
+YARN_THERE = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "field", ["n_group", "routed_scaling_factor", "num_experts_per_tok", "q_lora_rank", "vocab_size"]
+)
+def test_what_is_not_said_is_not_guessed(field: str) -> None:
+    described = to_hugging_face(SMALL, VOCAB)
+    del described[field]
+    with pytest.raises(ValueError, match=f"lacks {field}"):
+        from_hugging_face(described)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +342,13 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear' is neither yarn nor llama3"),
         ({"rope_interleave": False}, "rope_interleave is False"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "lacks original_max_position_embeddings"),
+        ({"rope_scaling": {**YARN_THERE, "attention_factor": 1.3}}, "attention_factor 1.3"),
+        ({"rope_scaling": {**YARN_THERE, "truncate": False}}, "truncate False"),
+        ({"rope_scaling": {**YARN_THERE, "mscale_all_dim": 1}}, "mscale_all_dim without mscale"),
+        ({"rope_scaling": {**YARN_THERE, "mscale": 0.7}}, "without mscale_all_dim"),
+        ({"model_type": "deepseek_v2", "scoring_func": "softmax"}, "norm_topk_prob is True"),
+        ({"model_type": "deepseek_v2", "scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
     ],
 )
 def test_configurations_that_cannot_be(change: dict[str, Any], message: str) -> None:
@@ -301,7 +360,8 @@ def test_configurations_that_cannot_be(change: dict[str, Any], message: str) -> 
     ("change", "message"),
     [
         ({"n_shared_experts": 0}, "n_shared_experts is 0"),
-        ({"scoring_func": "softmax"}, "norm_topk_prob with a softmax gate"),
+        ({"scoring_func": "softmax", "bias_update_speed": 0.0}, "norm_topk_prob with a softmax gate"),
+        ({"num_nextn_predict_layers": 1, **DENSE_OF_SMALL}, "num_nextn_predict_layers 1 has no place in Llama"),
         ({"attention": "gqa"}, "gqa with experts"),
     ],
 )

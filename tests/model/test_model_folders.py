@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from gristmill.flows.cli import app
 from gristmill.flows.errors import UsageError
 from gristmill.model import model_folders
 from gristmill.model.config import ModelConfig
-from gristmill.model.training.checkpoints import load_model, save_model
+from gristmill.model.hugging_face.folders import TensorFolder
+from gristmill.model.training.checkpoints import load_model, save_model, take_tensors
 from gristmill.model.transformer import Transformer
 
 SMALL = ModelConfig(
@@ -133,7 +135,7 @@ def test_averages_that_cannot_be(tmp_path: Path) -> None:
     for arguments, message in (
         (("a", "out"), "takes two folders or more"),
         (("a", "c", "out"), "another shape or form"),
-        (("a", "b", "c"), "is not empty"),
+        (("a", "b", "c"), "is not an empty folder"),
         (("a", "b", "out", "--weights", "1"), "for 2 folders"),
         (("a", "b", "out", "--weights", "x,y"), "are not numbers"),
     ):
@@ -141,3 +143,69 @@ def test_averages_that_cannot_be(tmp_path: Path) -> None:
         code, said = gristmill("average", *placed)
         assert code == 2
         assert message in said
+
+
+def test_an_average_of_fp8_folders_is_a_whole_bfloat16_one(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        saved(tmp_path / f"ours{seed}", seed)
+        assert gristmill("convert", tmp_path / f"ours{seed}", tmp_path / str(seed), "--fp8")[0] == 0
+    assert gristmill("average", tmp_path / "0", tmp_path / "1", tmp_path / "mean")[0] == 0
+    assert gristmill("verify", tmp_path / "mean")[0] == 0
+    assert "quantization_config" not in (tmp_path / "mean" / "config.json").read_text()
+    mean = load_file(tmp_path / "mean" / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    with TensorFolder(tmp_path / "0") as one, TensorFolder(tmp_path / "1") as other:
+        expected = (one.read(name).float() + other.read(name).float()) / 2
+    assert torch.equal(mean[name], expected.bfloat16())
+
+
+def test_what_lies_beside_the_tensors_goes_along(tmp_path: Path) -> None:
+    saved(tmp_path / "ours")
+    assert gristmill("convert", tmp_path / "ours", tmp_path / "theirs")[0] == 0
+    path = tmp_path / "theirs" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 5, "bos_token_id": 3}))
+    (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
+    assert gristmill("convert", tmp_path / "theirs", tmp_path / "again")[0] == 0
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == {
+        "bos_token_id": 3,
+        "eos_token_id": 5,
+    }
+    assert gristmill("convert", tmp_path / "again", tmp_path / "back")[0] == 0
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 5
+
+
+def test_an_interrupted_conversion_looks_like_none_and_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "ours")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model_folders, "_copy_beside", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model_folders.convert(tmp_path / "ours", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "left").write_text("by one that was killed")
+    model_folders.convert(tmp_path / "ours", tmp_path / "out")
+    assert not (tmp_path / "out" / "left").exists()
+    assert model_folders.verify(tmp_path / "out")["tensors"] > 10
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        model_folders.convert(tmp_path / "ours", tmp_path / "file")
+
+
+def test_a_tied_model_is_kept_and_taken_up(tmp_path: Path) -> None:
+    config = SMALL.model_copy(update={"tie_word_embeddings": True, "num_nextn_predict_layers": 0})
+    model, other = Transformer(config, 64), Transformer(config, 64)
+    model.initialise(1)
+    other.initialise(2)
+    save_model(tmp_path, model)
+    take_tensors(other, tmp_path / "model.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    spoil(tmp_path / "model.safetensors", norm__weight=None)
+    with pytest.raises(ValueError, match=r"is of another model: missing \['norm.weight'\]"):
+        take_tensors(other, tmp_path / "model.safetensors")

@@ -39,7 +39,7 @@ SHAPES = {
     "no dense layer, scaled gates": ModelConfig(first_k_dense_replace=0, routed_scaling_factor=2.5),
     "unnormalised gates, other value width": ModelConfig(norm_topk_prob=False, v_head_dim=24),
     "softmax gate": ModelConfig(
-        scoring_func="softmax", norm_topk_prob=False, n_routed_experts=8, n_group=4, topk_group=2
+        scoring_func="softmax", bias_update_speed=0.0, norm_topk_prob=False, n_routed_experts=8, n_group=4, topk_group=2
     ),
     "long context": ModelConfig(
         rope_scaling=RotaryScalingConfig(factor=4.0, original_max_position_embeddings=64, mscale=0.7)
@@ -250,7 +250,7 @@ V2_LITE = ModelConfig(
     hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, q_lora_rank=None, kv_lora_rank=512,
     qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=1, intermediate_size=10944,
     n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6, moe_intermediate_size=1408, scoring_func="softmax",
-    norm_topk_prob=False, max_position_embeddings=163_840, num_nextn_predict_layers=0,
+    norm_topk_prob=False, bias_update_speed=0.0, max_position_embeddings=163_840, num_nextn_predict_layers=0,
 )  # fmt: skip
 V2 = V2_LITE.model_copy(
     update={
