@@ -18,6 +18,7 @@ BASE = np.uint64(0x9E3779B97F4A7C15)
 JOINT = np.uint64(0xC2B2AE3D27D4EB4F)
 SCATTER = np.uint64(0xFF51AFD7ED558CCD)
 HALF = np.uint64(33)
+FEW = 1 << 9  # n-grams that a table has room for at first
 LINE_FEED, CARRIAGE_RETURN, BLANK, DOT = 0x0A, 0x0D, 0x20, 0x2E
 CURLY_BRACKET, SQUARE_BRACKET = 0x7B, 0x5B
 
@@ -125,26 +126,71 @@ def repeated_pieces(codes, starts, ends):
 
 
 @njit(cache=True, nogil=True)
+def _table_of(keys, size):
+    """A hash table of that size, a power of two, with places for these keys."""
+    table = np.full(size, -1, np.int32)
+    for i in range(len(keys)):
+        table[_place(table, keys, keys[i])] = i
+    return table
+
+
+@njit(cache=True, nogil=True)
+def _twice(array):
+    """The array with as much room again."""
+    larger = np.empty(2 * len(array), array.dtype)
+    larger[: len(array)] = array
+    return larger
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _hash_of_gram(before, lengths, powers, i, n):
+    """Hash of the n words from i on, each by itself."""
+    key = np.uint64(0)
+    for j in range(i, i + n):
+        key = key * JOINT + _hash_of_words(before, lengths, powers, j, j + 1)
+    return _scattered(key)
+
+
+@njit(cache=True, nogil=True)
 def top_n_gram(before, lengths, n):
     """(first word, characters with a space between words, occurrences) of the commonest n-gram, the first of several.
 
-    There are at least n words; `before` and `lengths` come from `joined_words`.
+    There are at least n words; `before` and `lengths` come from `joined_words`. The memory is that of the different
+    n-grams: a text of millions of words says the same over and over.
     """
-    grams = len(before) - n
-    keys, powers = np.empty(grams, np.uint64), _powers()
-    for i in range(grams):
-        key = np.uint64(0)
-        for j in range(i, i + n):
-            key = key * JOINT + _hash_of_words(before, lengths, powers, j, j + 1)
-        keys[i] = _scattered(key)
-    table, counts = _empty_table(grams), np.zeros(grams, np.int32)
-    for i in range(grams):
-        at = _place(table, keys, keys[i])
-        if table[at] < 0:
-            table[at] = i
-        counts[table[at]] += 1
-    best = np.argmax(counts)
-    return best, lengths[best + n] - lengths[best] + n - 1, counts[best]
+    powers, table = _powers(), np.full(2 * FEW, -1, np.int32)
+    keys, firsts, counts, held = np.empty(FEW, np.uint64), np.empty(FEW, np.int32), np.empty(FEW, np.int32), 0
+    for i in range(len(before) - n):
+        key = _hash_of_gram(before, lengths, powers, i, n)
+        at = _place(table, keys, key)
+        if table[at] >= 0:
+            counts[table[at]] += 1
+            continue
+        if held == len(keys):
+            table = _table_of(keys, 2 * len(table))
+            keys, firsts, counts = _twice(keys), _twice(firsts), _twice(counts)
+            at = _place(table, keys, key)
+        table[at] = held
+        keys[held], firsts[held], counts[held] = key, i, 1
+        held += 1
+    most = np.argmax(counts[:held])
+    best = np.int64(firsts[most])
+    return best, lengths[best + n] - lengths[best] + n - 1, counts[most]
+
+
+@njit(cache=True, nogil=True)
+def n_grams_like(before, lengths, first, n, most):
+    """First words (int32) of the n-grams equal to that of words `first` and on, at most so many, none overlapping."""
+    powers, found, count, i = _powers(), np.empty(most, np.int32), 0, 0
+    wanted = _hash_of_gram(before, lengths, powers, first, n)
+    while i < len(before) - n and count < most:
+        if _hash_of_gram(before, lengths, powers, i, n) == wanted:
+            found[count] = i
+            count += 1
+            i += n
+        else:
+            i += 1
+    return found[:count].copy()
 
 
 @njit(cache=True, nogil=True)
@@ -154,18 +200,23 @@ def repeated_n_grams(before, lengths, n):
     Words are joined with nothing between, as in the reference; `before` and `lengths` come from `joined_words`.
     """
     grams = max(0, len(before) - n)
-    keys, powers = np.empty(grams, np.uint64), _powers()
-    table, found, count, i = _empty_table(grams), np.empty(grams // n + 1, np.int32), 0, 0
+    powers, table, keys, held = _powers(), np.full(2 * FEW, -1, np.int32), np.empty(FEW, np.uint64), 0
+    found, count, i = np.empty(grams // n + 1, np.int32), 0, 0
     while i < grams:
-        keys[i] = _hash_of_words(before, lengths, powers, i, i + n)
-        at = _place(table, keys, keys[i])
+        key = _hash_of_words(before, lengths, powers, i, i + n)
+        at = _place(table, keys, key)
         if table[at] >= 0:
             found[count] = i
             count += 1
             i += n
-        else:
-            table[at] = i
-            i += 1
+            continue
+        if held == len(keys):
+            table, keys = _table_of(keys, 2 * len(table)), _twice(keys)
+            at = _place(table, keys, key)
+        table[at] = held
+        keys[held] = key
+        held += 1
+        i += 1
     return found[:count].copy()
 
 

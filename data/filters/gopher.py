@@ -17,6 +17,7 @@ from gristmill.data.filters.characters import character_table
 from gristmill.data.filters.counting import (
     count_words,
     different_words,
+    n_grams_like,
     piece_hashes,
     repeated_n_grams,
     repeated_pieces,
@@ -262,16 +263,6 @@ class _Repetition:
 
 
 def _n_grams_like(document: Prepared, first: int, n: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Where the n-gram of words that begins at word `first` occurs, without those that overlap an earlier one."""
-    words = document.words
-    hashes = piece_hashes(document.codes, words.starts, words.ends)
-    same = np.ones(len(words) - n + 1, bool)
-    for j in range(n):
-        same &= hashes[j : len(words) - n + 1 + j] == hashes[first + j]
-    places, free = [], 0
-    for place in np.flatnonzero(same).tolist():
-        if place >= free:
-            places.append(place)
-            free = place + n
-    chosen = np.array(places)
-    return words.starts[chosen], words.ends[chosen + n - 1]
+    """Where the n-gram of words that begins at word `first` occurs: the first places, as many as are shown."""
+    words, found = document.words, n_grams_like(*document.joined_words, first, n, SPANS)
+    return words.starts[found], words.ends[found + n - 1]

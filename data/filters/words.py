@@ -94,6 +94,8 @@ class ExactSplitter:
                 end += 1
             parts.append(self._split_runs(text, starts[at:end], ends[at:end], near_faces[at : end - 1]))
             at = end
+        if self._remembered > KNOWN_CHARACTERS:
+            self._forget()
         return Words(*parts[0]) if len(parts) == 1 else Words(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _split_runs(
@@ -136,18 +138,21 @@ class ExactSplitter:
     def _learn(self, missing: list[str]) -> None:
         """Split runs that were not seen before, and remember the lengths of their words."""
         short = [run for run in missing if len(run) <= LONGEST_RUN]
-        lengths = dict(zip(short, self._lengths_by_spacy(short), strict=True))
+        lengths: dict[str, Any] = dict(zip(short, self._lengths_by_spacy(short), strict=True))
         for run in missing:
             if len(run) > LONGEST_RUN:
                 starts, ends = split_fast(code_points(run), character_table())
-                lengths[run] = (ends - starts).tolist()
+                lengths[run] = ends - starts
         for run in missing:
             self._known[run] = len(self._known)
             self._remembered += len(run) + 100  # a string and its place in the dictionary
         counts = np.array([len(lengths[run]) for run in missing])
         self._offsets = np.concatenate([self._offsets, self._offsets[-1] + np.cumsum(counts)])
-        flat = np.fromiter((n for run in missing for n in lengths[run]), np.int32)
-        self._lengths = np.concatenate([self._lengths, flat])
+        if len(short) == len(missing):
+            flat = [np.fromiter((n for run in missing for n in lengths[run]), np.int32)]
+        else:  # a run of millions of words is no list
+            flat = [np.asarray(lengths[run], np.int32) for run in missing]
+        self._lengths = np.concatenate([self._lengths, *flat])
 
     def _lengths_by_spacy(self, missing: list[str]) -> Iterator[list[int]]:
         """Lengths of the words of each run.
