@@ -141,8 +141,7 @@ class ExactSplitter:
         lengths: dict[str, Any] = dict(zip(short, self._lengths_by_spacy(short), strict=True))
         for run in missing:
             if len(run) > LONGEST_RUN:
-                starts, ends = split_fast(code_points(run), character_table())
-                lengths[run] = ends - starts
+                lengths[run] = _lengths_by_fast_rules(run)
         for run in missing:
             self._known[run] = len(self._known)
             self._remembered += len(run) + 100  # a string and its place in the dictionary
@@ -176,6 +175,13 @@ class ExactSplitter:
                 at += 1
             yield own
             at += 1  # the line break
+
+
+def _lengths_by_fast_rules(run: str) -> NDArray[np.int32]:
+    """Lengths of the words of one run; all else that it takes is gone on return."""
+    starts, ends = split_fast(code_points(run), character_table())
+    np.subtract(ends, starts, out=ends)
+    return ends
 
 
 class SplitterOnDemand:
