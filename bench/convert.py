@@ -11,7 +11,6 @@ converted to ours and back to bfloat16 in a process each. Keys of the last line,
     export_peak_mib, export_own_peak_mib    the same of the way back
     start_mib                   what the libraries take before any tensor is read
     largest_tensor_mib          in bfloat16
-    predicted_671b_gib          own memory for the whole release: start, and twice its largest tensor (the embedding)
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
-EMBEDDING_671B = 129_280 * 7168 * 2  # bytes in bfloat16
 
 
 def shape(layers: int, experts: int) -> Any:
@@ -137,7 +135,6 @@ def main() -> None:
             "export_own_peak_mib": back["own"],
             "start_mib": there["start"],
             "largest_tensor_mib": largest // MIB,
-            "predicted_671b_gib": round((there["start"] * MIB + 2 * EMBEDDING_671B) / 2**30, 1),
         }
     print(json.dumps(result))
 

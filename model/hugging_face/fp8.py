@@ -35,8 +35,11 @@ def dequantised(value_OI: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     expected = (-(-rows // BLOCK), -(-columns // BLOCK))
     if tuple(scale.shape) != expected:
         raise ValueError(f"scales of shape {tuple(scale.shape)} for a weight of {(rows, columns)}: {expected} expected")
-    wide = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-    return (value_OI.float() * wide).to(dtype)
+    made = torch.empty(value_OI.shape, dtype=dtype)
+    for block, scale_I in enumerate(scale):  # a row of blocks at a time: all in float32 takes much
+        own = slice(block * BLOCK, (block + 1) * BLOCK)
+        made[own] = value_OI[own].float() * scale_I.repeat_interleave(BLOCK)[:columns]
+    return made
 
 
 def is_quantised(name: str) -> bool:
