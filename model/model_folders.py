@@ -19,30 +19,25 @@ from torch import Tensor
 
 from gristmill.model.config import ModelConfig
 from gristmill.model.hugging_face.conversion import (
+    TOKENIZER_FILES,
     check_tensors,
     export,
     has_mtp,
     import_folder,
     of_folder,
     read_config,
+    silent,
 )
 from gristmill.model.hugging_face.folders import Entry, TensorFolder, write_folder
 from gristmill.model.hugging_face.names import layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BESIDE = (  # a model: how it generates, and its tokenizer
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja",
-)  # fmt: skip
+BESIDE = ("generation_config.json", *TOKENIZER_FILES)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SHARD_MEGABYTES = 2000
 ROW_NUMBERS = 1 << 24  # numbers of a tensor that are compared or averaged at a time
 
 Log = Callable[[str], None]
-
-
-def silent(_: str) -> None:
-    """No progress."""
 
 
 @dataclass(frozen=True)
@@ -107,18 +102,7 @@ def check(found: TensorFolder, described: Described) -> None:
     if described.hugging_face:
         check_tensors(found, config, vocab_size, mtp=has_mtp(found, config))
         return
-    wanted, names = {name: shape for name, (shape, _) in layout(config, vocab_size).items()}, found.names()
-    wrong = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in names]
-    wrong += [f"left over {name}" for name in sorted(names - wanted.keys())]
-    wrong += [
-        f"{name} is {found.shape(name)}, expected {shape}"
-        for name, shape in wanted.items()
-        if name in names and found.shape(name) != shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{found.folder} does not fit its config.json in {len(wrong)} tensors:\n  " + "\n  ".join(wrong)
-        )
+    found.refuse_unless({name: shape for name, (shape, _) in layout(config, vocab_size).items()})
 
 
 def convert(

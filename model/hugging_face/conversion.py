@@ -17,6 +17,8 @@ from gristmill.model.hugging_face.fp8 import SCALES, is_quantised, quantised
 from gristmill.model.hugging_face.names import Piece, copies, layout
 from gristmill.model.transformer import Transformer
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
 Get = Callable[[str, Piece], Tensor]  # of our tensor of this name, this piece
 
 
@@ -43,18 +45,7 @@ def check_tensors(found: TensorFolder, config: ModelConfig, vocab_size: int, *, 
     if config.tie_word_embeddings:
         ignored.add("lm_head.weight")
     ignored |= {name for name in names if name.endswith("rotary_emb.inv_freq")}
-    wrong = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in names]
-    wrong += [f"left over {name}" for name in sorted(names - wanted.keys() - ignored)]
-    wrong += [
-        f"{name} is {found.shape(name)}, expected {shape}"
-        for name, shape in wanted.items()
-        if name in names and found.shape(name) != shape
-    ]
-    wrong += found.wrong_scales()
-    if wrong:
-        raise ValueError(
-            f"{found.folder} does not fit its config.json in {len(wrong)} tensors:\n  " + "\n  ".join(wrong)
-        )
+    found.refuse_unless(wanted, ignored)
 
 
 def _layer(name: str) -> int:
@@ -82,16 +73,20 @@ def load(folder: Path, *, mtp: bool = True) -> Transformer:
     """
     config, vocab_size = read_config(folder)
     with TensorFolder(folder) as found:
-        mtp = mtp and has_mtp(found, config)
-        check_tensors(found, config, vocab_size, mtp=mtp)
-        if not mtp:
-            config = config.model_copy(update={"num_nextn_predict_layers": 0})
+        config = _held(found, config, vocab_size, mtp)
         model = Transformer(config, vocab_size)
         own = model.state_dict()
         for name, (_, pieces) in layout(config, vocab_size).items():
             for piece in pieces:
                 own[name][piece.place()].copy_(found.read(piece.name))
     return model
+
+
+def _held(found: TensorFolder, config: ModelConfig, vocab_size: int, mtp: bool) -> ModelConfig:
+    """The configuration of what is taken over, its tensors checked: no MTP modules unless there and wanted."""
+    mtp = mtp and has_mtp(found, config)
+    check_tensors(found, config, vocab_size, mtp=mtp)
+    return config if mtp else config.model_copy(update={"num_nextn_predict_layers": 0})
 
 
 def has_mtp(found: TensorFolder, config: ModelConfig) -> bool:
@@ -116,10 +111,7 @@ def import_folder(
     """
     config, vocab_size = read_config(source)
     with TensorFolder(source) as found:
-        mtp = mtp and has_mtp(found, config)
-        check_tensors(found, config, vocab_size, mtp=mtp)
-        if not mtp:
-            config = config.model_copy(update={"num_nextn_predict_layers": 0})
+        config = _held(found, config, vocab_size, mtp)
         out.mkdir(parents=True, exist_ok=True)
 
         def entry(name: str, shape: tuple[int, ...], pieces: list[Piece]) -> Entry:

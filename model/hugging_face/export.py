@@ -11,17 +11,10 @@ import torch
 
 from gristmill.model.chat import Chat
 from gristmill.model.config import ExportConfig
-from gristmill.model.hugging_face.conversion import export, of_model
+from gristmill.model.hugging_face.conversion import TOKENIZER_FILES, export, of_model
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.checkpoints import load_model
 from gristmill.model.transformer import Batch, Transformer
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 
 def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress) -> Metrics:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -133,6 +133,26 @@ class TensorFolder:
                 elif self.shape(name + SCALES) != blocks:
                     wrong.append(f"{name + SCALES} is {self.shape(name + SCALES)}, expected {blocks}")
         return wrong
+
+    def refuse_unless(self, wanted: Mapping[str, tuple[int, ...]], ignored: Set[str] = frozenset()) -> None:
+        """Refuse the folder unless it holds these tensors of these shapes, and beside them only ignored ones.
+
+        Raises:
+            ValueError: tensors or scales are missing, left over or of another shape; all of them are listed.
+        """
+        names = self.names()
+        wrong = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in names]
+        wrong += [f"left over {name}" for name in sorted(names - wanted.keys() - ignored)]
+        wrong += [
+            f"{name} is {self.shape(name)}, expected {shape}"
+            for name, shape in wanted.items()
+            if name in names and self.shape(name) != shape
+        ]
+        wrong += self.wrong_scales()
+        if wrong:
+            raise ValueError(
+                f"{self.folder} does not fit its config.json in {len(wrong)} tensors:\n  " + "\n  ".join(wrong)
+            )
 
     def parts(self, name: str) -> Iterator[Tensor]:
         """A tensor as pieces along its first axis, none of them larger than need be; end to end they are the whole."""
