@@ -88,10 +88,13 @@ def read_rows(path: Path) -> Iterator[Row]:
     """
     try:
         with path.open("rb") as raw:
-            for line in io.BufferedReader(WholeZstd(raw), BLOCK):
-                yield orjson.loads(line)
+            # No line is held while its row is out: either may be of megabytes.
+            yield from map(orjson.loads, io.BufferedReader(WholeZstd(raw), BLOCK))
     except (zstandard.ZstdError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole document shard ({error}): make its stage again") from error
+
+
+NOTHING = memoryview(b"")  # in place of an empty view of megabytes
 
 
 class WholeZstd(io.RawIOBase):
@@ -105,7 +108,7 @@ class WholeZstd(io.RawIOBase):
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
         self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._waiting = memoryview(b"")
+        self._waiting = NOTHING
         self._step = FIRST_STEP
 
     def readable(self) -> bool:
@@ -126,7 +129,7 @@ class WholeZstd(io.RawIOBase):
             # What compresses a thousandfold is taken in small bites, so that no bite fills the memory.
             self._step = min(BLOCK, max(LEAST_STEP, len(block) * BITE // max(1, len(self._waiting))))
         size = min(len(buffer), len(self._waiting))
-        buffer[:size], self._waiting = self._waiting[:size], self._waiting[size:]
+        buffer[:size], self._waiting = self._waiting[:size], self._waiting[size:] or NOTHING
         return size
 
     def _decompressed(self, block: bytes) -> bytes:

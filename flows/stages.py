@@ -100,7 +100,7 @@ spans = stage(
 )(remove_spans)
 filter_ = stage(
     "filter",
-    version=2,
+    version=3,
     title="Quality filters",
     sources=_rule_sources,
     check=check_filters,

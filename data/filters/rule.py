@@ -20,8 +20,8 @@ from gristmill.data.config import Config
 from gristmill.data.documents import Row
 from gristmill.data.filters.counting import joined_words
 from gristmill.data.filters.edits import compose, original_spans
-from gristmill.data.filters.words import Splitter, Words, code_points
-from gristmill.data.sieve import KEEP, Edit, Verdict, edited
+from gristmill.data.filters.words import Splitter, TooManyWords, Words, code_points
+from gristmill.data.sieve import KEEP, Edit, Verdict, edited, remove
 
 
 class Prepared:
@@ -80,13 +80,17 @@ def judge_in_turn(rules: Sequence[Rule], row: Row, splitter: Splitter) -> Verdic
     """What becomes of a document under rules one after the other: removed by the first that says so.
 
     A rule that edits gives its text to the rules after it. Metadata and values of all rules that were asked add up.
+    A document of more words than memory is meant for goes by the first rule that asks for them.
     """
     document = Prepared(row, row["text"], splitter)
     edits: Sequence[Edit] = ()
     metadata: dict[str, object] = {}
     values: dict[str, float] = {}
     for rule in rules:
-        verdict = rule.judge(document)
+        try:
+            verdict = rule.judge(document)
+        except TooManyWords as error:
+            verdict = remove(f"{rule.name}: too many words", detail=str(error))
         values |= verdict.values
         if verdict.reason:
             because = dict(verdict.because)

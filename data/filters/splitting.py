@@ -31,13 +31,16 @@ SMALL_D, SMALL_E, SMALL_L, SMALL_M, SMALL_N, SMALL_R = 0x64, 0x65, 0x6C, 0x6D, 0
 SMALL_S, LARGE_S, SMALL_T, SMALL_V = 0x73, 0x53, 0x74, 0x76
 AT, HASH, QUESTION, UNDERSCORE, LEFT, RIGHT = 0x40, 0x23, 0x3F, 0x5F, 0x28, 0x29
 
+BEYOND = 16  # places beyond the most words: what is written before a loop looks at the count again
+
 
 @njit(cache=True, nogil=True)
-def split_fast(codes, table):
-    """Starts and ends (int32) of the words of a text."""
-    starts, ends = np.empty(len(codes), np.int32), np.empty(len(codes), np.int32)
+def split_fast(codes, table, most):
+    """Starts and ends (int32) of the words of a text; where there are more than `most`, of a few more than that."""
+    room = min(len(codes), most + BEYOND)
+    starts, ends = np.empty(room, np.int32), np.empty(room, np.int32)
     count, at = 0, 0
-    while at < len(codes):
+    while at < len(codes) and count <= most:
         if table[codes[at]] & SPACE:
             at += 1
             continue
@@ -45,16 +48,16 @@ def split_fast(codes, table):
         while end < len(codes) and not table[codes[end]] & SPACE:
             end += 1
         first = count
-        count = _split_run(codes, table, at, end, starts, ends, count)
+        count = _split_run(codes, table, at, end, starts, ends, count, most)
         count = _join_faces(codes, starts, ends, first, count)
         at = end
     return starts[:count].copy(), ends[:count].copy()
 
 
 @njit(cache=True, nogil=True)
-def _split_run(codes, table, start, end, starts, ends, count):
+def _split_run(codes, table, start, end, starts, ends, count, most):
     """The words of characters [start, end), none of them white space, into starts and ends from `count` on."""
-    while start < end:
+    while start < end and count <= most:
         size = _opening(codes, table, start, end)
         if size == 0:
             break
@@ -67,8 +70,8 @@ def _split_run(codes, table, start, end, starts, ends, count):
         if size == 0:
             break
         inner -= size
-    count = _split_inside(codes, table, start, inner, starts, ends, count)
-    while inner < end:  # the closing marks again, now from the left
+    count = _split_inside(codes, table, start, inner, starts, ends, count, most)
+    while inner < end and count <= most:  # the closing marks again, now from the left
         size = 1
         if codes[inner] == DOT:
             while inner + size < end and codes[inner + size] == DOT:
@@ -147,13 +150,13 @@ def _closing_dots(codes, table, start, end):
 
 
 @njit(cache=True, nogil=True)
-def _split_inside(codes, table, start, end, starts, ends, count):
+def _split_inside(codes, table, start, end, starts, ends, count, most):
     """The words of a run without its outer marks."""
-    if start >= end:
+    if start >= end or count > most:
         return count
     short = _contraction(codes, start, end)
     if short:
-        count = _split_inside(codes, table, start, end - short, starts, ends, count)
+        count = _split_inside(codes, table, start, end - short, starts, ends, count, most)
         starts[count], ends[count] = end - short, end
         return count + 1
     if _is_address(codes, table, start, end):
@@ -161,6 +164,8 @@ def _split_inside(codes, table, start, end, starts, ends, count):
         return count + 1
     at = start
     for i in range(start, end):
+        if count > most:
+            return count
         alone = table[codes[i]] & ALONE != 0
         if i < at or not (alone or (i > start and i + 1 < end and _cuts(codes, table, i))):
             continue

@@ -21,6 +21,8 @@ from gristmill.data.filters.splitting import split_fast
 
 AT_ONCE = 1 << 16  # runs between white space that are looked up together
 KNOWN_CHARACTERS = 1 << 23  # of runs that the exact splitter remembers; then it begins anew
+MOST_WORDS = 4_000_000  # of a document, some 24 MB of prose: what a worker of 1 GiB has room for, n-grams and all
+BLANK = 0x20
 LONGEST_RUN = 2000  # characters without white space that spaCy is asked for: its time grows with their square
 
 
@@ -39,11 +41,22 @@ class Words:
         return [text[a:b] for a, b in zip(self.starts.tolist(), self.ends.tolist(), strict=True)]
 
 
+class TooManyWords(ValueError):
+    """A text has more than MOST_WORDS words."""
+
+    def __init__(self) -> None:
+        super().__init__(f"more than {MOST_WORDS} words")
+
+
 class Splitter(Protocol):
     """Splits texts into words."""
 
     def split(self, text: str, codes: NDArray[np.uint32]) -> Words:
-        """The words of a text, whose code points are `codes`."""
+        """The words of a text, whose code points are `codes`.
+
+        Raises:
+            TooManyWords: there are more than MOST_WORDS; the memory is bounded before all are found.
+        """
         ...
 
 
@@ -56,7 +69,14 @@ class FastSplitter:
     """One pass over code points, for all scripts; its rules are those of `splitting.py`."""
 
     def split(self, text: str, codes: NDArray[np.uint32]) -> Words:
-        return Words(*split_fast(codes, character_table()))
+        return Words(*_split_by_fast_rules(codes))
+
+
+def _split_by_fast_rules(codes: NDArray[np.uint32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    starts, ends = split_fast(codes, character_table(), MOST_WORDS)
+    if len(starts) > MOST_WORDS:
+        raise TooManyWords
+    return starts, ends
 
 
 class ExactSplitter:
@@ -83,19 +103,25 @@ class ExactSplitter:
         self._lengths = np.zeros(0, np.int32)
 
     def split(self, text: str, codes: NDArray[np.uint32]) -> Words:
-        starts, ends = runs(codes, character_table())
+        starts, ends = runs(codes, character_table(), MOST_WORDS + 1)
+        if len(starts) > MOST_WORDS:  # and a run has a word or more
+            raise TooManyWords
         if not len(starts):
             return Words(np.zeros(0, np.int32), np.zeros(0, np.int32))
         near_faces = self._faces.near(codes, starts, ends)
-        parts, at = [], 0
+        parts, at, count = [], 0, 0
         while at < len(starts):
             end = min(at + AT_ONCE, len(starts))
             while end < len(starts) and near_faces[end - 1]:
                 end += 1
             parts.append(self._split_runs(text, starts[at:end], ends[at:end], near_faces[at : end - 1]))
+            count += len(parts[-1][0])
+            if count > MOST_WORDS:
+                raise TooManyWords
             at = end
         if self._remembered > KNOWN_CHARACTERS:
             self._forget()
+        del starts, ends, near_faces
         return Words(*parts[0]) if len(parts) == 1 else Words(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _split_runs(
@@ -109,6 +135,8 @@ class ExactSplitter:
         if missing:
             self._learn(missing)
         ids = np.fromiter(map(known.__getitem__, found), np.int64, len(found))
+        if (self._offsets[ids + 1] - self._offsets[ids]).sum() > MOST_WORDS:
+            raise TooManyWords
         word_starts, word_ends = _laid_out(starts, ids, self._offsets, self._lengths)
         groups = self._faces.groups(found, np.flatnonzero(near_faces).tolist())
         if not groups:
@@ -179,7 +207,7 @@ class ExactSplitter:
 
 def _lengths_by_fast_rules(run: str) -> NDArray[np.int32]:
     """Lengths of the words of one run; all else that it takes is gone on return."""
-    starts, ends = split_fast(code_points(run), character_table())
+    starts, ends = _split_by_fast_rules(code_points(run))
     np.subtract(ends, starts, out=ends)
     return ends
 
@@ -231,10 +259,7 @@ class _Faces:
 
     def near(self, codes: NDArray[np.uint32], starts: NDArray[np.int32], ends: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Whether each run's last character and the next run's first, over one blank, are neighbours in a word."""
-        corners = codes[ends[:-1] - 1].astype(np.int64) << 32 | codes[starts[1:]]
-        places = np.minimum(np.searchsorted(self._corners, corners), len(self._corners) - 1)
-        blank = (starts[1:] - ends[:-1] == 1) & (codes[ends[:-1]] == ord(" "))
-        return blank & (self._corners[places] == corners)
+        return _near(codes, starts, ends, self._corners)
 
     def groups(self, found: list[str], near: list[int]) -> list[tuple[int, int]]:
         """First and last of the runs to be split together, of those before and after each of these places."""
@@ -317,12 +342,26 @@ def _spacy(language: str) -> Any:
 
 
 @njit(cache=True, nogil=True)
-def runs(codes, table):
-    """Starts and ends of the runs between white space."""
-    starts = np.empty((len(codes) + 1) // 2, np.int32)
-    ends = np.empty((len(codes) + 1) // 2, np.int32)
+def _near(codes, starts, ends, corners):
+    """Whether one blank is between each run and the next, and their characters beside it are one of the corners."""
+    found = np.zeros(len(starts) - 1, np.bool_)
+    for i in range(len(starts) - 1):
+        if starts[i + 1] - ends[i] == 1 and codes[ends[i]] == BLANK:
+            corner = np.int64(codes[ends[i] - 1]) << 32 | np.int64(codes[starts[i + 1]])
+            at = np.searchsorted(corners, corner)
+            found[i] = at < len(corners) and corners[at] == corner
+    return found
+
+
+@njit(cache=True, nogil=True)
+def runs(codes, table, most):
+    """Starts and ends of the runs between white space; of the first `most`."""
+    starts = np.empty(min((len(codes) + 1) // 2, most), np.int32)
+    ends = np.empty(min((len(codes) + 1) // 2, most), np.int32)
     count, inside = 0, False
     for i in range(len(codes)):
+        if count == len(starts):
+            break
         space = table[codes[i]] & SPACE != 0
         if inside and space:
             ends[count] = i

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import resource
 import subprocess
 import sys
 import threading
@@ -256,6 +255,20 @@ def test_every_language_is_judged(mode: str, shared_data: Path) -> None:
     assert len(reasons) > 3
 
 
+LOOSE = {
+    "lines": {"most_duplicate_lines": None, "longest_line": None},
+    "language": {"label_only": True},
+    "gopher_repetition": {"top_n_grams": [], "duplicate_n_grams": [[10, 1]]},
+    "gopher_quality": {
+        **dict.fromkeys(("least_words", "most_words", "least_mean_length", "most_mean_length"), None),
+        **{"least_lettered_words": None, "least_stop_words": None},
+    },
+    "c4": {"need_end_mark": False, "least_words_a_line": None, "least_sentences": 0, "longest_word": None},
+    "c4_paragraphs": {"least_paragraphs": 1},
+    "fineweb": {"least_ended_lines": 0},
+}
+"""Every rule, and none that removes long lines."""
+TOO_MANY = "gopher_repetition: too many words"
 ONE_LINES = {
     "words": "word and the others of it ",
     "one run": "x",
@@ -276,11 +289,33 @@ def test_time_grows_with_the_length_of_a_line(piece: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize("piece", ONE_LINES)
-def test_a_line_of_50_megabytes(piece: str, mode: str) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def test_time_grows_with_the_length_of_a_line_of_50_megabytes(piece: str, mode: str) -> None:
     grows_linearly(ONE_LINES[piece], 5_000_000, mode)
-    # Of this process, which holds the test's own two copies of the text and numba's compiler as well.
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < max(before, 1.5 * 2**20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_a_worker_under_its_limit_judges_lines_of_50_megabytes(mode: str, tmp_path: Path, laid_out) -> None:
+    """A worker that outgrows the default limit of memory is ended, and after some more the run is refused."""
+    size, most = 50_000_000, 4_000_000
+    lines = {name: piece * (size // len(piece.encode())) for name, piece in ONE_LINES.items()}
+    lines["numbers"] = " ".join(f"{i:x}" for i in range(8_000_000))[:size]
+    lines["numbers just below"] = " ".join(f"{i:09x}" for i in range(most))
+    rows = [row(text, name) for name, text in [*lines.items(), ("prose", PROSE)]]
+    documents, out = laid_out(tmp_path / "in", rows, 1), tmp_path / "out"
+    del rows
+    out.mkdir()
+    config = FilterConfig.model_validate({"profiles": {"prose": {"mode": mode, **EVERY_RULE, **LOOSE}}})
+    try:
+        metrics = filter_documents(config, documents, out, workers=1, progress=silent)
+    finally:
+        close_cluster()
+    assert metrics["documents_in"] == len(lines) + 1
+    assert {r["id"][2:]: r["reason"] for s in shards(out, "removed") for r in read_rows(s)} == {
+        **dict.fromkeys(("words", "marks", "addresses", "ideographs", "brackets", "numbers"), TOO_MANY),
+        "blanks": "gopher_quality: gopher_short_doc",
+        "dots": "gopher_quality: gopher_too_many_ellipsis",
+    }
 
 
 def grows_linearly(piece: str, size: int, mode: str) -> None:

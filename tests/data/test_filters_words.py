@@ -140,7 +140,7 @@ def test_fast_words_are_the_text_without_its_white_space(text: str) -> None:
     assert "".join(words.of(text)) == "".join(text.split())
     assert all(a < b for a, b in zip(words.starts, words.ends, strict=True))
     assert all(a <= b for a, b in zip(words.ends[:-1], words.starts[1:], strict=True))
-    starts, ends = runs(codes, character_table())
+    starts, ends = runs(codes, character_table(), len(codes))
     assert [text[a:b] for a, b in zip(starts, ends, strict=True)] == text.split()
 
 
@@ -190,7 +190,7 @@ def test_repeated_n_grams_are_datatroves(words: list[str], n: int) -> None:
 
     text = " ".join(words)
     codes = code_points(text)
-    starts, ends = runs(codes, character_table())
+    starts, ends = runs(codes, character_table(), len(codes))
     before, lengths = counting.joined_words(codes, starts, ends)
     found = counting.repeated_n_grams(before, lengths, n)
     assert sum(int(lengths[i + n] - lengths[i]) for i in found) == find_all_duplicate(words, n)
