@@ -1,6 +1,7 @@
 """Tokens a second of a whole training step, ours against `transformers`' DeepseekV3ForCausalLM. JSON at the end.
 
     python -P bench/pretrain.py [--steps 50] [--rounds 3] [--shapes small wide] [--dtypes float32 bfloat16]
+                                [--device cpu]
 
 Both start from the same weights, read the same tokens in the same order and take the same AdamW steps (forward,
 backward, clipping, optimizer); what theirs does not have (MTP, balance loss, moving biases) is off in ours. Ours runs
@@ -10,7 +11,8 @@ as wide with as many layers: four times the matrices. Keys of the last line:
 
     ratio               ours over the fastest of theirs, the smaller of the shapes' (medians of the steps)
     ratio_same_dtype    the same with both in float32
-    memory_ratio        most memory of our process over that of their fastest, the larger of the shapes'
+    memory_ratio        most memory of our process (on a GPU, of what torch holds there) over that of their fastest,
+                        the larger of the shapes'
     peak_fraction       model FLOPs of our fastest over what the machine's float32 product reaches, the smaller
     tokens_per_second   ours, at each shape
     loss_apart          largest difference of the losses of the two sides in float32, over the loss
@@ -70,7 +72,7 @@ def prepare(folder: Path, name: str, steps: int) -> None:
     np.save(folder / "tokens.npy", np.resize(token, count).reshape(-1, BATCH, LENGTH + 1))
 
 
-def run_ours(folder: Path) -> dict[str, Any]:
+def run_ours(folder: Path, device: str) -> dict[str, Any]:
     """Our loop, as the stage runs it."""
     import numpy as np
     import torch
@@ -82,16 +84,17 @@ def run_ours(folder: Path) -> dict[str, Any]:
     from gristmill.model.training.loop import Training, start_distributed, train
     from gristmill.model.transformer import Batch, flops_per_token
 
-    tokens = torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int64))
-    position = torch.arange(LENGTH).expand(BATCH, -1)
+    tokens = torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int64)).to(device)
+    position = torch.arange(LENGTH, device=device).expand(BATCH, -1)
+    weight = torch.ones(BATCH, LENGTH, device=device)
 
     class Given:
         def step(self, step: int, rank: int, ranks: int) -> TrainingBatch:
             row = tokens[step]
-            return TrainingBatch(Batch(row[:, :-1], position), row[:, 1:], None, torch.ones(BATCH, LENGTH))
+            return TrainingBatch(Batch(row[:, :-1], position), row[:, 1:], None, weight)
 
-    start_distributed(torch.device("cpu"))
-    model = load_model(folder / "ours", torch.device("cpu"))
+    start_distributed(torch.device(device))
+    model = load_model(folder / "ours", torch.device(device))
     with tempfile.TemporaryDirectory() as out:
         (Path(out) / "log").mkdir()
         curves, _ = train(
@@ -113,16 +116,15 @@ def run_ours(folder: Path) -> dict[str, Any]:
     return {"losses": [row["main_loss"] for row in curves], "seconds": seconds[WARM:], "flops": flops}
 
 
-def run_theirs(folder: Path, dtype: str, experts: str) -> dict[str, Any]:
+def run_theirs(folder: Path, device: str, dtype: str, experts: str) -> dict[str, Any]:
     """The loop that one would write around it: fused AdamW, gradients clipped by their norm."""
     import numpy as np
     import torch
     from transformers import AutoModelForCausalLM
 
-    tokens = torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int64))
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "theirs", dtype=torch.float32, experts_implementation=experts
-    ).train()
+    tokens = torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int64)).to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder / "theirs", dtype=torch.float32, experts_implementation=experts)
+    model = model.to(device).train()
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -130,7 +132,7 @@ def run_theirs(folder: Path, dtype: str, experts: str) -> dict[str, Any]:
     losses, seconds = [], []
     for row in tokens:
         began = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = model(row[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), row[:, 1:].flatten())
         loss.backward()
@@ -145,7 +147,9 @@ def run_theirs(folder: Path, dtype: str, experts: str) -> dict[str, Any]:
 def measured(what: str, folder: Path, *arguments: str, threads: int) -> dict[str, Any]:
     """One of the functions above in a process of its own, with the most memory it held."""
     command = [sys.executable, "-P", __file__, "--run", what, str(folder), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", "RANK": "0"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RANK": "0"}
+    if arguments[0] == "cpu":
+        environment["DS_ACCELERATOR"] = "cpu"
     environment |= {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -161,15 +165,28 @@ def _free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def matmul_rate(size: int = 1024, times: int = 20) -> float:
+def peak_mib(device: str) -> int:
+    """Most memory of this process; on a GPU, most that torch had there."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() // 2**20
+    peak = next(li for li in Path("/proc/self/status").read_text().splitlines() if li.startswith("VmHWM"))
+    return int(peak.split()[1]) // 1024
+
+
+def matmul_rate(device: str, times: int = 20) -> float:
     """Operations a second of a float32 product of squares, the median."""
     import torch
 
-    a, b = torch.randn(size, size), torch.randn(size, size)
+    size = 1024 if device == "cpu" else 8192
+    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     taken = []
     for _ in range(times):
         began = time.perf_counter()
         torch.mm(a, b)
+        if device == "cuda":
+            torch.cuda.synchronize()
         taken.append(time.perf_counter() - began)
     return 2 * size**3 / statistics.median(taken)
 
@@ -177,9 +194,10 @@ def matmul_rate(size: int = 1024, times: int = 20) -> float:
 def compare(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Both sides at one shape."""
     prepare(folder, name, arguments.steps)
-    sides: dict[str, tuple[str, ...]] = {"ours float32": ("run_ours",)}
+    device = arguments.device
+    sides: dict[str, tuple[str, ...]] = {"ours float32": ("run_ours", device)}
     for dtype in arguments.dtypes:
-        sides[f"theirs {dtype} {arguments.experts}"] = ("run_theirs", dtype, arguments.experts)
+        sides[f"theirs {dtype} {arguments.experts}"] = ("run_theirs", device, dtype, arguments.experts)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     last: dict[str, dict[str, Any]] = {}
     for _ in range(arguments.rounds):
@@ -196,7 +214,7 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         "ratio": rate[ours] / rate[theirs],
         "ratio_same_dtype": rate[ours] / rate[same],
         "memory_ratio": last[ours]["peak_mib"] / last[theirs]["peak_mib"],
-        "peak_fraction": rate[ours] * last[ours]["flops"] / matmul_rate(),
+        "peak_fraction": rate[ours] * last[ours]["flops"] / matmul_rate(device),
         "tokens_per_second": rate[ours],
         "loss_apart": max(apart),
     }
@@ -210,20 +228,21 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--experts", default="grouped_mm", help="transformers' implementation of the experts")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
         what, folder, *how = arguments.run
         result = {"run_ours": run_ours, "run_theirs": run_theirs}[what](Path(folder), *how)
-        peak = next(li for li in Path("/proc/self/status").read_text().splitlines() if li.startswith("VmHWM"))
-        print(json.dumps({**result, "peak_mib": int(peak.split()[1]) // 1024}))
+        print(json.dumps({**result, "peak_mib": peak_mib(how[0])}))
         return
     import torch
     import transformers
 
     torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {arguments.threads} threads")
+    where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{arguments.threads} threads"
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {where}")
     found = {}
     for name in arguments.shapes:
         with tempfile.TemporaryDirectory(prefix="gristmill-pretrain-") as folder:

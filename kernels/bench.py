@@ -1,15 +1,19 @@
-"""Times of the kernels against plain torch on equal inputs: `python -P -m gristmill.kernels.bench [--device cpu]`.
+"""Times of the kernels against their peers on equal inputs: `python -P -m gristmill.kernels.bench [--device cpu|cuda]`.
 
-Forward and backward together, medians of several runs, both sides in turn in one process.
+Medians of several runs, the sides in turn in one process. A peer is torch's own operation, and where it is installed
+Liger-Kernel's. In brackets is the share of what the device reaches in a large square product of that dtype, measured at
+the start; memory is the most beyond the inputs (on a GPU: of a CPU torch counts none).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -21,24 +25,48 @@ from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.grouped_gemm import grouped_gemm
 
 RUNS, WARM = 9, 2
+Work = Callable[[], Any]
 
 
-def seconds(ours: Callable[[], Any], theirs: Callable[[], Any], device: str) -> tuple[float, float]:
-    """Median seconds of each, the two run in turn so that a drift of the machine meets both."""
-    times: tuple[list[float], list[float]] = ([], [])
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape: our side, and each peer's with the ratio that is aimed at (None: none is)."""
+
+    op: str
+    shape: str
+    flops: int
+    ours: Work
+    peers: dict[str, tuple[Work, float | None]]
+    most_memory: int | None = None  # bytes that are aimed at, beyond the inputs
+
+
+def seconds(sides: list[Work], device: str) -> list[float]:
+    """Median seconds of each, run in turn so that a drift of the machine meets all."""
+    times: list[list[float]] = [[] for _ in sides]
     for run in range(WARM + RUNS):
-        for side, work in enumerate((ours, theirs)):
+        for side, work in enumerate(sides):
             began = time.perf_counter()
             work()
             if device == "cuda":
                 torch.cuda.synchronize()
             if run >= WARM:
                 times[side].append(time.perf_counter() - began)
-    return median(times[0]), median(times[1])
+    return [median(t) for t in times]
 
 
-def both_ways(function: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], Any]:
+def memory(work: Work, device: str) -> int | None:
+    """Most bytes that a GPU holds beyond what it held before."""
+    if device != "cuda":
+        return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def both_ways(function: Callable[..., Tensor], *leaves: Tensor) -> Work:
     """Forward, and the gradients of the sum; by a gradient held whole, which torch's grouped product needs."""
+    leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
 
     def work() -> Any:
         out = function(*leaves)
@@ -47,52 +75,105 @@ def both_ways(function: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], 
     return work
 
 
-def grouped(device: str, experts: int, rows: int, inner: int, outer: int) -> dict[str, Any]:
-    """Groups of uneven sizes, against torch's own grouped product."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, inner, generator=generator).to(device).requires_grad_()
-    w = torch.randn(experts, outer, inner, generator=generator).to(device).requires_grad_()
-    cuts = torch.randint(0, rows, (experts - 1,), generator=generator).sort().values
-    ends = torch.cat((cuts, torch.tensor([rows]))).to(device)
-    offsets = ends.to(torch.int32)
-    ours, theirs = seconds(
-        both_ways(lambda a, b: grouped_gemm(a, b, ends), x, w),
-        both_ways(lambda a, b: F.grouped_mm(a, b.transpose(-2, -1), offs=offsets), x, w),
-        device,
-    )
-    shape = f"{experts} × {outer}×{inner}, {rows} rows"
-    return row("grouped_gemm", shape, device, ours, "torch.nn.functional.grouped_mm", theirs, 6 * rows * inner * outer)
+def without_gradients(function: Work) -> Work:
+    def work() -> Any:
+        with torch.no_grad():
+            return function()
+
+    return work
 
 
-def cross_entropy(device: str, rows: int, width: int, vocab: int) -> dict[str, Any]:
-    """Against the logits held whole and torch's cross-entropy."""
+def routed(tokens: int, experts: int, active: int) -> Tensor:
+    """Where each expert's rows end if every token chooses its experts evenly at random."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, width, generator=generator).to(device).requires_grad_()
-    w = (torch.randn(vocab, width, generator=generator) / width**0.5).to(device).requires_grad_()
-    target = torch.randint(0, vocab, (rows,), generator=generator).to(device)
+    chosen = torch.rand(tokens, experts, generator=generator).topk(active, 1).indices
+    return chosen.flatten().bincount(minlength=experts).cumsum(0)
+
+
+def grouped(device: str, dtype: torch.dtype, experts: int, tokens: int, active: int, inner: int, outer: int):
+    """Against torch's own grouped product, and on a GPU against the product of as many rows with one matrix."""
+    rows, ends = tokens * active, routed(tokens, experts, active).to(device)
+    x = torch.randn(rows, inner, device=device, dtype=dtype)
+    w = torch.empty(experts, outer, inner, device=device, dtype=dtype).normal_(0, inner**-0.5)
+    offsets, flops = ends.to(torch.int32), 2 * rows * inner * outer
+    shape = f"{experts} × {outer}×{inner}, {tokens} tokens × {active}"
+
+    def theirs(a: Tensor, b: Tensor) -> Tensor:
+        return F.grouped_mm(a, b.transpose(-2, -1), offs=offsets)
+
+    goal = 1.2 if device == "cuda" else None
+    peer = "torch.nn.functional.grouped_mm"
+    if device == "cuda":
+        peers = {
+            peer: (without_gradients(lambda: theirs(x, w)), goal),
+            "one dense product": (without_gradients(lambda: x @ w[0].t()), 0.85),
+        }
+        ours = without_gradients(lambda: grouped_gemm(x, w, ends))
+        yield Case("grouped_gemm forward", shape, flops, ours, peers)
+    both = both_ways(lambda a, b: grouped_gemm(a, b, ends), x, w)
+    yield Case("grouped_gemm", shape, 3 * flops, both, {peer: (both_ways(theirs, x, w), goal)})
+
+
+def cross_entropy(device: str, dtype: torch.dtype, rows: int, width: int, vocab: int):
+    """Against the logits held whole with torch's cross-entropy, and Liger's chunks on a GPU."""
+    x = torch.randn(rows, width, device=device, dtype=dtype)
+    w = torch.empty(vocab, width, device=device, dtype=dtype).normal_(0, width**-0.5)
+    target = torch.randint(0, vocab, (rows,), device=device)
     weight = torch.full((rows,), 1 / rows, device=device)
-    ours, theirs = seconds(
+    whole = both_ways(lambda a, b: F.cross_entropy((a @ b.T).float(), target), x, w)
+    peers: dict[str, tuple[Work, float | None]] = {"whole logits, F.cross_entropy": (whole, None)}
+    if device == "cuda" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        peers["Liger-Kernel"] = (both_ways(lambda a, b: liger_fused_linear_cross_entropy(a, b, target), x, w), 1.0)
+    size = x.element_size()
+    yield Case(
+        "cross_entropy",
+        f"{rows} × {width} → {vocab}",
+        6 * rows * width * vocab,
         both_ways(lambda a, b: linear_cross_entropy_mean(a, b, target, weight), x, w),
-        both_ways(lambda a, b: F.cross_entropy(a @ b.T, target), x, w),
-        device,
+        peers,
+        most_memory=(rows + vocab) * width * size + rows * vocab * size // 20,  # the gradients, and 5 % of the logits
     )
-    shape = f"{rows} × {width} → {vocab}"
-    return row("cross_entropy", shape, device, ours, "whole logits, F.cross_entropy", theirs, 6 * rows * width * vocab)
 
 
-def row(op: str, shape: str, device: str, ours: float, peer: str, theirs: float, flops: int) -> dict[str, Any]:
-    """One line of the table."""
-    return {
-        "op": op,
-        "shape": shape,
-        "dtype": "float32",
-        "device": device,
-        "seconds": ours,
-        "gflops": flops / ours / 1e9,
-        "peer": peer,
-        "peer_seconds": theirs,
-        "ratio": theirs / ours,
-    }
+def limit(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of a large square product."""
+    size = 8192 if device == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / seconds([lambda: a @ b], device)[0]
+
+
+def measured(case: Case, device: str, dtype: torch.dtype, best: float) -> list[dict[str, Any]]:
+    """A row of the table for each peer."""
+    ours, *theirs = seconds([case.ours, *(work for work, _ in case.peers.values())], device)
+    held, name = memory(case.ours, device), str(dtype).removeprefix("torch.")
+    common = {"op": case.op, "shape": case.shape, "dtype": name, "device": device, "seconds": ours}
+    common |= {"tflops": case.flops / ours / 1e12, "share": case.flops / ours / best}
+    rows = []
+    for (peer, (work, goal)), taken in zip(case.peers.items(), theirs, strict=True):
+        row = {**common, "peer": peer, "peer_seconds": taken, "ratio": taken / ours}
+        if goal is not None:
+            row |= {"goal": goal, "met": taken / ours >= goal}
+        if held is not None:
+            row |= {"memory": held, "peer_memory": memory(work, device)}
+        if held is not None and case.most_memory is not None:
+            row |= {"most_memory": case.most_memory, "memory_met": held <= case.most_memory}
+        rows.append(row)
+    return rows
+
+
+def said(row: dict[str, Any]) -> str:
+    line = (
+        f"{row['op']:<21} {row['shape']:<36} {row['dtype']:<8} {row['seconds'] * 1e3:8.2f} ms {row['tflops']:6.3g} "
+        f"TFLOP/s ({row['share']:.2f})   {row['peer']}: {row['peer_seconds'] * 1e3:8.2f} ms   ratio {row['ratio']:.2f}"
+    )
+    if "goal" in row:
+        line += f" (goal {row['goal']}: {'met' if row['met'] else 'missed'})"
+    if "memory" in row:
+        line += f"   {row['memory'] / 2**20:.0f} MiB against {row['peer_memory'] / 2**20:.0f}"
+    return line
 
 
 def main() -> None:
@@ -101,20 +182,29 @@ def main() -> None:
     parser.add_argument("--op", choices=["grouped_gemm", "cross_entropy"])
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     asked = parser.parse_args()
-    cases = {
-        "grouped_gemm": [(8, 4096, 128, 128), (32, 8192, 256, 256), (64, 8192, 512, 512)],
+    device, dtype = asked.device, torch.bfloat16 if asked.device == "cuda" else torch.float32
+    makers: dict[str, Callable[..., Any]] = {"grouped_gemm": grouped, "cross_entropy": cross_entropy}
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "grouped_gemm": [(8, 1024, 4, 128, 128), (32, 2048, 4, 256, 256), (64, 2048, 4, 512, 512)],
         "cross_entropy": [(2048, 128, 1024), (2048, 256, 32_768)],
     }
-    makers: dict[str, Callable[..., dict[str, Any]]] = {"grouped_gemm": grouped, "cross_entropy": cross_entropy}
-    print(f"torch {torch.__version__}, {platform.machine()}, {asked.device}, {torch.get_num_threads()} threads")
-    rows = [
-        makers[op](asked.device, *case) for op, listed in cases.items() if asked.op in (None, op) for case in listed
-    ]
-    for r in rows:
-        print(
-            f"{r['op']:<14} {r['shape']:<30} {r['seconds'] * 1e3:8.1f} ms {r['gflops']:7.1f} GFLOP/s   "
-            f"{r['peer']}: {r['peer_seconds'] * 1e3:8.1f} ms   ratio {r['ratio']:.2f}"
-        )
+    if device == "cuda":
+        shapes = {
+            "grouped_gemm": [(256, tokens, 8, 7168, 2048) for tokens in (4096, 8192, 32_768)],
+            "cross_entropy": [(8192, 2048, 32_768), (16_384, 7168, 129_280)],
+        }
+    best = limit(device, dtype)
+    where = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    print(f"torch {torch.__version__}, {where}; a square product reaches {best / 1e12:.3g} TFLOP/s in {dtype}")
+    rows: list[dict[str, Any]] = []
+    for op in makers if asked.op is None else [asked.op]:
+        for shape in shapes[op]:
+            for case in makers[op](device, dtype, *shape):
+                for row in measured(case, device, dtype, best):
+                    print(said(row), flush=True)
+                    rows.append(row)
     if asked.json:
         print(json.dumps({"rows": rows}))
 

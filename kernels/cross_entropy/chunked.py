@@ -8,13 +8,23 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = {"cpu": 1 << 20, "gpu": 1 << 26}  # on a CPU a chunk stays in the cache, on a GPU it fills the device
+CPU_LOGITS = 1 << 20  # of a chunk: it stays in the cache
+GPU_LOGITS = (1 << 25, 1 << 27)
+"""At least and at most of a chunk: the head's gradient is read and written once a chunk."""
+SHARE = 20  # of all logits, in between: 5 % of them is held
 LEAST_ROWS = 128  # with fewer, a product spends its time on reading the weights
+WHOLE_ROWS = 256  # of two tiles of a GPU's products: a few rows more would take the time of another tile
 
 
 def chunks(rows: int, vocab_size: int, implementation: str) -> Iterator[slice]:
     """Slices of rows whose logits fit a chunk, but at least `LEAST_ROWS` of them."""
-    size = max(LEAST_ROWS, CHUNK_LOGITS[implementation] // vocab_size)
+    if implementation == "cpu":
+        size = CPU_LOGITS // vocab_size
+    else:
+        least, most = GPU_LOGITS
+        size = min(most, max(least, rows * vocab_size // SHARE)) // vocab_size
+        size = size // WHOLE_ROWS * WHOLE_ROWS
+    size = max(LEAST_ROWS, size)
     for start in range(0, rows, size):
         yield slice(start, start + size)
 
@@ -31,7 +41,11 @@ def softmax_of(implementation: str) -> ModuleType:
 
 
 class LinearCrossEntropyMean(torch.autograd.Function):
-    """Σ weight · loss; the gradients are made in the forward pass, since the weights are known there."""
+    """Σ weight · loss; the gradients are made in the forward pass, since the weights are known there.
+
+    The backward pass scales them where they lie, for a copy of the head's gradient would be as large as the head: so it
+    can be run once.
+    """
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor, implementation: str) -> Tensor:
@@ -46,13 +60,18 @@ class LinearCrossEntropyMean(torch.autograd.Function):
             total += (loss * weight).sum()
             torch.mm(logits, w_VD, out=grad_x[rows])
             grad_w.addmm_(logits.t(), x)
+            del logits  # before the next chunk's are made
         ctx.save_for_backward(grad_x, grad_w)
+        ctx.scaled = False
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        if ctx.scaled:
+            raise RuntimeError("linear_cross_entropy_mean: its gradients were taken before, and are kept only once")
+        ctx.scaled = True
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), grad_w * grad.to(grad_w.dtype), None, None, None
+        return grad_x.mul_(grad), grad_w.mul_(grad), None, None, None
 
 
 class LinearLogProbs(torch.autograd.Function):
@@ -79,4 +98,5 @@ class LinearLogProbs(torch.autograd.Function):
             softmax.softmax_slope_(logits, target_T[rows], -grad_T[rows], ctx.temperature)
             torch.mm(logits, w_VD, out=grad_x[rows])
             grad_w.addmm_(logits.t(), x)
+            del logits  # before the next chunk's are made
         return grad_x, grad_w, None, None, None

@@ -1,127 +1,255 @@
 """The grouped product in Triton: tiles find their group on the device, so nothing waits for the host.
 
-One kernel serves the product and its gradient in x, which differ in the strides of w; another gives the gradient in w,
-each expert's tile summing over the rows of its group in one fixed order, so two runs give equal bits.
+One kernel serves the product and its gradient in x, which differ in which way w lies; another gives the gradient in w,
+each expert's tile summing over the rows of its group in one fixed order, so two runs give equal bits. Programs stay on
+their multiprocessor and take tile after tile, so that one's result is written while the next is loaded.
+
+Matrices of 16-bit numbers that lie as the copy engine of a Hopper GPU wants them (rows of whole 16 bytes) are read and
+written by it, in tiles found by measurement (BENCHMARKS.md); others, and float32, by plain loads in smaller tiles.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-BLOCK_ROWS, BLOCK_OUT, BLOCK_IN = 64, 64, 32
-WIDEN = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter's dot does not know bfloat16
+from gristmill.kernels.dispatch import require
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter's dot does not know bfloat16
+ALIGNED = 16  # bytes; of addresses and of steps from row to row
+MOST_ROWS = 1 << 30  # the bound of Triton's descriptors of groups
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A tile of a result, and how much of the sum is taken at a time; warps, buffers and programs a multiprocessor."""
+
+    rows: int
+    columns: int
+    terms: int
+    warps: int
+    stages: int
+    programs: int = 1
+
+
+PLAIN = Tiles(64, 64, 32, 4, 3, programs=4)
+PRODUCT = Tiles(128, 256, 64, 8, 3)
+GRADIENT, SHORT_GRADIENT = Tiles(256, 128, 32, 8, 4), Tiles(128, 128, 32, 4, 4, programs=2)
+FEW_ROWS = 256  # of a group, on average: its gradient is soon summed, and most of the time goes into writing it
+
+
+@triton.jit
+def _places(ends_ptr, table_ptr, groups, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Of a tile of rows: its group, its first row, the end of its group's rows, and how many such tiles there are."""
+    wanted, e = tl.program_id(0), tl.arange(0, GROUPS)
+    here = e < groups
+    end = tl.load(ends_ptr + e, mask=here, other=0).to(tl.int32)
+    begin = tl.load(ends_ptr + e - 1, mask=here & (e > 0), other=0).to(tl.int32)
+    tiles = tl.where(here, (end - begin + ROWS - 1) // ROWS, 0)
+    group = tl.sum((here & (tl.cumsum(tiles, 0) <= wanted)).to(tl.int32), 0)
+    before = tl.sum(tl.where(e < group, tiles, 0), 0)
+    entry = table_ptr + 4 * wanted
+    tl.store(entry, group)
+    tl.store(entry + 1, tl.sum(tl.where(e == group, begin, 0), 0) + (wanted - before) * ROWS)
+    tl.store(entry + 2, tl.sum(tl.where(e == group, end, 0), 0))
+    tl.store(entry + 3, tl.sum(tiles, 0))
 
 
 @triton.jit
 def _product(
-    a_ptr, b_ptr, y_ptr, ends_ptr, inner, outer, groups,
-    a_row, a_in, b_group, b_in, b_out, y_row,
-    ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, WIDE: tl.constexpr,
+    a, b, y, table_ptr, inner, outer, a_row, a_in, b_group, b_in, b_out, y_row,
+    TRANSPOSED: tl.constexpr, ENGINE: tl.constexpr, WIDE: tl.constexpr, MOST: tl.constexpr,
+    ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
 ):  # fmt: skip
-    """y[rows of e] = a[rows of e] · B_e, where B_e[i, o] lies at b + e·b_group + i·b_in + o·b_out."""
-    wanted, column = tl.program_id(0), tl.program_id(1)
-    first, last, group, tile, begin = 0, 0, -1, 0, 0
-    for e in range(groups):
-        end = tl.load(ends_ptr + e).to(tl.int32)
-        tiles = (end - begin + ROWS - 1) // ROWS
-        here = (wanted >= tile) & (wanted < tile + tiles)
-        group = tl.where(here, e, group)
-        first = tl.where(here, begin + (wanted - tile) * ROWS, first)
-        last = tl.where(here, end, last)
-        tile += tiles
-        begin = end
-    if group >= 0:
-        rows = (first + tl.arange(0, ROWS)).to(tl.int64)
-        outs, ins = column * OUT + tl.arange(0, OUT), tl.arange(0, IN)
+    """y[rows of e] = a[rows of e] · B_e, where B_e[i, o] lies at b + e·b_group + i·b_in + o·b_out.
+
+    With ENGINE, a, b and y are descriptors, b's of w as it lies: (groups, outer, inner) if TRANSPOSED; y's is of groups
+    of rows, and cuts off what a tile has beyond its group.
+    """
+    columns, steps = tl.cdiv(outer, OUT), tl.cdiv(inner, IN)
+    for tile in tl.range(tl.program_id(0), tl.load(table_ptr + 3) * columns, tl.num_programs(0), flatten=ENGINE):
+        entry, column = table_ptr + 4 * (tile // columns), tile % columns * OUT
+        group, first, last = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        rows, outs, ins = first + tl.arange(0, ROWS), column + tl.arange(0, OUT), tl.arange(0, IN)
         total = tl.zeros((ROWS, OUT), dtype=tl.float32)
-        base = b_ptr + group.to(tl.int64) * b_group
-        for start in range(0, inner, IN):
-            i = start + ins
-            a = tl.load(
-                a_ptr + rows[:, None] * a_row + i[None, :] * a_in,
-                mask=(rows[:, None] < last) & (i[None, :] < inner),
-                other=0.0,
-            )
-            b = tl.load(
-                base + i[:, None] * b_in + outs[None, :] * b_out,
-                mask=(i[:, None] < inner) & (outs[None, :] < outer),
-                other=0.0,
-            )
+        for step in range(steps):
+            start = step * IN
+            if ENGINE:
+                x = a.load([first, start])
+                if TRANSPOSED:
+                    w = b.load([group, column, start]).reshape(OUT, IN).T
+                else:
+                    w = b.load([group, start, column]).reshape(IN, OUT)
+            else:
+                i = start + ins
+                x = tl.load(
+                    a + rows.to(tl.int64)[:, None] * a_row + i[None, :] * a_in,
+                    mask=(rows[:, None] < last) & (i[None, :] < inner),
+                    other=0.0,
+                )
+                w = tl.load(
+                    b + group.to(tl.int64) * b_group + i[:, None] * b_in + outs[None, :] * b_out,
+                    mask=(i[:, None] < inner) & (outs[None, :] < outer),
+                    other=0.0,
+                )
             if WIDE:
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            total = tl.dot(a, b, total, input_precision="ieee")
-        where = y_ptr + rows[:, None] * y_row + outs[None, :]
-        tl.store(where, total.to(y_ptr.dtype.element_ty), mask=(rows[:, None] < last) & (outs[None, :] < outer))
+                x, w = x.to(tl.float32), w.to(tl.float32)
+            total = tl.dot(x, w, total, input_precision="ieee")
+        if ENGINE:
+            place = [MOST, last, MOST - last + first, column]
+            y.store(place, total.to(y.dtype).reshape(1, 1, ROWS, OUT))
+        else:
+            where = y + rows.to(tl.int64)[:, None] * y_row + outs[None, :]
+            tl.store(where, total.to(y.dtype.element_ty), mask=(rows[:, None] < last) & (outs[None, :] < outer))
 
 
 @triton.jit
 def _weight_gradient(
-    grad_ptr, x_ptr, w_ptr, ends_ptr, outer, inner,
-    ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, WIDE: tl.constexpr,
+    grad, x, w, ends_ptr, groups, outer, inner,
+    ENGINE: tl.constexpr, WIDE: tl.constexpr, MOST: tl.constexpr,
+    OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dw[e] = grad[rows of e]ᵀ · x[rows of e]; zero for a group without rows. grad and x are contiguous."""
-    group = tl.program_id(0)
-    outs, ins = tl.program_id(1) * OUT + tl.arange(0, OUT), tl.program_id(2) * IN + tl.arange(0, IN)
-    begin = tl.load(ends_ptr + group - 1, mask=group > 0, other=0).to(tl.int32)
-    end = tl.load(ends_ptr + group).to(tl.int32)
-    total = tl.zeros((OUT, IN), dtype=tl.float32)
-    for start in range(begin, end, ROWS):
-        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
-        grad = tl.load(
-            grad_ptr + rows[None, :] * outer + outs[:, None],
-            mask=(rows[None, :] < end) & (outs[:, None] < outer),
-            other=0.0,
-        )
-        x = tl.load(
-            x_ptr + rows[:, None] * inner + ins[None, :],
-            mask=(rows[:, None] < end) & (ins[None, :] < inner),
-            other=0.0,
-        )
-        if WIDE:
-            grad, x = grad.to(tl.float32), x.to(tl.float32)
-        total = tl.dot(grad, x, total, input_precision="ieee")
-    where = w_ptr + group.to(tl.int64) * outer * inner + outs[:, None].to(tl.int64) * inner + ins[None, :]
-    tl.store(where, total.to(w_ptr.dtype.element_ty), mask=(outs[:, None] < outer) & (ins[None, :] < inner))
+    """dw[e] = grad[rows of e]ᵀ · x[rows of e]; zero for a group without rows. grad and x are contiguous.
+
+    With ENGINE, grad, x and w are descriptors; those of grad and x are of groups of rows, with zeros beyond a group
+    (MOST and the sums with it are how such a descriptor is told the bounds of a group).
+    """
+    columns = tl.cdiv(inner, IN)
+    tiles = tl.cdiv(outer, OUT) * columns
+    for turn in tl.range(tl.program_id(0), groups * tiles, tl.num_programs(0), flatten=ENGINE):
+        group, tile = turn // tiles, turn % tiles
+        out, into = tile // columns * OUT, tile % columns * IN
+        outs, ins = out + tl.arange(0, OUT), into + tl.arange(0, IN)
+        begin = tl.load(ends_ptr + group - 1, mask=group > 0, other=0).to(tl.int32)
+        end = tl.load(ends_ptr + group).to(tl.int32)
+        total = tl.zeros((OUT, IN), dtype=tl.float32)
+        for step in range(tl.cdiv(end - begin, ROWS)):
+            if ENGINE:
+                beyond = MOST - (end - begin) + step * ROWS
+                g = grad.load([MOST, end, beyond, out]).reshape(ROWS, OUT)
+                v = x.load([MOST, end, beyond, into]).reshape(ROWS, IN)
+            else:
+                rows = begin + step * ROWS + tl.arange(0, ROWS)
+                at, inside = rows.to(tl.int64)[:, None], rows[:, None] < end
+                g = tl.load(grad + at * outer + outs[None, :], mask=inside & (outs[None, :] < outer), other=0.0)
+                v = tl.load(x + at * inner + ins[None, :], mask=inside & (ins[None, :] < inner), other=0.0)
+            if WIDE:
+                g, v = g.to(tl.float32), v.to(tl.float32)
+            total = tl.dot(g.T, v, total, input_precision="ieee")
+        if ENGINE:
+            w.store([group, out, into], total.to(w.dtype).reshape(1, OUT, IN))
+        else:
+            where = w + group.to(tl.int64) * outer * inner + outs[:, None].to(tl.int64) * inner + ins[None, :]
+            tl.store(where, total.to(w.dtype.element_ty), mask=(outs[:, None] < outer) & (ins[None, :] < inner))
 
 
-def product(a_NI: Tensor, w: Tensor, ends_E: Tensor, outer: int, w_in: int, w_out: int) -> Tensor:
-    """Launch `_product`; `w_in` and `w_out` are the strides of w along what is summed and what is made."""
-    rows, groups = a_NI.shape[0], w.shape[0]
+@cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; under the interpreter a few, so that a program takes several tiles there too."""
+    return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _has_engine(device: torch.device) -> bool:
+    return INTERPRETED or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _fits_engine(*tensors: Tensor) -> bool:
+    """Whether the copy engine can take these: 16-bit numbers, neighbours side by side, the rest in whole 16 bytes."""
+    return _has_engine(tensors[0].device) and all(
+        t.element_size() == 2
+        and t.stride(-1) == 1
+        and t.data_ptr() % ALIGNED == 0
+        and all(s * t.element_size() % ALIGNED == 0 and s > 0 for s in t.stride()[:-1])
+        for t in tensors
+    )
+
+
+def _whole(tensor: Tensor, *block: int) -> Any:
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+
+
+def product(a_NI: Tensor, w_EMK: Tensor, ends_E: Tensor, transposed: bool, tiles: Tiles | None = None) -> Tensor:
+    """a[rows of e] · w[e]ᵀ if `transposed`, else a[rows of e] · w[e]; (N, M) or (N, K)."""
+    rows, inner = a_NI.shape
+    groups, outer = w_EMK.shape[0], w_EMK.shape[1 if transposed else 2]
     y = torch.empty(rows, outer, dtype=a_NI.dtype, device=a_NI.device)
-    # Each group may end in a tile that is not full: there are at most this many tiles, known without the ends.
-    grid = (triton.cdiv(rows, BLOCK_ROWS) + groups, triton.cdiv(outer, BLOCK_OUT))
-    if rows:
-        _product[grid](
-            a_NI, w, y, ends_E, a_NI.shape[1], outer, groups,
-            a_NI.stride(0), a_NI.stride(1), w.stride(0), w_in, w_out, y.stride(0),
-            ROWS=BLOCK_ROWS, OUT=BLOCK_OUT, IN=BLOCK_IN, WIDE=WIDEN,
-        )  # fmt: skip
+    if not y.numel():
+        return y
+    if not inner:
+        return y.zero_()
+    engine = _fits_engine(a_NI, w_EMK, y)
+    tiles = tiles or (PRODUCT if engine else PLAIN)
+    # Each group may end in a tile that is not full: there are at most this many of rows, known without the ends.
+    most = triton.cdiv(rows, tiles.rows) + groups
+    table = torch.empty(most, 4, dtype=torch.int32, device=a_NI.device)
+    _places[(most,)](ends_E, table, groups, ROWS=tiles.rows, GROUPS=triton.next_power_of_2(groups))
+    a, b, out = a_NI, w_EMK, y
+    if engine:
+        a = _whole(a_NI, tiles.rows, tiles.terms)
+        b = _whole(w_EMK, 1, *((tiles.columns, tiles.terms) if transposed else (tiles.terms, tiles.columns)))
+        out = create_ragged_descriptor(y, [tiles.rows, tiles.columns])
+    w_in, w_out = w_EMK.stride()[:0:-1] if transposed else w_EMK.stride()[1:]
+    grid = (min(most * triton.cdiv(outer, tiles.columns), tiles.programs * _processors(a_NI.device)),)
+    _product[grid](
+        a, b, out, table, inner, outer,
+        a_NI.stride(0), a_NI.stride(1), w_EMK.stride(0), w_in, w_out, y.stride(0),
+        TRANSPOSED=transposed, ENGINE=engine, WIDE=INTERPRETED, MOST=MOST_ROWS,
+        ROWS=tiles.rows, OUT=tiles.columns, IN=tiles.terms, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
     return y
 
 
+def weight_gradient(grad_NM: Tensor, x_NK: Tensor, ends_E: Tensor, tiles: Tiles | None = None) -> Tensor:
+    """grad[rows of e]ᵀ · x[rows of e] of every group, (E, M, K)."""
+    groups, outer, inner = len(ends_E), grad_NM.shape[1], x_NK.shape[1]
+    grad_NM, x_NK = grad_NM.contiguous(), x_NK.contiguous()
+    grad_w = torch.empty(groups, outer, inner, dtype=x_NK.dtype, device=x_NK.device)
+    if not len(x_NK) or not grad_w.numel():
+        return grad_w.zero_()
+    engine = _fits_engine(grad_NM, x_NK, grad_w)
+    few = len(x_NK) < FEW_ROWS * groups
+    tiles = tiles or (PLAIN if not engine else SHORT_GRADIENT if few else GRADIENT)
+    grad, x, w = grad_NM, x_NK, grad_w
+    if engine:
+        grad = create_ragged_descriptor(grad_NM, [tiles.terms, tiles.rows])
+        x = create_ragged_descriptor(x_NK, [tiles.terms, tiles.columns])
+        w = _whole(grad_w, 1, tiles.rows, tiles.columns)
+    most = groups * triton.cdiv(outer, tiles.rows) * triton.cdiv(inner, tiles.columns)
+    _weight_gradient[(min(most, tiles.programs * _processors(x_NK.device)),)](
+        grad, x, w, ends_E, groups, outer, inner, ENGINE=engine, WIDE=INTERPRETED, MOST=MOST_ROWS,
+        OUT=tiles.rows, IN=tiles.columns, ROWS=tiles.terms, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return grad_w
+
+
 class TritonGroupedGemm(torch.autograd.Function):
-    """The grouped product with both gradients, on a GPU."""
+    """The grouped product with both gradients, on a GPU.
+
+    Raises:
+        ValueError: there are 2³⁰ rows or more.
+    """
 
     @staticmethod
     def forward(ctx, x_NK: Tensor, w_EMK: Tensor, ends_E: Tensor) -> Tensor:
+        require(len(x_NK) < MOST_ROWS, ValueError, "grouped_gemm: rows of x_NK", len(x_NK), "fewer than 2³⁰")
         ends_E = ends_E.contiguous()  # the kernels read it by place
         ctx.save_for_backward(x_NK, w_EMK, ends_E)
-        return product(x_NK, w_EMK, ends_E, w_EMK.shape[1], w_EMK.stride(2), w_EMK.stride(1))
+        return product(x_NK, w_EMK, ends_E, transposed=True)
 
     @staticmethod
     def backward(ctx, grad_NM: Tensor):
         x_NK, w_EMK, ends_E = ctx.saved_tensors
-        grad_NM, x_NK = grad_NM.contiguous(), x_NK.contiguous()
-        groups, outer, inner = w_EMK.shape
-        grad_x = product(grad_NM, w_EMK, ends_E, inner, w_EMK.stride(1), w_EMK.stride(2))
-        grad_w = torch.empty(w_EMK.shape, dtype=w_EMK.dtype, device=w_EMK.device)
-        grid = (groups, triton.cdiv(outer, BLOCK_OUT), triton.cdiv(inner, BLOCK_OUT))
-        _weight_gradient[grid](
-            grad_NM, x_NK, grad_w, ends_E, outer, inner, ROWS=BLOCK_IN, OUT=BLOCK_OUT, IN=BLOCK_OUT, WIDE=WIDEN
-        )
+        grad_NM = grad_NM.contiguous()
+        grad_x = product(grad_NM, w_EMK, ends_E, transposed=False) if ctx.needs_input_grad[0] else None
+        grad_w = weight_gradient(grad_NM, x_NK, ends_E) if ctx.needs_input_grad[1] else None
         return grad_x, grad_w, None
