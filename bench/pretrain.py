@@ -144,11 +144,11 @@ def run_theirs(folder: Path, device: str, dtype: str, experts: str) -> dict[str,
     return {"losses": losses, "seconds": seconds[WARM:]}
 
 
-def measured(what: str, folder: Path, *arguments: str, threads: int) -> dict[str, Any]:
+def measured(what: str, folder: Path, device: str, *arguments: str, threads: int) -> dict[str, Any]:
     """One of the functions above in a process of its own, with the most memory it held."""
-    command = [sys.executable, "-P", __file__, "--run", what, str(folder), *arguments]
+    command = [sys.executable, "-P", __file__, "--run", what, str(folder), device, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RANK": "0"}
-    if arguments[0] == "cpu":
+    if device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
     environment |= {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -195,14 +195,14 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     """Both sides at one shape."""
     prepare(folder, name, arguments.steps)
     device = arguments.device
-    sides: dict[str, tuple[str, ...]] = {"ours float32": ("run_ours", device)}
+    sides: dict[str, tuple[str, ...]] = {"ours float32": ("run_ours",)}
     for dtype in arguments.dtypes:
-        sides[f"theirs {dtype} {arguments.experts}"] = ("run_theirs", device, dtype, arguments.experts)
+        sides[f"theirs {dtype} {arguments.experts}"] = ("run_theirs", dtype, arguments.experts)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     last: dict[str, dict[str, Any]] = {}
     for _ in range(arguments.rounds):
         for side, (what, *how) in sides.items():
-            last[side] = measured(what, folder, *how, threads=arguments.threads)
+            last[side] = measured(what, folder, device, *how, threads=arguments.threads)
             seconds[side] += last[side]["seconds"]
             rate = BATCH * LENGTH / statistics.median(last[side]["seconds"])
             print(f"{name:6s} {side:28s} {rate:8.0f} tokens/s {last[side]['peak_mib']:6d} MiB", flush=True)

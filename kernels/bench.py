@@ -12,7 +12,7 @@ import importlib.util
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -90,7 +90,9 @@ def routed(tokens: int, experts: int, active: int) -> Tensor:
     return chosen.flatten().bincount(minlength=experts).cumsum(0)
 
 
-def grouped(device: str, dtype: torch.dtype, experts: int, tokens: int, active: int, inner: int, outer: int):
+def grouped(
+    device: str, dtype: torch.dtype, experts: int, tokens: int, active: int, inner: int, outer: int
+) -> Iterator[Case]:
     """Against torch's own grouped product, and on a GPU against the product of as many rows with one matrix."""
     rows, ends = tokens * active, routed(tokens, experts, active).to(device)
     x = torch.randn(rows, inner, device=device, dtype=dtype)
@@ -114,7 +116,7 @@ def grouped(device: str, dtype: torch.dtype, experts: int, tokens: int, active: 
     yield Case("grouped_gemm", shape, 3 * flops, both, {peer: (both_ways(theirs, x, w), goal)})
 
 
-def cross_entropy(device: str, dtype: torch.dtype, rows: int, width: int, vocab: int):
+def cross_entropy(device: str, dtype: torch.dtype, rows: int, width: int, vocab: int) -> Iterator[Case]:
     """Against the logits held whole with torch's cross-entropy, and Liger's chunks on a GPU."""
     x = torch.randn(rows, width, device=device, dtype=dtype)
     w = torch.empty(vocab, width, device=device, dtype=dtype).normal_(0, width**-0.5)
@@ -173,6 +175,8 @@ def said(row: dict[str, Any]) -> str:
         line += f" (goal {row['goal']}: {'met' if row['met'] else 'missed'})"
     if "memory" in row:
         line += f"   {row['memory'] / 2**20:.0f} MiB against {row['peer_memory'] / 2**20:.0f}"
+    if "most_memory" in row:
+        line += f" (goal {row['most_memory'] / 2**20:.0f}: {'met' if row['memory_met'] else 'missed'})"
     return line
 
 
@@ -183,7 +187,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     asked = parser.parse_args()
     device, dtype = asked.device, torch.bfloat16 if asked.device == "cuda" else torch.float32
-    makers: dict[str, Callable[..., Any]] = {"grouped_gemm": grouped, "cross_entropy": cross_entropy}
+    makers: dict[str, Callable[..., Iterator[Case]]] = {"grouped_gemm": grouped, "cross_entropy": cross_entropy}
     shapes: dict[str, list[tuple[int, ...]]] = {
         "grouped_gemm": [(8, 1024, 4, 128, 128), (32, 2048, 4, 256, 256), (64, 2048, 4, 512, 512)],
         "cross_entropy": [(2048, 128, 1024), (2048, 256, 32_768)],

@@ -20,11 +20,31 @@ COMPACT_SHARE = 0.75  # the batch is made smaller when fewer than this share of 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: temperature 0 takes the likeliest; `top_p` keeps the nucleus."""
+    """How tokens are chosen: temperature 0 takes the likeliest.
+
+    Attributes:
+        top_p: keeps the nucleus, the likeliest tokens that reach this share of the weight together.
+        top_k: keeps so many of the likeliest; 0 keeps all.
+        min_p: keeps tokens with at least this share of the likeliest one's weight.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or not 0 <= self.min_p < 1:
+            raise ValueError(
+                f"temperature {self.temperature}, top_p {self.top_p}, top_k {self.top_k}, min_p {self.min_p}: wanted "
+                "a temperature of 0 or more, a top_p in (0, 1], a top_k of 0 or more and a min_p in [0, 1)"
+            )
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens are left out."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 @dataclass(frozen=True)
@@ -36,9 +56,13 @@ class Sample:
     ended: bool
 
 
-def uniform(seed_B: Tensor, step: int) -> Tensor:
-    """Numbers in [0, 1), float64, a hash of (seed, step): SplitMix64 (Steele et al. 2014) in wrapping int64."""
-    z = seed_B + _signed((step + 1) * 0x9E3779B97F4A7C15)
+def uniform(seed_B: Tensor, step: int | Tensor) -> Tensor:
+    """Numbers in [0, 1), float64, a hash of (seed, step): SplitMix64 (Steele et al. 2014) in wrapping int64.
+
+    The step is one for all or (B,), int64.
+    """
+    golden = 0x9E3779B97F4A7C15
+    z = seed_B + (_signed((step + 1) * golden) if isinstance(step, int) else (step + 1) * _signed(golden))
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
     z = z ^ _shift(z, 31)
@@ -56,23 +80,46 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, u_B: Tensor) -> tuple[Tensor, Tensor]:
-    """A token a row, and its log-probability at the sampling temperature before the nucleus is cut."""
+    """A token a row, and its log-probability at the sampling temperature before any token is left out."""
     if sampling.temperature == 0:
         log_p_BV = logits_BV.float().log_softmax(-1)
         token_B = log_p_BV.argmax(-1)
         return token_B, log_p_BV.gather(1, token_B[:, None])[:, 0]
     log_p_BV = (logits_BV.float() / sampling.temperature).log_softmax(-1)
-    if sampling.top_p < 1:
-        p_BV, order_BV = torch.sort(log_p_BV.exp(), stable=True, dim=-1, descending=True)
-        before_BV = p_BV.cumsum(-1) - p_BV
-        p_BV = p_BV.masked_fill(before_BV >= sampling.top_p, 0)
-        token_B = order_BV.gather(1, _inverse_cdf(p_BV, u_B)[:, None])[:, 0]
+    if sampling.cuts:
+        p_BV, order_BV = _cut(log_p_BV.exp(), sampling)
+        token_B = order_BV.gather(1, inverse_cdf(p_BV, u_B)[:, None])[:, 0]
     else:
-        token_B = _inverse_cdf(log_p_BV.exp(), u_B)
+        token_B = inverse_cdf(log_p_BV.exp(), u_B)
     return token_B, log_p_BV.gather(1, token_B[:, None])[:, 0]
 
 
-def _inverse_cdf(p_BV: Tensor, u_B: Tensor) -> Tensor:
+def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution that `choose` draws from, (B, V) float32."""
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits_BV, dtype=torch.float32).scatter_(1, logits_BV.argmax(-1, keepdim=True), 1.0)
+    p_BV = (logits_BV.float() / sampling.temperature).softmax(-1)
+    if not sampling.cuts:
+        return p_BV
+    kept_BV, order_BV = _cut(p_BV, sampling)
+    return torch.zeros_like(p_BV).scatter_(1, order_BV, kept_BV / kept_BV.sum(-1, keepdim=True))
+
+
+def _cut(p_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Probabilities from the largest on, 0 where a token is left out, and the tokens that they are of."""
+    p_BV, order_BV = torch.sort(p_BV, stable=True, dim=-1, descending=True)
+    left_out = torch.zeros_like(p_BV, dtype=torch.bool)
+    if sampling.top_p < 1:
+        left_out |= p_BV.cumsum(-1) - p_BV >= sampling.top_p
+    if sampling.top_k:
+        left_out[:, sampling.top_k :] = True
+    if sampling.min_p:
+        left_out |= p_BV < sampling.min_p * p_BV[:, :1]
+    return p_BV.masked_fill(left_out, 0), order_BV
+
+
+def inverse_cdf(p_BV: Tensor, u_B: Tensor) -> Tensor:
+    """The token at which each row's weights, summed up, pass its number in [0, 1); no token without weight."""
     total_BV = p_BV.cumsum(-1)
     target_B = u_B.to(total_BV.dtype) * total_BV[:, -1]
     place = torch.searchsorted(total_BV, target_B[:, None], right=True)[:, 0]
@@ -100,6 +147,29 @@ def sample(
         ValueError: the longest prompt and response pass the model's position limit.
     """
     model.eval()
+    token_BS, position_BS = laid_out(model, prompts, sampling, pad)
+    count, longest = token_BS.shape
+    cache = LatentCache(model.config, count, longest + sampling.max_new_tokens, model.lm_head.weight)
+    logits_BV = model.decode(token_BS, position_BS, cache)
+    rows = torch.arange(count, device=token_BS.device).repeat_interleave(copies)
+    cache.select(rows)
+    return _continue(
+        model,
+        cache,
+        logits_BV[rows],
+        position_BS[rows, -1],
+        torch.tensor(seeds, device=token_BS.device),
+        sampling,
+        eos,
+    )
+
+
+def laid_out(model: Transformer, prompts: list[list[int]], sampling: Sampling, pad: int) -> tuple[Tensor, Tensor]:
+    """Tokens and positions (B, S) of prompts that end together, on the model's device; -1 is the position of padding.
+
+    Raises:
+        ValueError: the longest prompt and response pass the model's position limit.
+    """
     device = model.lm_head.weight.device
     longest = max(map(len, prompts))
     if longest + sampling.max_new_tokens > model.config.max_position_embeddings:
@@ -112,19 +182,7 @@ def sample(
         token_BS[row, longest - len(prompt) :] = torch.tensor(prompt)
     start_B = torch.tensor([longest - len(p) for p in prompts])
     position_BS = (torch.arange(longest) - start_B[:, None]).clamp_min(-1).to(device)
-    cache = LatentCache(model.config, len(prompts), longest + sampling.max_new_tokens, model.lm_head.weight)
-    logits_BV = model.decode(token_BS.to(device), position_BS, cache)
-    rows = torch.arange(len(prompts), device=device).repeat_interleave(copies)
-    cache.select(rows)
-    return _continue(
-        model,
-        cache,
-        logits_BV[rows],
-        position_BS[rows, -1],
-        torch.tensor(seeds, device=device),
-        sampling,
-        eos,
-    )
+    return token_BS.to(device), position_BS
 
 
 def _continue(

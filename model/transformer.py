@@ -134,10 +134,26 @@ class LatentCache:
     With grouped queries it is each head's keys and values.
     """
 
-    def __init__(self, config: ModelConfig, sequences: int, length: int, like: Tensor) -> None:
-        self.latent_LBSC = like.new_zeros(config.num_hidden_layers, sequences, length, config.cache_width)
+    def __init__(
+        self, config: ModelConfig, sequences: int, length: int, like: Tensor, layers: int | None = None
+    ) -> None:
+        layers = config.num_hidden_layers if layers is None else layers
+        self.latent_LBSC = like.new_zeros(layers, sequences, length, config.cache_width)
         self.position_BS = torch.full((sequences, length), -1, dtype=torch.long, device=like.device)
         self.filled = 0
+
+    def grow(self, position_BS: Tensor) -> tuple[int, Tensor]:
+        """Make room for tokens at these positions: where the room begins, and what they see of the cache, (B, S, all).
+
+        A position of -1 marks a token that nobody sees.
+        """
+        at = self.filled
+        self.filled = at + position_BS.shape[1]
+        self.position_BS[:, at : self.filled] = position_BS
+        key_BS = self.position_BS[:, : self.filled]
+        seen_BSS = (key_BS[:, None] <= position_BS[..., None]) & (key_BS[:, None] >= 0)
+        seen_BSS |= (position_BS < 0)[..., None]  # a padded query sees anything, so that no row is all -inf
+        return at, seen_BSS
 
     def select(self, rows: Tensor) -> None:
         """Keep these sequences, in this order (a row may be taken more than once)."""
@@ -437,6 +453,13 @@ class Block(nn.Module):
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask_BSS)
         return self.feed_forward(x_BSD, routing)
 
+    def decode(
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], cache_BSC: Tensor, seen_BSS: Tensor, at: int
+    ) -> Tensor:
+        """New positions alone, which begin at `at` of this layer's cache."""
+        attended = self.self_attn.decode(self.input_layernorm(x_BSD), rotary, cache_BSC, seen_BSS, at)
+        return self.feed_forward(x_BSD + attended, None)
+
 
 class MultiTokenPrediction(nn.Module):
     """Module k: token t+1+k from module k−1's hidden state at t and the embedding of token t+k (V3 section 2.2)."""
@@ -458,8 +481,11 @@ class MultiTokenPrediction(nn.Module):
         routing: Routing | None,
     ) -> Tensor:
         """The block's output before `norm`, which the next module takes (equations 21 and 22)."""
-        joined = torch.cat((self.enorm(next_BSD), self.hnorm(hidden_BSD)), -1)
-        return self.block(self.eh_proj(joined), rotary, mask_BSS, routing)
+        return self.block(self.joined(hidden_BSD, next_BSD), rotary, mask_BSS, routing)
+
+    def joined(self, hidden_BSD: Tensor, next_BSD: Tensor) -> Tensor:
+        """The block's input (equation 21)."""
+        return self.eh_proj(torch.cat((self.enorm(next_BSD), self.hnorm(hidden_BSD)), -1))
 
 
 def token_behind(target_BS: Tensor) -> Tensor:
@@ -549,26 +575,36 @@ class Transformer(nn.Module):
         return linear_cross_entropy_mean(x_BSD.flatten(0, 1), self.lm_head.weight, target_T, weight_T)
 
     @torch.no_grad()
-    def decode(self, token_BS: Tensor, position_BS: Tensor, cache: LatentCache) -> Tensor:
-        """Logits (B, V) after the last of these new tokens; the cache grows by them.
+    def advance(self, token_BS: Tensor, position_BS: Tensor, cache: LatentCache) -> Tensor:
+        """The last block's output before the final norm for these new tokens, (B, S, D); the cache grows by them.
 
         A position of -1 marks padding before a sequence's start: nobody sees it.
         """
-        at, length = cache.filled, token_BS.shape[1]
-        cache.position_BS[:, at : at + length] = position_BS
-        cache.filled = at + length
-        key_BS = cache.position_BS[:, : cache.filled]
-        seen_BSS = (key_BS[:, None] <= position_BS[..., None]) & (key_BS[:, None] >= 0)
-        seen_BSS |= (position_BS < 0)[..., None]  # a padded query sees anything, so that no row is all -inf
+        at, seen_BSS = cache.grow(position_BS)
         rotary = rotary_angles(self.config, position_BS.clamp_min(0))
         x_BSD = self.embed_tokens(token_BS)
         for layer, cache_BSC in zip(self.layers, cache.latent_LBSC, strict=True):
             assert isinstance(layer, Block)
-            attended = layer.self_attn.decode(
-                layer.input_layernorm(x_BSD), rotary, cache_BSC[:, : cache.filled], seen_BSS, at
-            )
-            x_BSD = layer.feed_forward(x_BSD + attended, None)
-        return self.lm_head(self.norm(x_BSD[:, -1]))
+            x_BSD = layer.decode(x_BSD, rotary, cache_BSC[:, : cache.filled], seen_BSS, at)
+        return x_BSD
+
+    def decode(self, token_BS: Tensor, position_BS: Tensor, cache: LatentCache) -> Tensor:
+        """Logits (B, V) after the last of these new tokens; as `advance`."""
+        return self.lm_head(self.norm(self.advance(token_BS, position_BS, cache)[:, -1]))
+
+    @torch.no_grad()
+    def advance_mtp(self, hidden_BSD: Tensor, next_BS: Tensor, position_BS: Tensor, cache: LatentCache) -> Tensor:
+        """What the first MTP module makes of `advance`'s states and the tokens after them, behind its norm, (B, S, D).
+
+        `lm_head` makes of it the logits of the token after next. The cache is one of a single layer.
+        """
+        module = self.mtp[0]
+        assert isinstance(module, MultiTokenPrediction)
+        at, seen_BSS = cache.grow(position_BS)
+        rotary = rotary_angles(self.config, position_BS.clamp_min(0))
+        x_BSD = module.joined(hidden_BSD, self.embed_tokens(next_BS))
+        cache_BSC = cache.latent_LBSC[0][:, : cache.filled]
+        return module.norm(module.block.decode(x_BSD, rotary, cache_BSC, seen_BSS, at))
 
 
 def parameter_counts(config: ModelConfig, vocab_size: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ __all__ = ["linear_cross_entropy_mean", "linear_log_probs"]
 
 
 def linear_cross_entropy_mean(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor) -> Tensor:
-    """Σ weight · cross-entropy of the logits x·wᵀ, a float32 scalar, differentiable in x and w.
+    """Σ weight · cross-entropy of the logits x·wᵀ, a float32 scalar, differentiable in x and w, once.
 
     Args:
         x_TD: hidden states, (T, D).
@@ -26,6 +26,7 @@ def linear_cross_entropy_mean(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weig
     Raises:
         TypeError: x and w differ in dtype or device.
         ValueError: the shapes do not fit.
+        RuntimeError: (of the backward pass) its gradients were taken before.
     """
     _check("linear_cross_entropy_mean", x_TD, w_VD, target_T)
     implementation = chosen("linear_cross_entropy_mean", x_TD)

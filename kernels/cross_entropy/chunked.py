@@ -11,7 +11,7 @@ from torch import Tensor
 CPU_LOGITS = 1 << 20  # of a chunk: it stays in the cache
 GPU_LOGITS = (1 << 25, 1 << 27)
 """At least and at most of a chunk: the head's gradient is read and written once a chunk."""
-SHARE = 20  # of all logits, in between: 5 % of them is held
+SHARE = 20  # of all logits: between the two, 5 % of them is held
 LEAST_ROWS = 128  # with fewer, a product spends its time on reading the weights
 WHOLE_ROWS = 256  # of two tiles of a GPU's products: a few rows more would take the time of another tile
 
@@ -68,7 +68,10 @@ class LinearCrossEntropyMean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         if ctx.scaled:
-            raise RuntimeError("linear_cross_entropy_mean: its gradients were taken before, and are kept only once")
+            raise RuntimeError(
+                "linear_cross_entropy_mean: its gradients were taken before, and are kept only once: ask for those of "
+                "x and w together, or call it again"
+            )
         ctx.scaled = True
         grad_x, grad_w = ctx.saved_tensors
         return grad_x.mul_(grad), grad_w.mul_(grad), None, None, None

@@ -23,7 +23,8 @@ def grouped_gemm(x_NK: Tensor, w_EMK: Tensor, ends_E: Tensor) -> Tensor:
 
     Raises:
         TypeError: x and w differ in dtype or device.
-        ValueError: the shapes do not fit, or the ends do not ascend to N (checked on CPU).
+        ValueError: the shapes do not fit, there are rows and no group, the ends are on another device or (checked on a
+            CPU) do not ascend to N; on a GPU, there are 2³⁰ rows or more.
     """
     _check(x_NK, w_EMK, ends_E)
     implementation = chosen("grouped_gemm", x_NK)
@@ -49,6 +50,8 @@ def _check(x: Tensor, w: Tensor, ends: Tensor) -> None:
         tuple(ends.shape),
         (w.shape[0],),
     )
+    require(ends.device == x.device, ValueError, "grouped_gemm: device of ends_E", ends.device, f"{x.device}")
+    require(bool(len(ends)) or not len(x), ValueError, "grouped_gemm: groups of w_EMK", 0, f"some, for {len(x)} rows")
     if ends.device.type == "cpu" and ends.numel():
         places = ends.tolist()
         ascending = places[0] >= 0 and all(a <= b for a, b in pairwise(places))

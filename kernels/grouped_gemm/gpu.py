@@ -1,11 +1,12 @@
 """The grouped product in Triton: tiles find their group on the device, so nothing waits for the host.
 
 One kernel serves the product and its gradient in x, which differ in which way w lies; another gives the gradient in w,
-each expert's tile summing over the rows of its group in one fixed order, so two runs give equal bits. Programs stay on
-their multiprocessor and take tile after tile, so that one's result is written while the next is loaded.
+each expert's tile summing over the rows of its group in one fixed order, so two runs give equal bits. A program takes
+tile after tile; there are as many as the multiprocessors hold.
 
 Matrices of 16-bit numbers that lie as the copy engine of a Hopper GPU wants them (rows of whole 16 bytes) are read and
-written by it, in tiles found by measurement (BENCHMARKS.md); others, and float32, by plain loads in smaller tiles.
+written by it, in tiles found by measurement (BENCHMARKS.md), one tile's result while the next is loaded; others, and
+float32, by plain loads in smaller tiles.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def _product(
                 else:
                     w = b.load([group, start, column]).reshape(IN, OUT)
             else:
-                i = start + ins
+                i = (start + ins).to(tl.int64)
                 x = tl.load(
                     a + rows.to(tl.int64)[:, None] * a_row + i[None, :] * a_in,
                     mask=(rows[:, None] < last) & (i[None, :] < inner),
@@ -121,7 +122,8 @@ def _weight_gradient(
     """dw[e] = grad[rows of e]ᵀ · x[rows of e]; zero for a group without rows. grad and x are contiguous.
 
     With ENGINE, grad, x and w are descriptors; those of grad and x are of groups of rows, with zeros beyond a group
-    (MOST and the sums with it are how such a descriptor is told the bounds of a group).
+    (MOST and the sums with it are how such a descriptor is told the bounds of a group; Triton's own function for that
+    does not run under its interpreter).
     """
     columns = tl.cdiv(inner, IN)
     tiles = tl.cdiv(outer, OUT) * columns
@@ -160,7 +162,8 @@ def _processors(device: torch.device) -> int:
 
 @cache
 def _has_engine(device: torch.device) -> bool:
-    return INTERPRETED or torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether it is a Hopper GPU: its engine, and room for the tiles in its shared memory."""
+    return INTERPRETED or (torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9)
 
 
 def _fits_engine(*tensors: Tensor) -> bool:
