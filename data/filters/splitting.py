@@ -31,7 +31,7 @@ SMALL_D, SMALL_E, SMALL_L, SMALL_M, SMALL_N, SMALL_R = 0x64, 0x65, 0x6C, 0x6D, 0
 SMALL_S, LARGE_S, SMALL_T, SMALL_V = 0x73, 0x53, 0x74, 0x76
 AT, HASH, QUESTION, UNDERSCORE, LEFT, RIGHT = 0x40, 0x23, 0x3F, 0x5F, 0x28, 0x29
 
-BEYOND = 16  # places beyond the most words: what is written before a loop looks at the count again
+BEYOND = 4  # places beyond the most words: what is written before a loop looks at the count again
 
 
 @njit(cache=True, nogil=True)
@@ -47,22 +47,35 @@ def split_fast(codes, table, most):
         end = at + 1
         while end < len(codes) and not table[codes[end]] & SPACE:
             end += 1
-        first = count
         count = _split_run(codes, table, at, end, starts, ends, count, most)
-        count = _join_faces(codes, starts, ends, first, count)
         at = end
     return starts[:count].copy(), ends[:count].copy()
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _put(codes, starts, ends, first, count, start, end):
+    """One more word of a run whose words begin at `first`; how many there are then.
+
+    A parenthesis beside a colon is one word with it, as in the faces :) and (: and, so, at the end of Python's `f(x):`.
+    """
+    if count > first and end - start == 1 and ends[count - 1] - starts[count - 1] == 1:
+        left, right = codes[starts[count - 1]], codes[start]
+        if (left == COLON and (right in (LEFT, RIGHT))) or (right == COLON and (left in (LEFT, RIGHT))):
+            ends[count - 1] = end
+            return count
+    starts[count], ends[count] = start, end
+    return count + 1
 
 
 @njit(cache=True, nogil=True)
 def _split_run(codes, table, start, end, starts, ends, count, most):
     """The words of characters [start, end), none of them white space, into starts and ends from `count` on."""
+    first = count
     while start < end and count <= most:
         size = _opening(codes, table, start, end)
         if size == 0:
             break
-        starts[count], ends[count] = start, start + size
-        count += 1
+        count = _put(codes, starts, ends, first, count, start, start + size)
         start += size
     inner = end
     while start < inner:
@@ -70,7 +83,8 @@ def _split_run(codes, table, start, end, starts, ends, count, most):
         if size == 0:
             break
         inner -= size
-    count = _split_inside(codes, table, start, inner, starts, ends, count, most)
+    if start < inner:
+        count = _split_inside(codes, table, start, inner, starts, ends, first, count, most)
     while inner < end and count <= most:  # the closing marks again, now from the left
         size = 1
         if codes[inner] == DOT:
@@ -78,27 +92,9 @@ def _split_run(codes, table, start, end, starts, ends, count, most):
                 size += 1
         elif _is_apostrophe(codes[inner]) and inner + 1 < end and _is_s(codes[inner + 1]):
             size = 2
-        starts[count], ends[count] = inner, inner + size
-        count += 1
+        count = _put(codes, starts, ends, first, count, inner, inner + size)
         inner += size
     return count
-
-
-@njit(cache=True, nogil=True)
-def _join_faces(codes, starts, ends, first, count):
-    """A parenthesis beside a colon is one word, as in the faces :) and (: and, so, at the end of Python's `f(x):`."""
-    kept = first
-    for i in range(first, count):
-        joins = False
-        if kept > first and ends[i] - starts[i] == 1 and ends[kept - 1] - starts[kept - 1] == 1:
-            left, right = codes[starts[kept - 1]], codes[starts[i]]
-            joins = (left == COLON and (right in (LEFT, RIGHT))) or (right == COLON and (left in (LEFT, RIGHT)))
-        if joins:
-            ends[kept - 1] = ends[i]
-        else:
-            starts[kept], ends[kept] = starts[i], ends[i]
-            kept += 1
-    return kept
 
 
 @njit(cache=True, nogil=True)
@@ -150,22 +146,31 @@ def _closing_dots(codes, table, start, end):
 
 
 @njit(cache=True, nogil=True)
-def _split_inside(codes, table, start, end, starts, ends, count, most):
-    """The words of a run without its outer marks."""
-    if start >= end or count > most:
+def _split_inside(codes, table, start, end, starts, ends, first, count, most):
+    """The words of a run without its outer marks; contractions at its end are words of their own."""
+    inner = end
+    while True:
+        size = _contraction(codes, start, inner)
+        if size == 0:
+            break
+        inner -= size
+    count = _split_word(codes, table, start, inner, starts, ends, first, count, most)
+    while inner < end and count <= most:  # the contractions again, now from the left
+        size = 2 if _is_apostrophe(codes[inner]) and codes[inner + 1] in (SMALL_M, SMALL_D) else 3
+        count = _put(codes, starts, ends, first, count, inner, inner + size)
+        inner += size
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _split_word(codes, table, start, end, starts, ends, first, count, most):
+    """The parts of a word without contractions."""
+    if count > most:
         return count
-    short = _contraction(codes, start, end)
-    if short:
-        count = _split_inside(codes, table, start, end - short, starts, ends, count, most)
-        starts[count], ends[count] = end - short, end
-        return count + 1
     if _is_address(codes, table, start, end):
-        starts[count], ends[count] = start, end
-        return count + 1
+        return _put(codes, starts, ends, first, count, start, end)
     at = start
     for i in range(start, end):
-        if count > most:
-            return count
         alone = table[codes[i]] & ALONE != 0
         if i < at or not (alone or (i > start and i + 1 < end and _cuts(codes, table, i))):
             continue
@@ -174,15 +179,12 @@ def _split_inside(codes, table, start, end, starts, ends, count, most):
             while i + size < end - 1 and codes[i] == codes[i + size] and (codes[i] == DOT or codes[i] == MINUS):
                 size += 1
         if at < i:
-            starts[count], ends[count] = at, i
-            count += 1
-        starts[count], ends[count] = i, i + size
-        count += 1
+            count = _put(codes, starts, ends, first, count, at, i)
+        count = _put(codes, starts, ends, first, count, i, i + size)
+        if count > most:
+            return count
         at = i + size
-    if at < end:
-        starts[count], ends[count] = at, end
-        count += 1
-    return count
+    return _put(codes, starts, ends, first, count, at, end) if at < end else count
 
 
 @njit(cache=True, nogil=True)

@@ -44,8 +44,10 @@ class Words:
 class TooManyWords(ValueError):
     """A text has more than MOST_WORDS words."""
 
-    def __init__(self) -> None:
-        super().__init__(f"more than {MOST_WORDS} words")
+
+def _refuse_more(words: int) -> None:
+    if words > MOST_WORDS:
+        raise TooManyWords(f"more than {MOST_WORDS} words")
 
 
 class Splitter(Protocol):
@@ -74,8 +76,7 @@ class FastSplitter:
 
 def _split_by_fast_rules(codes: NDArray[np.uint32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     starts, ends = split_fast(codes, character_table(), MOST_WORDS)
-    if len(starts) > MOST_WORDS:
-        raise TooManyWords
+    _refuse_more(len(starts))
     return starts, ends
 
 
@@ -104,20 +105,18 @@ class ExactSplitter:
 
     def split(self, text: str, codes: NDArray[np.uint32]) -> Words:
         starts, ends = runs(codes, character_table(), MOST_WORDS + 1)
-        if len(starts) > MOST_WORDS:  # and a run has a word or more
-            raise TooManyWords
+        _refuse_more(len(starts))  # for a run has a word or more
         if not len(starts):
             return Words(np.zeros(0, np.int32), np.zeros(0, np.int32))
         near_faces = self._faces.near(codes, starts, ends)
         parts, at, count = [], 0, 0
         while at < len(starts):
             end = min(at + AT_ONCE, len(starts))
-            while end < len(starts) and near_faces[end - 1]:
+            while end < min(len(starts), at + 2 * AT_ONCE) and near_faces[end - 1]:
                 end += 1
             parts.append(self._split_runs(text, starts[at:end], ends[at:end], near_faces[at : end - 1]))
             count += len(parts[-1][0])
-            if count > MOST_WORDS:
-                raise TooManyWords
+            _refuse_more(count)
             at = end
         if self._remembered > KNOWN_CHARACTERS:
             self._forget()
@@ -135,8 +134,7 @@ class ExactSplitter:
         if missing:
             self._learn(missing)
         ids = np.fromiter(map(known.__getitem__, found), np.int64, len(found))
-        if (self._offsets[ids + 1] - self._offsets[ids]).sum() > MOST_WORDS:
-            raise TooManyWords
+        _refuse_more((self._offsets[ids + 1] - self._offsets[ids]).sum())
         word_starts, word_ends = _laid_out(starts, ids, self._offsets, self._lengths)
         groups = self._faces.groups(found, np.flatnonzero(near_faces).tolist())
         if not groups:
@@ -160,16 +158,19 @@ class ExactSplitter:
                 tokens = self._tokenizer(runs_of_text)
                 words = [(t.idx, t.idx + len(t)) for t in tokens if not t.text.isspace()]
             self._together[runs_of_text] = words
-            self._remembered += len(runs_of_text) + 100
+            self._remembered += len(runs_of_text) + 100 * (1 + len(words))
         return words
 
     def _learn(self, missing: list[str]) -> None:
         """Split runs that were not seen before, and remember the lengths of their words."""
         short = [run for run in missing if len(run) <= LONGEST_RUN]
         lengths: dict[str, Any] = dict(zip(short, self._lengths_by_spacy(short), strict=True))
+        together = 0
         for run in missing:
             if len(run) > LONGEST_RUN:
                 lengths[run] = _lengths_by_fast_rules(run)
+                together += len(lengths[run])
+                _refuse_more(together)  # before anything is remembered
         for run in missing:
             self._known[run] = len(self._known)
             self._remembered += len(run) + 100  # a string and its place in the dictionary

@@ -278,6 +278,7 @@ ONE_LINES = {
     "blanks": " ",
     "ideographs": "語",
     "brackets": "[1] {",
+    "faces": ": ) ",
 }
 
 
@@ -300,7 +301,9 @@ def test_a_worker_under_its_limit_judges_lines_of_50_megabytes(mode: str, tmp_pa
     size, most = 50_000_000, 4_000_000
     lines = {name: piece * (size // len(piece.encode())) for name, piece in ONE_LINES.items()}
     lines["numbers"] = " ".join(f"{i:x}" for i in range(8_000_000))[:size]
+    lines["runs of marks"] = " ".join("(" * (3_900_000 + i) for i in range(12))
     lines["numbers just below"] = " ".join(f"{i:09x}" for i in range(most))
+    lines["faces just below"] = ": ) " * (most // 2)
     rows = [row(text, name) for name, text in [*lines.items(), ("prose", PROSE)]]
     documents, out = laid_out(tmp_path / "in", rows, 1), tmp_path / "out"
     del rows
@@ -312,7 +315,9 @@ def test_a_worker_under_its_limit_judges_lines_of_50_megabytes(mode: str, tmp_pa
         close_cluster()
     assert metrics["documents_in"] == len(lines) + 1
     assert {r["id"][2:]: r["reason"] for s in shards(out, "removed") for r in read_rows(s)} == {
-        **dict.fromkeys(("words", "marks", "addresses", "ideographs", "brackets", "numbers"), TOO_MANY),
+        **dict.fromkeys(
+            ("words", "marks", "runs of marks", "addresses", "ideographs", "brackets", "faces", "numbers"), TOO_MANY
+        ),
         "blanks": "gopher_quality: gopher_short_doc",
         "dots": "gopher_quality: gopher_too_many_ellipsis",
     }

@@ -19,7 +19,16 @@ from gristmill.data.filters import characters, counting
 from gristmill.data.filters.characters import character_table
 from gristmill.data.filters.edits import compose, original_spans
 from gristmill.data.filters.fasttext_model import language_identifier, model_path, read_model
-from gristmill.data.filters.words import LONGEST_RUN, ExactSplitter, FastSplitter, check_words, code_points, runs
+from gristmill.data.filters.splitting import BEYOND, split_fast
+from gristmill.data.filters.words import (
+    LONGEST_RUN,
+    ExactSplitter,
+    FastSplitter,
+    TooManyWords,
+    check_words,
+    code_points,
+    runs,
+)
 from gristmill.data.sieve import Edit, edited
 
 # Pieces from which spaCy's special words, affixes and contractions come together, blanks of all kinds among them.
@@ -125,6 +134,41 @@ def test_a_code_without_its_script_means_other_words_to_datatrove_than_the_one_w
     text = "الساعة ٥ ص.ب. ٢٠٢٠"
     assert split_by_datatrove(text, "ar") != split_by_datatrove(text, "ar_Arab")
     assert ExactSplitter("ar_Arab").split(text, code_points(text)).of(text) == split_by_datatrove(text, "ar_Arab")
+
+
+@given(text=st.text("ab'dnt:().[-語 ", max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_a_splitter_that_stops_has_found_all_or_more_than_it_may(text: str) -> None:
+    codes, table = code_points(text), character_table()
+    starts, _ = split_fast(codes, table, len(codes))
+    for most in range(len(starts) + 2):
+        some, _ = split_fast(codes, table, most)
+        assert len(some) > most if len(starts) > most else np.array_equal(some, starts)
+
+
+@pytest.mark.parametrize("piece", ["'d", "n't", ":)", "(:", "a-", ".)", "語", "[1]", "'s", "a,b"])
+@pytest.mark.parametrize("before", ["", "x", "x y ("])
+def test_a_run_of_one_thing_stays_within_its_bounds(piece: str, before: str) -> None:
+    text = before + piece * 40_000
+    codes, table = code_points(text), character_table()
+    everything, _ = split_fast(codes, table, len(codes))
+    for most in (0, 1, 7, 1000):
+        some, ends = split_fast(codes, table, most)
+        assert min(most + 1, len(everything)) <= len(some) <= most + BEYOND
+        assert np.array_equal(some[:most], everything[:most])
+        assert (ends <= len(codes)).all()
+
+
+def test_a_text_of_too_many_words_is_refused_and_the_next_is_split(exact: ExactSplitter, monkeypatch) -> None:
+    monkeypatch.setattr("gristmill.data.filters.words.MOST_WORDS", 100)
+    runs_of_marks = " ".join("(" * (2001 + i) for i in range(3))
+    for text in ("a b " * 51, "(" * 101, "x" * 3000 + ")" * 101, ": ) " * 60, runs_of_marks, "it's, " * 40):
+        for splitter in (exact, FastSplitter()):
+            with pytest.raises(TooManyWords, match="more than 100 words"):
+                splitter.split(text, code_points(text))
+    for text in ("a b " * 50, "(" * 100, ":) " * 100):
+        assert len(FastSplitter().split(text, code_points(text))) == 100
+        assert exact.split(text, code_points(text)).of(text) == split_by_datatrove(text)
 
 
 def test_long_runs_are_left_to_the_fast_rules(exact: ExactSplitter) -> None:
