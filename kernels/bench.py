@@ -8,6 +8,7 @@ the start; memory is the most beyond the inputs (on a GPU: of a CPU torch counts
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import platform
@@ -125,9 +126,8 @@ def cross_entropy(device: str, dtype: torch.dtype, rows: int, width: int, vocab:
     whole = both_ways(lambda a, b: F.cross_entropy((a @ b.T).float(), target), x, w)
     peers: dict[str, tuple[Work, float | None]] = {"whole logits, F.cross_entropy": (whole, None)}
     if device == "cuda" and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        peers["Liger-Kernel"] = (both_ways(lambda a, b: liger_fused_linear_cross_entropy(a, b, target), x, w), 1.0)
+        liger = importlib.import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
+        peers["Liger-Kernel"] = (both_ways(lambda a, b: liger(a, b, target), x, w), 1.0)
     size = x.element_size()
     yield Case(
         "cross_entropy",
