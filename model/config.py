@@ -6,6 +6,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from gristmill.model.batch_sizes import BatchSizes
+
 
 class Config(BaseModel):
     """A frozen configuration that refuses unknown fields: it is hashed into a stage's key."""
@@ -342,6 +344,16 @@ class PretrainConfig(Config):
     evaluate_every: int = Field(default=100, ge=1, title="Held-out check", description="Steps between held-out losses.")
     held_out_sequences: int = Field(default=64, ge=1, title="Held-out", description="Held-out sequences of each check.")
 
+    @property
+    def batches(self) -> BatchSizes:
+        """The size of each step's batch."""
+        return BatchSizes(self.batch_sequences, self.sequence_length, self.batch_ramp)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that the run reads in all."""
+        return self.batches.first_position(self.steps)
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.sequence_length > self.model.max_position_embeddings:
@@ -375,6 +387,11 @@ class PretrainConfig(Config):
                 f"batch_ramp.increment {ramp.increment} does not divide the {full - ramp.start_sequences} sequences "
                 f"between start_sequences {ramp.start_sequences} and batch_sequences {full}: choose a divisor"
             )
+        if (last := self.batches.stretches[-1].first_step) >= self.steps:
+            raise ValueError(
+                f"batch_ramp.tokens {ramp.tokens} take {last} steps of growing batches, and the run has {self.steps}: "
+                f"lower tokens, or raise steps"
+            )
         return self
 
 
@@ -387,6 +404,11 @@ class SFTConfig(Config):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, title="Optimizer", description="Rates.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, title="Schedule", description="Rate over steps.")
     checkpoint_every: int = Field(default=100, ge=1, title="Checkpoint", description="Steps between checkpoints.")
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that the run reads in all."""
+        return self.steps * self.batch_sequences
 
 
 class RewardConfig(Config):

@@ -140,6 +140,11 @@ def load_checkpoint(work: Path, model: Transformer, optimizer: MuonAdamW) -> dic
     return state
 
 
+def further_tensors(work: Path, name: str) -> dict[str, Tensor]:
+    """A further file of the last whole checkpoint, which must be there."""
+    return load_file(checkpoints(work)[-1] / name)
+
+
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     if wrong := [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
         raise FloatingPointError(

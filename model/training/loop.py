@@ -24,11 +24,13 @@ from gristmill.model.config import OptimizerConfig, ScheduleConfig
 from gristmill.model.stage_types import Progress
 from gristmill.model.training import checkpoints
 from gristmill.model.training.batches import Batches, TrainingBatch
+from gristmill.model.training.ema import WeightAverage
 from gristmill.model.training.optimizers import MuonAdamW
 from gristmill.model.training.schedules import factor
 from gristmill.model.transformer import Routing, Transformer, token_behind
 
 Row = dict[str, Any]
+AVERAGE = "average.safetensors"
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,11 @@ def train(
     out: Path,
     progress: Progress,
     held_out: Callable[[int], Row] | None = None,
+    average: WeightAverage | None = None,
 ) -> tuple[list[Row], list[Row]]:
     """Train `model` in place; returns the curves (a row a step) and the experts' load (a row a layer now and then).
 
-    `held_out(step)` gives further numbers for the rows of some steps.
+    `held_out(step)` gives further numbers for the rows of some steps; `average` follows the weights, step by step.
 
     Raises:
         FloatingPointError: the loss, its gradient or the weights were not finite; the last checkpoint is kept.
@@ -130,6 +133,8 @@ def train(
     )
     state = checkpoints.load_checkpoint(out / "work", model, optimizer)
     first: int = state["step"] if state else 0
+    if state and average is not None:
+        average.load_named_state(checkpoints.further_tensors(out / "work", AVERAGE), updates=first)
     curves: list[Row] = state["curves"] if state else []
     loads: list[Row] = state["loads"] if state else []
     _record_start(out, rank, first)
@@ -145,6 +150,8 @@ def train(
         optimizer.scale = factor(training.schedule, step, training.steps)
         engine.step()
         violation, load = _balance(model, objective.routing, ranks)
+        if average is not None:
+            average.update(model)
         row |= {
             "grad_norm": float(norm),
             "learning_rate": optimizer.scale * training.optimizer.adam_learning_rate,
@@ -160,7 +167,9 @@ def train(
         if rank == 0:
             _record_time(out, step, time.perf_counter() - began)
             if done % training.checkpoint_every == 0 and done < training.steps:
-                checkpoints.save_checkpoint(out / "work", done, model, optimizer, {"curves": curves, "loads": loads})
+                further = {AVERAGE: average.named_state()} if average is not None else {}
+                kept = {"curves": curves, "loads": loads}
+                checkpoints.save_checkpoint(out / "work", done, model, optimizer, kept, further)
         progress(done, training.steps, loss=row["main_loss"], grad_norm=row["grad_norm"])
     return curves, loads
 

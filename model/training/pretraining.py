@@ -12,10 +12,12 @@ import torch.distributed as dist
 
 from gristmill.data.mixture import Mixture
 from gristmill.data.shards import TokenShards
+from gristmill.model.batch_sizes import BatchSizes
 from gristmill.model.config import PretrainConfig
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import IGNORED, TokenBatches, torch_seed
 from gristmill.model.training.checkpoints import save_model
+from gristmill.model.training.ema import WeightAverage
 from gristmill.model.training.loop import Row, Training, start_distributed, train, write_rows
 from gristmill.model.transformer import Routing, Transformer, flops_per_token, parameter_counts
 
@@ -28,23 +30,28 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     shards = TokenShards(Path(job["tokens"]) / "tokens")
     mixture = Mixture(Path(job["mixture"]), shards)
     _check_run(config, mixture)
-    rank, _ = start_distributed(device)
+    rank, ranks = start_distributed(device)
+    config.batches.refuse_ranks(ranks)
     model = Transformer(config.model, shards.vocab_size)
     model.initialise(torch_seed(seed, "initialise"))
     model.to(device)
 
-    def batches(split: str, sequences: int) -> TokenBatches:
+    def batches(split: str, sizes: BatchSizes) -> TokenBatches:
         across = config.attend_across_documents
-        return TokenBatches(mixture, split, sequences=sequences, across_documents=across, device=device)
+        return TokenBatches(mixture, split, sizes=sizes, across_documents=across, device=device)
 
-    checks = batches("held_out", HELD_OUT_BATCH)
+    checks = batches("held_out", BatchSizes(HELD_OUT_BATCH, config.sequence_length, None))
+    average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
 
     def held_out(step: int) -> Row:
         if (step + 1) % config.evaluate_every and step + 1 != config.steps:
             return {}
-        return {"held_out_bpb": bits_per_byte(model, checks, config.held_out_sequences)}
+        row = {"held_out_bpb": bits_per_byte(model, checks, config.held_out_sequences)}
+        if average is not None:
+            row["held_out_bpb_ema"] = bits_per_byte(average.model, checks, config.held_out_sequences)
+        return row
 
-    train_batches = batches("train", config.batch_sequences)
+    train_batches = batches("train", config.batches)
     curves, loads = train(
         model,
         train_batches,
@@ -60,9 +67,12 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         out,
         progress,
         held_out,
+        average,
     )
     if rank == 0:
         save_model(out / "model", model)
+        if average is not None:
+            save_model(out / "model-ema", average.model)
         write_rows(out / "curves.jsonl", curves)
         write_rows(out / "expert_load.jsonl", loads)
     unigram = unigram_bits_per_byte(train_batches, checks, config.held_out_sequences, shards.vocab_size)
@@ -108,18 +118,19 @@ def _check_run(config: PretrainConfig, mixture: Mixture) -> None:
     Raises:
         ValueError: it has sequences of another length, or another number of them.
     """
-    asked = {"sequence_length": config.sequence_length, "sequences": config.steps * config.batch_sequences}
+    asked = {"sequence_length": config.sequence_length, "sequences": config.sequences}
     for name, value in asked.items():
         if value != getattr(mixture, name):
             raise ValueError(
-                f"pretrain asks for {name} {value} (sequences: steps times batch_sequences), and the mixture was made "
+                f"pretrain asks for {name} {value} (sequences: those of all its steps), and the mixture was made "
                 f"for {getattr(mixture, name)}: let mix.{name} agree"
             )
 
 
 def _metrics(config: PretrainConfig, model: Transformer, curves: list[Row], vocab_size: int, unigram: float) -> Metrics:
     total, active = parameter_counts(config.model, vocab_size)
-    tokens = config.steps * config.batch_sequences * config.sequence_length
+    tokens = config.sequences * config.sequence_length
+    averaged = {name: round(curves[-1][name], 5) for name in ("held_out_bpb_ema",) if name in curves[-1]}
     each = flops_per_token(config.model, vocab_size, config.sequence_length, mtp=len(model.mtp) > 0)
     return {
         "parameters": total,
@@ -129,6 +140,7 @@ def _metrics(config: PretrainConfig, model: Transformer, curves: list[Row], voca
         "steps": config.steps,
         "loss": round(curves[-1]["main_loss"], 5),
         "held_out_bpb": round(curves[-1]["held_out_bpb"], 5),
+        **averaged,
         "unigram_bpb": round(unigram, 5),
         "bpb_vs_unigram": round(curves[-1]["held_out_bpb"] / unigram, 5),
         "load_violation": round(curves[-1].get("load_violation", 0.0), 5),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from gristmill.model.config import BatchRampConfig, PretrainConfig
+if TYPE_CHECKING:
+    from gristmill.model.config import BatchRampConfig
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,3 @@ class BatchSizes:
 
     def _stretch(self, step: int) -> Stretch:
         return self.stretches[bisect.bisect_right(self.stretches, step, key=lambda stretch: stretch.first_step) - 1]
-
-
-def batch_sizes(config: PretrainConfig) -> BatchSizes:
-    """The batches of a pretraining run."""
-    return BatchSizes(config.batch_sequences, config.sequence_length, config.batch_ramp)
-
-
-def sequences_of_run(config: PretrainConfig) -> int:
-    """Sequences that a pretraining run reads in all, which its mixture must have."""
-    return batch_sizes(config).first_position(config.steps)
