@@ -80,7 +80,8 @@ def test_v3_has_its_published_rates_at_its_published_tokens() -> None:
 
 def test_wsd_is_stable_and_then_decays() -> None:
     for shape, remains in {"1-sqrt": 1 - 0.5**0.5, "linear": 0.5, "cosine": 0.5}.items():
-        config = ScheduleConfig(kind="wsd", wsd_decay=shape, warmup_steps=10, decay_fraction=0.2, final_ratio=0.1)  # type: ignore[arg-type]
+        asked = {"kind": "wsd", "wsd_decay": shape, "warmup_steps": 10, "decay_fraction": 0.2, "final_ratio": 0.1}
+        config = ScheduleConfig.model_validate(asked)
         found = factors(config, 100)
         assert found[9:80] == [1.0] * 71
         assert all(a > b for a, b in itertools.pairwise(found[79:]))
