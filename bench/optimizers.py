@@ -1,6 +1,6 @@
 """Held-out loss against steps and against time, Muon (with AdamW for the rest) and AdamW alone. JSON at the end.
 
-    OMP_NUM_THREADS=1 python -P bench/optimizers.py [--steps 240] [--seeds 3] [--adamw 0.0005 … 0.008]
+    OMP_NUM_THREADS=1 python -P bench/optimizers.py [--steps 240] [--seeds 3] [--adamw 0.0005 … 0.016]
                                                     [--muon 0.005 … 0.08] [--plot FILE.png]
 
 A DeepSeek-V3 of 0.2 M parameters (width 64, 3 layers, 8 experts of which 2 are active) learns the bytes of this
@@ -182,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--adamw", type=float, nargs="+", default=[0.0005, 0.001, 0.002, 0.004, 0.008])
+    parser.add_argument("--adamw", type=float, nargs="+", default=[0.0005, 0.001, 0.002, 0.004, 0.008, 0.016])
     parser.add_argument("--muon", type=float, nargs="+", default=[0.005, 0.01, 0.02, 0.04, 0.08])
     parser.add_argument("--plot", type=Path, default=Path("docs/images/optimizers.png"))
     arguments = parser.parse_args()
