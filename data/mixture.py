@@ -282,7 +282,7 @@ class Mixture:
     def where(self, split: str, source: str, shard: int, first: int, last: int) -> list[int]:
         """Positions of the run whose sequences read any of a shard's tokens [first, last], ascending; as targets too.
 
-        A position p was read in optimizer step p // batch_sequences.
+        A position p was read in optimizer step p // batch_sequences, where the batch did not grow.
 
         Raises:
             MixtureError: the mixture knows no such shard.

@@ -16,6 +16,8 @@ from gristmill.flows.errors import UsageError
 from gristmill.flows.lineage import descendants
 from gristmill.flows.manifest import Manifest
 from gristmill.flows.store import Store
+from gristmill.model.batch_sizes import BatchSizes
+from gristmill.model.config import BatchRampConfig
 
 FEW_STEPS = 20  # steps and positions listed one by one
 
@@ -130,8 +132,8 @@ def training(store: Store, tokens: Result, places: list[Row]) -> list[Row]:
         if mixed is None:
             continue
         positions = {split: _positions(tokens, mixed, places, split) for split in ("train", "held_out")}
-        batch, last = manifest["config"]["batch_sequences"], manifest["config"]["steps"]
-        steps = sorted({p // batch for p in positions["train"]})
+        batches, last = _batches(manifest["config"]), manifest["config"]["steps"]
+        steps = sorted({batches.step_of(p) for p in positions["train"]})
         found.append(
             {
                 "stage": manifest["stage"],
@@ -144,6 +146,14 @@ def training(store: Store, tokens: Result, places: list[Row]) -> list[Row]:
             }
         )
     return found
+
+
+def _batches(config: Row) -> BatchSizes:
+    """Of a training stage's configuration as its manifest holds it; one from before ramps were has none."""
+    ramp = config.get("batch_ramp")
+    return BatchSizes(
+        config["batch_sequences"], config["sequence_length"], None if ramp is None else BatchRampConfig(**ramp)
+    )
 
 
 def is_checkpoint(store: Store, entry: Row) -> bool:

@@ -69,8 +69,8 @@ def of_exam(config: Any, recipe: Recipe) -> Estimate:
 
 def of_training(config: Any, recipe: Recipe) -> Estimate:
     """Of pretraining and fine-tuning: steps of `batch_sequences` packed sequences."""
-    tokens = config.batch_sequences * config.sequence_length
-    return _of_steps(recipe, TRAINED_FLOPS * config.steps * tokens, tokens // recipe.execution.ranks)
+    held = config.batch_sequences * config.sequence_length // recipe.execution.ranks
+    return _of_steps(recipe, TRAINED_FLOPS * config.sequences * config.sequence_length, held)
 
 
 def of_reinforcement(config: Any, recipe: Recipe) -> Estimate:

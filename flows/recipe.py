@@ -98,14 +98,15 @@ class Recipe(BaseModel):
                     f"{name}.batch_sequences {sequences} does not divide among execution.ranks {ranks}: "
                     f"choose a multiple of {ranks}"
                 )
+        self.pretrain.batches.refuse_ranks(ranks)
         return self
 
     @property
     def mixing(self) -> MixConfig:
         """The mixture of this recipe's pretraining: as many sequences as its steps take, of its length."""
         section = {name: getattr(self.mix, name) for name in type(self.mix).model_fields}
-        run = self.pretrain.steps * self.pretrain.batch_sequences
-        return MixConfig(**section, sequence_length=self.pretrain.sequence_length, sequences=run)
+        run = self.pretrain
+        return MixConfig(**section, sequence_length=run.sequence_length, sequences=run.sequences)
 
 
 def shipped() -> list[str]:

@@ -6,6 +6,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from gristmill.model.batch_sizes import BatchSizes
+
 
 class Config(BaseModel):
     """A frozen configuration that refuses unknown fields: it is hashed into a stage's key."""
@@ -262,19 +264,60 @@ class OptimizerConfig(Config):
     )
 
 
-class ScheduleConfig(Config):
-    """Warm-up, constant, then cosine to a fraction of the peak (V3 section 4.2)."""
+class TailConfig(Config):
+    """A constant rate at the end of a run (V3 section 4.2 has two)."""
 
+    share: float = Field(gt=0, le=1, title="Share", description="Share of the run's steps.")
+    ratio: float = Field(ge=0, le=1, title="Ratio", description="Rate over the peak.")
+
+
+class ScheduleConfig(Config):
+    """Warm-up, constant, decay to a fraction of the peak, then constant tails; the defaults are V3's (section 4.2).
+
+    `wsd` (warm-up, stable, decay): Hu et al. 2024 (arXiv 2404.06395, section 4); its decay by one minus a square root:
+    Hägele et al. 2024 (arXiv 2405.18392). `linear` decays from the end of the warm-up on.
+    """
+
+    kind: Literal["cosine", "wsd", "linear"] = Field(
+        default="cosine", title="Kind", description="cosine, wsd (warm-up, stable, decay), or linear."
+    )
     warmup_steps: int = Field(default=20, ge=0, title="Warm-up", description="Steps of linear warm-up.")
     decay_fraction: float = Field(
         default=0.5,
         ge=0,
         le=1,
         title="Decay share",
-        description="Share of the steps, at the end, spent in cosine decay.",
+        description="cosine, wsd: share of the steps spent in decay, at the end or before the tails.",
+    )
+    wsd_decay: Literal["1-sqrt", "linear", "cosine"] = Field(
+        default="1-sqrt", title="Decay of wsd", description="Shape of the decay of wsd."
     )
     final_ratio: float = Field(
-        default=0.1, ge=0, le=1, title="Final ratio", description="Rate at the end over the peak."
+        default=0.1, ge=0, le=1, title="Final ratio", description="Rate at the end of the decay over the peak."
+    )
+    tails: tuple[TailConfig, ...] = Field(
+        default=(), title="Tails", description="Constant rates after the decay, in their order (V3 has two)."
+    )
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> Self:
+        tails = sum(tail.share for tail in self.tails)
+        decay = 0.0 if self.kind == "linear" else self.decay_fraction
+        if tails + decay > 1 + 1e-9:  # shares written in decimals
+            raise ValueError(
+                f"the shares of the steps, {decay:g} of decay_fraction and {tails:g} of tails, are more than the whole "
+                f"run: lower them to at most 1 in all"
+            )
+        return self
+
+
+class BatchRampConfig(Config):
+    """A batch that grows in equal increments, each kept for the same number of tokens (V3 section 4.2)."""
+
+    start_sequences: int = Field(ge=1, title="First batch", description="Sequences of the first steps (V3: 3072).")
+    increment: int = Field(ge=1, title="Increment", description="Sequences by which a batch grows at once.")
+    tokens: int = Field(
+        ge=1, title="Ramp", description="Tokens after which the batch is batch_sequences (V3: 469 billion)."
     )
 
 
@@ -347,6 +390,16 @@ class PretrainConfig(Config):
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, title="Optimizer", description="Rates.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, title="Schedule", description="Rate over steps.")
+    batch_ramp: BatchRampConfig | None = Field(
+        default=None, title="Batch ramp", description="Smaller batches at first; none: batch_sequences throughout."
+    )
+    ema_decay: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        title="Averaged weights",
+        description="Decay a step of an exponential average of the weights, evaluated and kept beside them; 0: none.",
+    )
     checkpoint_every: int = Field(default=100, ge=1, title="Checkpoint", description="Steps between checkpoints.")
     evaluate_every: int = Field(default=100, ge=1, title="Held-out check", description="Steps between held-out losses.")
     held_out_sequences: int = Field(default=64, ge=1, title="Held-out", description="Held-out sequences of each check.")
@@ -377,12 +430,53 @@ class PretrainConfig(Config):
             )
         return self
 
+    @property
+    def batches(self) -> BatchSizes:
+        """The size of each step's batch."""
+        return BatchSizes(self.batch_sequences, self.sequence_length, self.batch_ramp)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that the run reads in all."""
+        return self.batches.first_position(self.steps)
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"sequence_length {self.sequence_length} is longer than the position limit "
                 f"max_position_embeddings {self.model.max_position_embeddings}: lower one or raise the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warms_up(self) -> Self:
+        if self.schedule.warmup_steps > self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} is longer than the run of {self.steps} steps, "
+                f"which would never reach its rate: lower it or raise steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ramps_up(self) -> Self:
+        ramp, full = self.batch_ramp, self.batch_sequences
+        if ramp is None:
+            return self
+        if ramp.start_sequences >= full:
+            raise ValueError(
+                f"batch_ramp.start_sequences {ramp.start_sequences} is not below batch_sequences {full}: lower it, or "
+                f"leave batch_ramp out"
+            )
+        if (full - ramp.start_sequences) % ramp.increment:
+            raise ValueError(
+                f"batch_ramp.increment {ramp.increment} does not divide the {full - ramp.start_sequences} sequences "
+                f"between start_sequences {ramp.start_sequences} and batch_sequences {full}: choose a divisor"
+            )
+        if (last := self.batches.stretches[-1].first_step) >= self.steps:
+            raise ValueError(
+                f"batch_ramp.tokens {ramp.tokens} take {last} steps of growing batches, and the run has {self.steps}: "
+                f"lower tokens, or raise steps"
             )
         return self
 
@@ -399,6 +493,11 @@ class SFTConfig(Config):
     spikes: SpikeConfig = Field(
         default_factory=SpikeConfig, title="Spikes", description="Losses that jump or are no number."
     )
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that the run reads in all."""
+        return self.steps * self.batch_sequences
 
 
 class RewardConfig(Config):

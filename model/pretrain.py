@@ -22,10 +22,10 @@ def pretrain(
     layout: LayoutConfig,
     progress: Progress,
 ) -> Metrics:
-    """Train a base model and leave it in `out/model`.
+    """Train a base model and leave it in `out/model`, the average of its weights (`ema_decay`) in `out/model-ema`.
 
     `tokens` is the folder of the tokenize stage, `mixture` that of the mix stage, made from these tokens for a run of
-    this sequence length and as many sequences as `steps` times `batch_sequences`.
+    this sequence length and as many sequences as `config.sequences`.
 
     Raises:
         JobFailed: the training process ended badly (NaN loss, a mixture that does not fit, a signal).

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gristmill.data.mixture import Mixture
+from gristmill.model.batch_sizes import BatchSizes
 from gristmill.model.transformer import Batch
 
 IGNORED = -100
@@ -74,20 +75,18 @@ def positions_within(document_BS: Tensor) -> Tensor:
 
 
 class TokenBatches:
-    """Sequences of a mixture: step t is positions [t · sequences, (t + 1) · sequences), shared out among the ranks."""
+    """Sequences of a mixture in its order: each step takes the positions that follow, shared out among the ranks."""
 
     def __init__(
-        self, mixture: Mixture, split: str, *, sequences: int, across_documents: bool, device: torch.device
+        self, mixture: Mixture, split: str, *, sizes: BatchSizes, across_documents: bool, device: torch.device
     ) -> None:
-        self.mixture, self.split, self.sequences = mixture, split, sequences
+        self.mixture, self.split, self.sizes = mixture, split, sizes
         self.device, self.across = device, across_documents
 
     def step(self, step: int, rank: int, ranks: int) -> TrainingBatch:
-        count = self.sequences // ranks
-        positions = np.arange(step * self.sequences, (step + 1) * self.sequences)
-        mine = slice(rank * count, (rank + 1) * count)
+        positions, mine = self._positions(step), self._mine(step, rank, ranks)
         made = self.mixture.batch(positions[mine], self.split, across=self.across)
-        later = positions[mine] + self.sequences
+        later = self._positions(step + 1)[self._mine(step + 1, rank, ranks)]
         self.mixture.prefetch(later[later < self.mixture.orders[self.split].total], self.split)
         share, next_share = self._shares(positions, mine, ranks)
         token_BS, target_BS, next_BS, document_BS = (
@@ -102,8 +101,15 @@ class TokenBatches:
 
     def documents(self, step: int) -> list[str]:
         """`source/hash of the id` of each document in a step's sequences."""
-        positions = np.arange(step * self.sequences, (step + 1) * self.sequences)
-        return self.mixture.documents(positions, self.split)
+        return self.mixture.documents(self._positions(step), self.split)
+
+    def _positions(self, step: int) -> np.ndarray:
+        return np.arange(self.sizes.first_position(step), self.sizes.first_position(step + 1))
+
+    def _mine(self, step: int, rank: int, ranks: int) -> slice:
+        """This rank's part of the positions of a step."""
+        count = self.sizes.sequences(step) // ranks
+        return slice(rank * count, (rank + 1) * count)
 
     def _shares(self, positions: np.ndarray, mine: slice, ranks: int) -> tuple[float, float]:
         """This rank's part of the targets one and two tokens ahead of the whole step, times the ranks."""
@@ -128,7 +134,7 @@ class TokenBatches:
 
     def text_bytes(self, step: int) -> float:
         """Bytes of text that the targets of a step stand for, by each source's bytes a target."""
-        positions = np.arange(step * self.sequences, (step + 1) * self.sequences)
+        positions = self._positions(step)
         sources, _ = self.mixture.orders[self.split].locate(positions)
         targets = self.mixture.predictions(positions, self.split, across=self.across)[:, 0]
         return float((self.bytes_per_target()[sources] * targets).sum())

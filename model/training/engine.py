@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from gristmill.model.config import LayoutConfig, OptimizerConfig
 from gristmill.model.training.batches import Batches, TrainingBatch
 from gristmill.model.training.checkpoints import Checkpoint, DamagedCheckpoint
+from gristmill.model.training.ema import WeightAverage
 from gristmill.model.training.objective import Objective
 from gristmill.model.training.optimizers import MuonAdamW
 from gristmill.model.training.partitions import tell_optimizer
@@ -56,6 +58,7 @@ class Engine:
         mtp_loss_weight: float,
         batch_sequences: int,
         layout: LayoutConfig,
+        ema_decay: float = 0.0,
     ) -> None:
         import deepspeed
 
@@ -85,6 +88,8 @@ class Engine:
             deepspeed.zero.register_external_parameter(self.objective, model.lm_head.weight)
         tell_optimizer(self.optimizer, self.engine, self.names)
         self.norm: float | None = None
+        updated = dict.fromkeys(tensor for tensor, _ in self.optimizer.pieces())
+        self.average = WeightAverage([*updated, *model.buffers()], ema_decay) if ema_decay else None
 
     def _described(self, micro_batch: int) -> dict[str, Any]:
         """DeepSpeed's configuration. Clipping is ours, which records the norm and may leave a step out."""
@@ -139,7 +144,10 @@ class Engine:
         self.engine.step()
         if self.norm is None:  # DeepSpeed found the gradient infinite, and did not ask
             self.norm = math.inf
-        return self.optimizer.steps_done > done
+        applied = self.optimizer.steps_done > done
+        if applied and self.average is not None:
+            self.average.update()
+        return applied
 
     def _admit(self) -> float | None:
         """What the gradient is multiplied by; none to drop it."""
@@ -160,6 +168,18 @@ class Engine:
         _, parts = self.engine(batch)
         self.engine.train()
         return float(parts["main_loss"])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the weights are their average; all ranks enter it."""
+        assert self.average is not None
+        self.average.swap()
+        self._spread()
+        try:
+            yield
+        finally:
+            self.average.swap()
+            self._spread()
 
     @torch.no_grad()
     def balance(self) -> Tensor | None:
@@ -188,11 +208,16 @@ class Engine:
         for i, (tensor, piece) in enumerate(self.optimizer.pieces()):
             if not mine or i % self.ranks == self.rank:
                 yield "parameter", piece.name, piece.start, piece.of(tensor)
-                for kind, moment in self.optimizer.state.get(tensor, {}).items():
-                    yield kind, piece.name, piece.start, piece.of(moment)
+                kinds = dict(self.optimizer.state.get(tensor, {}))
+                if self.average is not None:
+                    kinds["average"] = self.average.average[tensor]
+                for kind, numbers in kinds.items():
+                    yield kind, piece.name, piece.start, piece.of(numbers)
         if self.rank == 0:
             for name, buffer in self.model.named_buffers():
                 yield "buffer", name, 0, buffer
+                if self.average is not None:
+                    yield "average", name, 0, self.average.average[buffer]
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
@@ -208,20 +233,29 @@ class Engine:
                 raise DamagedCheckpoint(f"{checkpoint.folder} has no {kind} {name}: it is of another model")
             return found
 
+        average, steps = self.average, checkpoint.state()["optimizer_steps"]
+        if average is not None:
+            average.updates = steps
         for tensor, piece in self.optimizer.pieces():
             piece.of(tensor).copy_(read("parameter", piece.name, piece.start, piece.stop))
+            if average is not None:
+                piece.of(average.average[tensor]).copy_(read("average", piece.name, piece.start, piece.stop))
         for name, buffer in self.model.named_buffers():
             buffer.copy_(read("buffer", name, 0, buffer.numel()).view_as(buffer))
-        self._spread(read)
-        steps = checkpoint.state()["optimizer_steps"]
+            if average is not None:
+                average.average[buffer].copy_(read("average", name, 0, buffer.numel()).view_as(buffer))
+        self._spread()
         self.optimizer.load_moments(lambda kind, p: checkpoint.read(kind, p.name, p.start, p.stop), steps)
 
-    def _spread(self, read: Any) -> None:
+    @torch.no_grad()
+    def _spread(self) -> None:
         """Give the module the parameters that the optimizer's tensors hold now."""
         zero = self.engine.optimizer
         if self.layout.zero_stage in (1, 2):
-            for parameter, name in self.names.items():
-                parameter.data.copy_(read("parameter", name, 0, parameter.numel()).view_as(parameter))
+            for flat, own, group in zip(
+                zero.bit16_groups_flat, zero.single_partition_of_fp32_groups, zero.real_dp_process_group, strict=True
+            ):
+                dist.all_gather_into_tensor(flat.data, own.detach().to(flat), group=group)
         elif self.layout.zero_stage == 3:
             for group in range(len(zero.fp32_partitioned_groups_flat)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)

@@ -18,8 +18,10 @@ from gristmill.model.transformer import Transformer
 PART_NUMBERS = 64 << 20  # of a tensor that is read at a time
 
 
-def write_from(checkpoint: Checkpoint, model: Transformer, folder: Path) -> None:
+def write_from(checkpoint: Checkpoint, model: Transformer, folder: Path, kind: str | None = None) -> None:
     """Write the model of a checkpoint, of the shape of `model`, a part of a tensor at a time.
+
+    `kind` takes another set of its tensors than parameters and buffers: `average`.
 
     Raises:
         DamagedCheckpoint: it lacks numbers of the model.
@@ -30,11 +32,11 @@ def write_from(checkpoint: Checkpoint, model: Transformer, folder: Path) -> None
     parameters = set(checkpoint.names("parameter"))
 
     def parts(name: str) -> Iterator[Tensor]:
-        kind, size = "parameter" if name in parameters else "buffer", math.prod(like[name].shape)
+        taken, size = kind or ("parameter" if name in parameters else "buffer"), math.prod(like[name].shape)
         for start in range(0, size, PART_NUMBERS):
-            found = checkpoint.read(kind, name, start, min(size, start + PART_NUMBERS))
+            found = checkpoint.read(taken, name, start, min(size, start + PART_NUMBERS))
             if found is None:
-                raise DamagedCheckpoint(f"{checkpoint.folder} has no {kind} {name}: it is of another model")
+                raise DamagedCheckpoint(f"{checkpoint.folder} has no {taken} {name}: it is of another model")
             yield found
 
     write_model(folder, model.config, model.vocab_size, like, parts)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gristmill.model.config import LayoutConfig, OptimizerConfig, ScheduleConfig, SpikeConfig
 from gristmill.model.stage_types import Progress
-from gristmill.model.training.batches import Batches, TrainingBatch
+from gristmill.model.training.batches import Batches
 from gristmill.model.training.checkpoints import CheckpointWriter, last_checkpoint
 from gristmill.model.training.engine import Engine
 from gristmill.model.training.keeping import KeptModels, write_from
@@ -29,7 +29,7 @@ from gristmill.model.training.spikes import Spikes
 from gristmill.model.transformer import Transformer
 
 Row = dict[str, Any]
-Evaluate = Callable[[TrainingBatch], float]
+HeldOut = Callable[[int, Engine], Row]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Training:
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
     keep_every: int = 0
     keep_best: bool = False
+    ema_decay: float = 0.0  # of the average of the weights; 0 makes none
 
 
 @dataclass
@@ -63,12 +64,12 @@ def train(
     training: Training,
     out: Path,
     progress: Progress,
-    held_out: Callable[[int, Evaluate], Row] | None = None,
+    held_out: HeldOut | None = None,
     layout: LayoutConfig | None = None,
 ) -> History:
     """Train `model` and leave it in `out/model`; returns what there is to tell.
 
-    `held_out(step, evaluate)` gives further numbers for the rows of some steps; all ranks call it.
+    `held_out(step, engine)` gives further numbers for the rows of some steps; all ranks call it.
 
     Raises:
         FloatingPointError: a loss, a gradient or the weights were not finite and `spikes` says stop, or too often.
@@ -90,6 +91,7 @@ class Run:
             mtp_loss_weight=training.mtp_loss_weight,
             batch_sequences=training.batch_sequences,
             layout=layout,
+            ema_decay=training.ema_decay,
         )
         self.rank, self.ranks = self.engine.rank, self.engine.ranks
         self.owner = {**model.config.model_dump(mode="json"), "vocab_size": model.vocab_size}
@@ -99,7 +101,7 @@ class Run:
         self.kept = KeptModels(out / "kept", training.keep_every, training.keep_best)
         self.history = History()
 
-    def train(self, progress: Progress, held_out: Callable[[int, Evaluate], Row] | None) -> History:
+    def train(self, progress: Progress, held_out: HeldOut | None) -> History:
         """All steps, from the last checkpoint where there is one."""
         first, steps = self._resume(), self.training.steps
         self.spikes = Spikes(self.training.spikes, self.history.curves)
@@ -107,7 +109,7 @@ class Run:
             began = time.perf_counter()
             row = self._step(step)
             if held_out is not None:
-                row |= held_out(step, self.engine.evaluate)
+                row |= held_out(step, self.engine)
             self.history.curves.append({"step": step, **row})
             worked = time.perf_counter()
             self._save(step + 1)
@@ -219,6 +221,8 @@ class Run:
             assert checkpoint is not None
             with checkpoint:
                 write_from(checkpoint, self.model, self.out / "model")
+                if self.training.ema_decay:
+                    write_from(checkpoint, self.model, self.out / "model-ema", "average")
         dist.barrier()
 
     def _record_time(self, step: int, seconds: float, saving: float) -> None:

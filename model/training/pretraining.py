@@ -12,11 +12,12 @@ import torch.distributed as dist
 
 from gristmill.data.mixture import Mixture
 from gristmill.data.shards import TokenShards
+from gristmill.model.batch_sizes import BatchSizes
 from gristmill.model.config import LayoutConfig, PretrainConfig
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import IGNORED, TokenBatches, torch_seed
-from gristmill.model.training.engine import start_distributed
-from gristmill.model.training.loop import Evaluate, History, Row, Training, train, write_rows
+from gristmill.model.training.engine import Engine, start_distributed
+from gristmill.model.training.loop import History, Row, Training, train, write_rows
 from gristmill.model.transformer import Transformer, flops_per_token, parameter_counts
 
 HELD_OUT_BATCH = 16
@@ -28,23 +29,29 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     shards = TokenShards(Path(job["tokens"]) / "tokens")
     mixture = Mixture(Path(job["mixture"]), shards)
     _check_run(config, mixture)
-    rank, _ = start_distributed(device)
+    rank, ranks = start_distributed(device)
+    layout = LayoutConfig.model_validate(job["layout"])
+    config.batches.refuse_ranks(ranks * layout.micro_batches)
     model = Transformer(config.model, shards.vocab_size)
     model.initialise(torch_seed(seed, "initialise"))
     model.to(device)
 
-    def batches(split: str, sequences: int) -> TokenBatches:
+    def batches(split: str, sizes: BatchSizes) -> TokenBatches:
         across = config.attend_across_documents
-        return TokenBatches(mixture, split, sequences=sequences, across_documents=across, device=device)
+        return TokenBatches(mixture, split, sizes=sizes, across_documents=across, device=device)
 
-    checks = batches("held_out", HELD_OUT_BATCH)
+    checks = batches("held_out", BatchSizes(HELD_OUT_BATCH, config.sequence_length, None))
 
-    def held_out(step: int, evaluate: Evaluate) -> Row:
+    def held_out(step: int, engine: Engine) -> Row:
         if (step + 1) % config.evaluate_every and step + 1 != config.steps:
             return {}
-        return {"held_out_bpb": bits_per_byte(evaluate, checks, config.held_out_sequences)}
+        row = {"held_out_bpb": bits_per_byte(engine, checks, config.held_out_sequences)}
+        if config.ema_decay:
+            with engine.averaged():
+                row["held_out_bpb_ema"] = bits_per_byte(engine, checks, config.held_out_sequences)
+        return row
 
-    train_batches = batches("train", config.batch_sequences)
+    train_batches = batches("train", config.batches)
     history = train(
         model,
         train_batches,
@@ -59,11 +66,12 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
             spikes=config.spikes,
             keep_every=config.keep_every,
             keep_best=config.keep_best,
+            ema_decay=config.ema_decay,
         ),
         out,
         progress,
         held_out,
-        LayoutConfig.model_validate(job["layout"]),
+        layout,
     )
     if rank == 0:
         write_rows(out / "curves.jsonl", history.curves)
@@ -74,12 +82,12 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     return _metrics(config, model, history, shards.vocab_size, unigram)
 
 
-def bits_per_byte(evaluate: Evaluate, batches: TokenBatches, sequences: int) -> float:
+def bits_per_byte(engine: Engine, batches: TokenBatches, sequences: int) -> float:
     """Held-out cross-entropy in bits per byte of the text the tokens stand for (mixture of the training weights)."""
     bits = text_bytes = 0.0
     for step in range(-(-sequences // HELD_OUT_BATCH)):
         batch = batches.step(step, 0, 1)
-        bits += evaluate(batch) / math.log(2) * int((batch.target_BS != IGNORED).sum())
+        bits += engine.evaluate(batch) / math.log(2) * int((batch.target_BS != IGNORED).sum())
         text_bytes += batches.text_bytes(step)
     return bits / text_bytes
 
@@ -108,11 +116,11 @@ def _check_run(config: PretrainConfig, mixture: Mixture) -> None:
     Raises:
         ValueError: it has sequences of another length, or another number of them.
     """
-    asked = {"sequence_length": config.sequence_length, "sequences": config.steps * config.batch_sequences}
+    asked = {"sequence_length": config.sequence_length, "sequences": config.sequences}
     for name, value in asked.items():
         if value != getattr(mixture, name):
             raise ValueError(
-                f"pretrain asks for {name} {value} (sequences: steps times batch_sequences), and the mixture was made "
+                f"pretrain asks for {name} {value} (sequences: those of all its steps), and the mixture was made "
                 f"for {getattr(mixture, name)}: let mix.{name} agree"
             )
 
@@ -120,7 +128,9 @@ def _check_run(config: PretrainConfig, mixture: Mixture) -> None:
 def _metrics(config: PretrainConfig, model: Transformer, history: History, vocab_size: int, unigram: float) -> Metrics:
     curves = [row for row in history.curves if "spike" not in row] or history.curves
     total, active = parameter_counts(config.model, vocab_size)
-    tokens = config.steps * config.batch_sequences * config.sequence_length
+    tokens = config.sequences * config.sequence_length
+    last = history.curves[-1]
+    averaged = {name: round(last[name], 5) for name in ("held_out_bpb_ema",) if name in last}
     each = flops_per_token(config.model, vocab_size, config.sequence_length, mtp=len(model.mtp) > 0)
     return {
         "parameters": total,
@@ -129,9 +139,10 @@ def _metrics(config: PretrainConfig, model: Transformer, history: History, vocab
         "flops": each * tokens,
         "steps": config.steps,
         "loss": round(curves[-1]["main_loss"], 5),
-        "held_out_bpb": round(curves[-1]["held_out_bpb"], 5),
+        "held_out_bpb": round(last["held_out_bpb"], 5),
+        **averaged,
         "unigram_bpb": round(unigram, 5),
-        "bpb_vs_unigram": round(curves[-1]["held_out_bpb"] / unigram, 5),
+        "bpb_vs_unigram": round(last["held_out_bpb"] / unigram, 5),
         "load_violation": round(curves[-1].get("load_violation", 0.0), 5),
         "steps_left_out": len(history.spikes),
     }

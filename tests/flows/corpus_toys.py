@@ -55,6 +55,7 @@ class Tokenize(Frozen):
 
 
 class Train(Frozen):
+    sequence_length: int = 32
     batch_sequences: int = 4
     steps: int = 6
 

@@ -22,14 +22,24 @@ from gristmill.data.problems import ProblemsConfig, make_problems
 from gristmill.data.shards import TokenShards
 from gristmill.data.stage_types import silent as quiet
 from gristmill.data.tokenize import TokenizeConfig, tokenize
+from gristmill.model.batch_sizes import BatchSizes
 from gristmill.model.chat import Chat
-from gristmill.model.config import LayoutConfig, ModelConfig, OptimizerConfig, PretrainConfig, ScheduleConfig, SFTConfig
+from gristmill.model.config import (
+    BatchRampConfig,
+    LayoutConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    ScheduleConfig,
+    SFTConfig,
+)
 from gristmill.model.hugging_face import export
 from gristmill.model.launch import JobFailed
 from gristmill.model.pretrain import pretrain
 from gristmill.model.sft import fine_tune
 from gristmill.model.stage_types import silent
 from gristmill.model.training.batches import IGNORED, Conversation, ConversationBatches, TokenBatches, pack_whole
+from gristmill.model.training.models import load_model
 from gristmill.model.training.objective import Objective
 from gristmill.model.transformer import Transformer
 
@@ -70,7 +80,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory, laid_out) -> Path:
 
 def mixed(tokens: Path, config: PretrainConfig, seed: int = 0, **more: Any) -> Path:
     """The mixture of a run, beside its tokens."""
-    asked = MixConfig(sequence_length=config.sequence_length, sequences=config.steps * config.batch_sequences, **more)
+    asked = MixConfig(sequence_length=config.sequence_length, sequences=config.sequences, **more)
     out = tokens.parent / f"mixture-{hashlib.sha256(f'{asked}{seed}'.encode()).hexdigest()[:8]}"
     if not (out / "mixture.json").exists():
         out.mkdir()
@@ -99,8 +109,8 @@ def base(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_killed_and_resumed_from_its_checkpoint_in_the_same_bytes(base: Path, tokens: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def killed_after_a_checkpoint(out: Path) -> threading.Thread:
+    """A thread that kills the training process of `out` as soon as a checkpoint is there."""
 
     def kill() -> None:
         while not any((out / "work").glob("checkpoint-????????")):
@@ -110,6 +120,12 @@ def test_killed_and_resumed_from_its_checkpoint_in_the_same_bytes(base: Path, to
 
     killer = threading.Thread(target=kill)
     killer.start()
+    return killer
+
+
+def test_killed_and_resumed_from_its_checkpoint_in_the_same_bytes(base: Path, tokens: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    killer = killed_after_a_checkpoint(out)
     with pytest.raises(JobFailed):
         trained(tokens, out)
     killer.join()
@@ -133,6 +149,40 @@ def test_two_ranks_train_the_same_model(base: Path, tokens: Path, tmp_path: Path
     norm = sum(float((ours[n] - theirs[n]).square().sum()) for n in ours) ** 0.5
     size = sum(float(t.square().sum()) for t in theirs.values()) ** 0.5
     assert norm < 0.02 * size
+
+
+def test_killed_with_a_growing_batch_and_averaged_weights_it_ends_in_the_same_bytes(
+    base: Path, tokens: Path, tmp_path: Path
+) -> None:
+    ramp = BatchRampConfig(start_sequences=2, increment=1, tokens=32 * 12)
+    config = CONFIG.model_copy(update={"batch_ramp": ramp, "ema_decay": 0.8})
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    metrics = trained(tokens, straight, config)
+    # Twelve sequences of ramp in two parts: three steps of 2, two of 3, and five of 4.
+    assert metrics["tokens"] == 32 * (3 * 2 + 2 * 3 + 5 * 4)
+    killer = killed_after_a_checkpoint(out)
+    with pytest.raises(JobFailed):
+        trained(tokens, out, config)
+    killer.join()
+    trained(tokens, out, config)
+    assert content(out) == content(straight)
+    assert [json.loads(x)["from_step"] for x in (out / "log" / "starts.jsonl").read_text().splitlines()][-1] > 0
+
+    device = torch.device("cpu")
+    last, averaged = (load_model(straight / name, device) for name in ("model", "model-ema"))
+    apart = [not torch.equal(a, b) for a, b in zip(last.parameters(), averaged.parameters(), strict=True)]
+    assert all(apart)
+    rows = [json.loads(line) for line in (straight / "curves.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "held_out_bpb_ema" in r] == [4, 9]
+    assert metrics["held_out_bpb_ema"] == pytest.approx(rows[-1]["held_out_bpb_ema"], abs=1e-5)
+    assert metrics["held_out_bpb_ema"] != metrics["held_out_bpb"]
+    assert not (base / "model-ema").exists()
+
+
+def test_averaging_leaves_the_training_alone(base: Path, tokens: Path, tmp_path: Path) -> None:
+    trained(tokens, tmp_path / "out", CONFIG.model_copy(update={"ema_decay": 0.9}))
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / "model" / name).read_bytes() == (base / "model" / name).read_bytes()
 
 
 def test_the_loss_falls_and_is_held_against_a_unigram_model(base: Path) -> None:
@@ -214,10 +264,12 @@ def test_a_mixture_of_another_run_is_refused(tokens: Path, tmp_path: Path, other
         pretrain(CONFIG, tokens, mixture, out, 0, threads=1, ranks=1, device="cpu", layout=PLAIN, progress=silent)
 
 
-def batches(tokens: Path, seed: int = 0, across: bool = False, **more: Any) -> TokenBatches:
+def batches(
+    tokens: Path, seed: int = 0, across: bool = False, sizes: BatchSizes = CONFIG.batches, **more: Any
+) -> TokenBatches:
     config = CONFIG.model_copy(update={"steps": 50})
     mixture = Mixture(mixed(tokens, config, seed, **more), TokenShards(tokens / "tokens"))
-    return TokenBatches(mixture, "train", sequences=4, across_documents=across, device=torch.device("cpu"))
+    return TokenBatches(mixture, "train", sizes=sizes, across_documents=across, device=torch.device("cpu"))
 
 
 def test_batches_are_a_pure_function_of_the_step(tokens: Path) -> None:
@@ -228,6 +280,18 @@ def test_batches_are_a_pure_function_of_the_step(tokens: Path) -> None:
     halves = [one.step(7, rank, 2).inputs.token_BS for rank in range(2)]
     assert torch.equal(torch.cat(halves), whole)
     assert not torch.equal(whole, batches(tokens, seed=1).step(7, 0, 1).inputs.token_BS)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_growing_batch_reads_every_sequence_once_and_in_order(tokens: Path, ranks: int) -> None:
+    ramp = BatchRampConfig(start_sequences=2, increment=2, tokens=32 * 40)
+    sizes = BatchSizes(8, 32, ramp)
+    even, growing = batches(tokens), batches(tokens, sizes=sizes)
+    parts = [growing.step(step, rank, ranks).inputs.token_BS for step in range(25) for rank in range(ranks)]
+    assert [len(p) * ranks for p in parts[::ranks]] == [sizes.sequences(step) for step in range(25)]
+    read = torch.cat(parts)
+    assert len(read) == sizes.first_position(25)
+    assert torch.equal(read, torch.cat([even.step(step, 0, 1).inputs.token_BS for step in range(50)])[: len(read)])
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
