@@ -52,14 +52,14 @@ class _GatherParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-        return out.view(group.size(), *x.shape)
+        out = x.new_empty(group.size(), *x.shape)
+        dist.all_gather(list(out), x.contiguous(), group=group)
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         own = grad.new_empty(grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad.flatten(0, 1).contiguous(), group=ctx.group)
+        dist.reduce_scatter(own, list(grad.contiguous()), group=ctx.group)
         return own, None
 
 

@@ -100,7 +100,7 @@ class ShardedExperts(nn.Module):
         order_A, place_A = _sorted(expert_A)
         y_AD = self._through(_Laid.apply(arrived_AD, order_A, place_A, 1), count_PO.sum(0).cumsum(0))
         y_MD = exchange_rows(_Laid.apply(y_AD, place_A, order_A, 1), receive, send, self.group)
-        y_TKD = _Laid.apply(y_MD, place_M, order_M, 1).view(*expert_TK.shape, -1)
+        y_TKD = _Laid.apply(y_MD, place_M, order_M, 1).view(*expert_TK.shape, x_TD.shape[1])
         return torch.bmm(gate_TK[:, None].to(y_TKD.dtype), y_TKD)[:, 0]
 
     def _through(self, x_AD: Tensor, ends_O: Tensor) -> Tensor:

@@ -107,7 +107,9 @@ def groups(layout: Layout) -> Groups:
         raise ValueError(f"the layout has {layout.ranks} ranks and {dist.get_world_size()} run: let ranks agree")
 
     def made(members: list[list[int]]) -> ProcessGroup:
-        return dist.new_subgroups_by_enumeration(members)[0]
+        own, _ = dist.new_subgroups_by_enumeration(members)
+        assert isinstance(own, dist.ProcessGroup)  # every rank is a member of one
+        return own
 
     return Groups(
         experts=made(_neighbours(layout.ranks, layout.expert_parallel)),

@@ -48,15 +48,13 @@ def split_sequence(batch: TrainingBatch, rank: int, size: int) -> TrainingBatch:
         raise ValueError(f"sequence_length {length} does not divide among {size} ranks: choose a multiple of {size}")
     own = slice(rank * (length // size), (rank + 1) * (length // size))
     inputs = replace(batch.inputs, token_BS=batch.inputs.token_BS[:, own], position_BS=batch.inputs.position_BS[:, own])
-    return TrainingBatch(
-        inputs,
-        batch.target_BS[:, own],
-        None if batch.next_target_BS is None else batch.next_target_BS[:, own],
-        batch.weight_BS[:, own],
-        batch.share * size * _fraction(batch.weight_BS, batch.target_BS, own),
-        1.0 if batch.next_target_BS is None
-        else batch.next_share * size * _fraction(batch.weight_BS, batch.next_target_BS, own),
-    )  # fmt: skip
+    next_target_BS = batch.next_target_BS
+    share = batch.share * size * _fraction(batch.weight_BS, batch.target_BS, own)
+    made = TrainingBatch(inputs, batch.target_BS[:, own], None, batch.weight_BS[:, own], share)
+    if next_target_BS is None:
+        return made
+    next_share = batch.next_share * size * _fraction(batch.weight_BS, next_target_BS, own)
+    return replace(made, next_target_BS=next_target_BS[:, own], next_share=next_share)
 
 
 def _fraction(weight_BS: Tensor, target_BS: Tensor, own: slice) -> float:
@@ -77,22 +75,20 @@ def shard_sequences(model: Transformer, group: ProcessGroup) -> None:
             are the next rank's.
     """
     heads, size = model.config.num_attention_heads, group.size()
+    if size == 1:
+        return
     if heads % size:
         raise ValueError(f"num_attention_heads {heads} does not divide among {size} ranks: choose a divisor of it")
-    if size > 1 and len(model.mtp) > 1:
+    if len(model.mtp) > 1:
         raise ValueError(f"{len(model.mtp)} MTP modules with sequences split over {size} ranks: keep one at most")
-    if size > 1:
-        for block in [m for m in model.modules() if isinstance(m, Block)]:
-            block.self_attn = _parallel_attention(block.self_attn, group)
-            if isinstance(block.mlp, MixtureOfExperts):
-                block.mlp = SequenceParallelMixture(block.mlp, group)
-
-
-def _parallel_attention(whole: nn.Module, group: ProcessGroup) -> nn.Module:
-    if isinstance(whole, MultiHeadLatentAttention):
-        return SequenceParallelLatentAttention(whole, group)
-    assert isinstance(whole, GroupedQueryAttention)
-    return SequenceParallelGroupedAttention(whole, group)
+    for block in [m for m in model.modules() if isinstance(m, Block)]:
+        attention = block.self_attn
+        if isinstance(attention, MultiHeadLatentAttention):
+            block.self_attn = SequenceParallelLatentAttention(attention, group)
+        else:
+            block.self_attn = SequenceParallelGroupedAttention(attention, group)
+        if isinstance(block.mlp, MixtureOfExperts):
+            block.mlp = SequenceParallelMixture(block.mlp, group)
 
 
 class SequenceParallelLatentAttention(MultiHeadLatentAttention):

@@ -1,13 +1,15 @@
-"""Experts and sequences over ranks against one rank, on gloo; run as a script this file is one of the ranks."""
+"""Experts and sequences over ranks against one rank, on gloo; run as a script this file is the ranks."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ from gristmill.model.training.expert_parallel import (
 from gristmill.model.training.layout import Groups, Layout, expert_bytes, groups, sequence_bytes
 from gristmill.model.training.optimizers import MuonAdamW
 from gristmill.model.training.sequence_parallel import (
+    SequenceParallelGroupedAttention,
+    SequenceParallelLatentAttention,
     SequenceParallelMixture,
-    _parallel_attention,
     shard_sequences,
     split_sequence,
 )
@@ -96,7 +99,7 @@ CASES = {
 }
 TWO = [name for name, case in CASES.items() if case.ranks == 2]
 FOUR = [name for name, case in CASES.items() if case.ranks == 4]
-TRAINED = ("experts", "sequence", "both")
+TRAINED = ("experts", "both")
 
 
 def whole_batch(case: Case, step: int = 0) -> TrainingBatch:
@@ -238,7 +241,7 @@ def train(model: Transformer, case: Case, share: Any, made: Groups | None) -> Te
 
 
 def expert_inputs() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Rows, choices and gates of 12 tokens, the first 5 on rank 0; float64."""
+    """Rows, choices and gates of 12 tokens; float64."""
     torch.manual_seed(5)
     tokens, chosen = 12, 2
     some = torch.stack([torch.randperm(SMALL.n_routed_experts)[:chosen] for _ in range(tokens)])
@@ -249,6 +252,7 @@ def expert_inputs() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         "an expert each": torch.tensor([[3, 0]]).repeat(tokens, 1),
         "all at home": torch.tensor([[1, 0]] * 5 + [[2, 3]] * 7),
         "all away": torch.tensor([[2, 3]] * 5 + [[1, 0]] * 7),
+        "no tokens on the first rank": some,
     }
     draw = [torch.randn(tokens, SMALL.hidden_size).double(), torch.rand(tokens, chosen).double()]
     return {name: (draw[0], choice, draw[1]) for name, choice in choices.items()}
@@ -275,11 +279,12 @@ def through(experts: torch.nn.Module, x: Tensor, choice: Tensor, gate: Tensor) -
 
 
 def exact_experts(rank: int, made: Groups) -> dict[str, Tensor]:
-    mine = slice(0, 5) if rank == 0 else slice(5, 12)
     found = {}
     for dtype in (torch.float64, torch.bfloat16):
         sharded = ShardedExperts(whole_experts(dtype), made.experts)
         for name, (x, choice, gate) in expert_inputs().items():
+            first = 0 if name == "no tokens on the first rank" else 5
+            mine = slice(0, first) if rank == 0 else slice(first, 12)
             ran = through(sharded, x[mine].to(dtype), choice[mine], gate[mine].to(dtype))
             found |= {f"{dtype}/{name}/{key}": value for key, value in ran.items()}
     return found
@@ -333,14 +338,19 @@ def balanced(mixture: MixtureOfExperts, score: Tensor, choice: Tensor) -> dict[s
     return {"out": loss.detach()[None], "x": score.grad}
 
 
+def split_attention(whole: torch.nn.Module, made: Groups) -> torch.nn.Module:
+    if isinstance(whole, MultiHeadLatentAttention):
+        return SequenceParallelLatentAttention(whole, made.sequence)
+    assert isinstance(whole, GroupedQueryAttention)
+    return SequenceParallelGroupedAttention(whole, made.sequence)
+
+
 def exact_attention(rank: int, made: Groups) -> dict[str, Tensor]:
     own, found = slice(rank * LENGTH // 2, (rank + 1) * LENGTH // 2), {}
     for masked in (True, False):
         x, batch = attention_inputs(masked)
         for name in ATTENTIONS:
-            ran = attended(
-                _parallel_attention(attention(name), made.sequence), x[:, own], split_sequence(batch, rank, 2)
-            )
+            ran = attended(split_attention(attention(name), made), x[:, own], split_sequence(batch, rank, 2))
             found |= {f"{name}/{masked}/{key}": value for key, value in ran.items()}
     score, choice = (part.view(SEQUENCES, LENGTH, -1)[:, own].flatten(0, 1) for part in scores())
     ran = balanced(SequenceParallelMixture(MixtureOfExperts(SMALL), made.sequence), score, choice)
@@ -373,28 +383,28 @@ def main_loss(model: Transformer, batch: TrainingBatch) -> Tensor:
 
 @contextmanager
 def counted(module: Any) -> Iterator[list[int]]:
-    """Bytes for other ranks in each exchange of two ranks: the half of an all-to-all that is not one's own, a gathered
-    part, the half of what is added up and scattered."""
+    """Bytes for the other of two ranks in each exchange: its rows of an all-to-all, a gathered part, a part to add."""
     sent: list[int] = []
-    names = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
-    kept = {name: getattr(module, name) for name in names}
+    exchange, gather, scatter = module.all_to_all_single, module.all_gather, module.reduce_scatter
 
-    def spy(name: str) -> Any:
-        def call(out: Tensor, given: Tensor, *rest: Any, **more: Any) -> Any:
-            other = 1 - dist.get_rank()
-            part = given if name == "all_gather_into_tensor" else given.chunk(2)[other]
-            if rest:  # the splits, of what comes and of what goes
-                part = given.split(rest[1])[other]
-            sent.append(part.numel() * part.element_size())
-            return kept[name](out, given, *rest, **more)
+    def exchanging(out: Tensor, given: Tensor, receive: Any = None, send: Any = None, **more: Any) -> Any:
+        parts = given.split(send) if send else given.chunk(2)
+        sent.append(parts[1 - dist.get_rank()].nbytes)
+        return exchange(out, given, receive, send, **more)
 
-        return call
+    def gathering(out: list[Tensor], given: Tensor, **more: Any) -> Any:
+        sent.append(given.nbytes)
+        return gather(out, given, **more)
 
-    for name in names:
-        setattr(module, name, spy(name))
-    yield sent
-    for name in names:
-        setattr(module, name, kept[name])
+    def scattering(out: Tensor, given: list[Tensor], **more: Any) -> Any:
+        sent.append(given[1 - dist.get_rank()].nbytes)
+        return scatter(out, given, **more)
+
+    module.all_to_all_single, module.all_gather, module.reduce_scatter = exchanging, gathering, scattering
+    try:
+        yield sent
+    finally:
+        module.all_to_all_single, module.all_gather, module.reduce_scatter = exchange, gather, scatter
 
 
 # ---- the tests
@@ -413,22 +423,24 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(ranks: int, folder: Path) -> Path:
     """Run all that is done on so many ranks, each of one thread."""
     alone = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-P", __file__]
-    logs = [(folder / f"log-{rank}").open("w+") for rank in range(ranks)]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(ranks), str(folder)], env=alone, stdout=log, stderr=log)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for log in logs:
-        log.seek(0)
-    assert codes == [0] * ranks, "\n".join(log.read()[-2000:] for log in logs)
+    command = [sys.executable, "-P", __file__, str(ranks), str(folder)]
+    ran = subprocess.run(command, env=alone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+    assert ran.returncode == 0, ran.stdout.decode()[-4000:]
     return folder
+
+
+def fork_ranks(ranks: int, folder: Path) -> int:
+    """The ranks as copies of this process, which has imported torch and done nothing; how many failed."""
+    copies = multiprocessing.get_context("fork")
+    processes = [copies.Process(target=rank_main, args=(rank, ranks, folder), daemon=True) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    ends = {process.sentinel for process in processes}
+    while ends:  # one that fails leaves the others waiting for it
+        ends -= set(wait(ends))
+        if any(process.exitcode for process in processes):
+            return 1
+    return 0
 
 
 def results(folder: Path, name: str, ranks: int) -> list[dict[str, Tensor]]:
@@ -529,7 +541,8 @@ def test_twenty_steps_are_those_of_one_rank(name: str, two: Path) -> None:
     model = case.transformer()
     losses = train(model, case, lambda batch: batch, None)
     assert losses[-1] < losses[0] - 1
-    torch.testing.assert_close(found[0]["loss"], losses, rtol=2e-3, atol=0.0)
+    # float32, sums in another order: a few ulp a step, which twenty steps of Muon and AdamW hardly let grow.
+    torch.testing.assert_close(found[0]["loss"], losses, rtol=1e-5, atol=0.0)
     for key in found[0]:
         if ".experts." not in key or case.experts == 1:
             assert torch.equal(found[0][key], found[1][key]), key
@@ -623,4 +636,4 @@ def test_a_layout_is_checked_without_torch() -> None:
 
 
 if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    sys.exit(fork_ranks(int(sys.argv[1]), Path(sys.argv[2])))
