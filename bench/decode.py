@@ -36,7 +36,7 @@ from gristmill.model.config import ModelConfig
 from gristmill.model.generate import Sampling, sample
 from gristmill.model.hugging_face.conversion import export, of_model
 from gristmill.model.speculative import speculate
-from gristmill.model.training.checkpoints import load_model
+from gristmill.model.training.models import load_model
 from gristmill.model.transformer import Transformer
 
 VOCAB, NEVER, PAD = 8192, -1, 0

@@ -58,7 +58,7 @@ def prepare(folder: Path, name: str, steps: int) -> None:
     import numpy as np
 
     from gristmill.model.hugging_face.conversion import export, of_model
-    from gristmill.model.training.checkpoints import save_model
+    from gristmill.model.training.models import save_model
     from gristmill.model.transformer import Transformer
 
     model = Transformer(shape(name), VOCAB)
@@ -80,8 +80,9 @@ def run_ours(folder: Path, device: str) -> dict[str, Any]:
     from gristmill.model.config import OptimizerConfig, ScheduleConfig
     from gristmill.model.stage_types import silent
     from gristmill.model.training.batches import TrainingBatch
-    from gristmill.model.training.checkpoints import load_model
-    from gristmill.model.training.loop import Training, start_distributed, train
+    from gristmill.model.training.engine import start_distributed
+    from gristmill.model.training.loop import Training, train
+    from gristmill.model.training.models import load_model
     from gristmill.model.transformer import Batch, flops_per_token
 
     tokens = torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int64)).to(device)
@@ -93,11 +94,14 @@ def run_ours(folder: Path, device: str) -> dict[str, Any]:
             row = tokens[step]
             return TrainingBatch(Batch(row[:, :-1], position), row[:, 1:], None, weight)
 
+        def documents(self, step: int) -> list[str]:
+            return []
+
     start_distributed(torch.device(device))
     model = load_model(folder / "ours", torch.device(device))
     with tempfile.TemporaryDirectory() as out:
         (Path(out) / "log").mkdir()
-        curves, _ = train(
+        history = train(
             model,
             Given(),
             Training(
@@ -113,7 +117,7 @@ def run_ours(folder: Path, device: str) -> dict[str, Any]:
         timings = (Path(out) / "log" / "timings.jsonl").read_text().splitlines()
     flops = flops_per_token(model.config, VOCAB, LENGTH, mtp=False)
     seconds = [json.loads(line)["seconds"] for line in timings]
-    return {"losses": [row["main_loss"] for row in curves], "seconds": seconds[WARM:], "flops": flops}
+    return {"losses": [row["main_loss"] for row in history.curves], "seconds": seconds[WARM:], "flops": flops}
 
 
 def run_theirs(folder: Path, device: str, dtype: str, experts: str) -> dict[str, Any]:

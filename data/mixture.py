@@ -252,6 +252,19 @@ class Mixture:
                 counts[row] = count_stream(part.shard.entry.tokens, part.documents, start, size, across)
         return counts
 
+    def documents(self, positions: np.ndarray, split: str = "train") -> list[str]:
+        """`source/id hash` of every document that the sequences at these positions read, each once, in their order."""
+        sources, places = self._places(np.asarray(positions), split)
+        names: dict[str, None] = {}
+        for source, (part, _), pieces in zip(sources.tolist(), places, self._pieces(places), strict=True):
+            starts = np.asarray(part.shard.starts[0 : part.shard.entry.documents]).astype(np.int64)
+            for start, size in pieces.astype(np.int64):
+                last = start + (size & 0x7FFFFFFF) - 1
+                first, end = (int(np.searchsorted(starts, at, side="right")) for at in (start, last))
+                ids = np.asarray(part.shard.ids[first - 1 : end])
+                names |= dict.fromkeys(f"{self.sources(split)[source]}/{int(one):016x}" for one in ids)
+        return list(names)
+
     def prefetch(self, positions: np.ndarray, split: str = "train") -> None:
         """Load what these positions need in a background thread, where the shards are remote; returns at once."""
         if isinstance(self.shards.files, RemoteFiles):

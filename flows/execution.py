@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from gristmill.infra.planner import find_device
+from gristmill.model.config import LayoutConfig
 
 RECORDED = ("torch", "deepspeed", "triton", "numpy", "tokenizers", "datatrove", "dask", "transformers")
 
@@ -51,6 +52,11 @@ class Execution(BaseModel):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", title="Device", description="auto takes CUDA where it is."
+    )
+    layout: LayoutConfig = Field(
+        default_factory=LayoutConfig,
+        title="Layout",
+        description="How training is laid out over its processes; recorded likewise.",
     )
     retries: int = Field(
         default=0, ge=0, le=20, title="Retries", description="How often a failed stage is tried again."
@@ -124,5 +130,6 @@ def environment(execution: Execution) -> dict[str, Any]:
         "workers": execution.workers,
         "threads": execution.threads,
         "ranks": execution.ranks,
+        "layout": execution.layout.model_dump(mode="json"),
         "versions": versions,
     }

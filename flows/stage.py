@@ -28,7 +28,7 @@ from gristmill.flows.identity import dumped, key_of
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED = ("runs", "lock", "ledger")  # names of other things in a store
-SERVICES = ("workers", "threads", "ranks", "device", "progress")
+SERVICES = ("workers", "threads", "ranks", "device", "layout", "progress")
 
 
 @dataclass(frozen=True)

@@ -255,6 +255,11 @@ class OptimizerConfig(Config):
         default=0.1, ge=0, title="Weight decay", description="Decoupled; matrices only (V3: 0.1)."
     )
     gradient_clip: float = Field(default=1.0, gt=0, title="Gradient clip", description="Largest global norm (V3: 1.0).")
+    moments: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        title="Moments",
+        description="How the optimizer keeps its moments (V3: bfloat16); sums are float32.",
+    )
 
 
 class ScheduleConfig(Config):
@@ -271,6 +276,61 @@ class ScheduleConfig(Config):
     final_ratio: float = Field(
         default=0.1, ge=0, le=1, title="Final ratio", description="Rate at the end over the peak."
     )
+
+
+class SpikeConfig(Config):
+    """What becomes of a step whose loss is not finite or far above those before it."""
+
+    policy: Literal["skip", "rollback", "stop"] = Field(
+        default="skip",
+        title="Policy",
+        description="skip: drop the batch; rollback: go back to the last checkpoint's weights, and on with the data "
+        "behind the batch; stop: end the stage.",
+    )
+    threshold: float = Field(
+        default=10.0,
+        gt=0,
+        title="Threshold",
+        description="Robust z-score above which a loss is a spike: its distance from the window's median over 1.4826 "
+        "median absolute deviations.",
+    )
+    window: int = Field(default=64, ge=8, title="Window", description="Losses before it that a loss is held against.")
+    at_most: int = Field(default=10, ge=0, title="At most", description="So often; once more ends the stage.")
+
+
+class LayoutConfig(Config):
+    """How training is laid out over its processes; it changes results by rounding at most, and is in no key."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=0,
+        title="ZeRO stage",
+        description="What DeepSpeed shares out among the ranks: 1 the optimizer's state, 2 gradients too, 3 parameters "
+        "too.",
+    )
+    micro_batches: int = Field(
+        default=1, ge=1, title="Micro-batches", description="Parts of a rank's batch, whose gradients are added up."
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        default="none",
+        title="Offload",
+        description="What lies in the host's memory: the optimizer's state (ZeRO 1 to 3), or parameters too (ZeRO 3).",
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        title="Recompute",
+        description="Activations that are dropped and computed again: selective keeps products and attention.",
+    )
+    kept_checkpoints: int = Field(default=2, ge=1, title="Checkpoints", description="How many are kept to resume from.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(
+                f"offload {self.offload} with zero_stage {self.zero_stage}: DeepSpeed offloads what ZeRO shares out, "
+                f"so raise zero_stage to {least} or more"
+            )
+        return self
 
 
 class PretrainConfig(Config):
@@ -290,6 +350,32 @@ class PretrainConfig(Config):
     checkpoint_every: int = Field(default=100, ge=1, title="Checkpoint", description="Steps between checkpoints.")
     evaluate_every: int = Field(default=100, ge=1, title="Held-out check", description="Steps between held-out losses.")
     held_out_sequences: int = Field(default=64, ge=1, title="Held-out", description="Held-out sequences of each check.")
+    spikes: SpikeConfig = Field(
+        default_factory=SpikeConfig, title="Spikes", description="Losses that jump or are no number."
+    )
+    keep_every: int = Field(
+        default=0,
+        ge=0,
+        title="Keep",
+        description="Steps between models that are kept for good, in `kept/`; a multiple of checkpoint_every, 0 none.",
+    )
+    keep_best: bool = Field(
+        default=False, title="Keep the best", description="Keep the checkpoint with the least held-out loss as well."
+    )
+
+    @model_validator(mode="after")
+    def _keeps(self) -> Self:
+        if self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every {self.keep_every} is no multiple of checkpoint_every {self.checkpoint_every}: a kept "
+                f"model is made of a checkpoint"
+            )
+        if self.keep_best and self.checkpoint_every % self.evaluate_every:
+            raise ValueError(
+                f"keep_best needs a held-out check at every checkpoint, and checkpoint_every {self.checkpoint_every} "
+                f"is no multiple of evaluate_every {self.evaluate_every}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -310,6 +396,9 @@ class SFTConfig(Config):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, title="Optimizer", description="Rates.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, title="Schedule", description="Rate over steps.")
     checkpoint_every: int = Field(default=100, ge=1, title="Checkpoint", description="Steps between checkpoints.")
+    spikes: SpikeConfig = Field(
+        default_factory=SpikeConfig, title="Spikes", description="Losses that jump or are no number."
+    )
 
 
 class RewardConfig(Config):

@@ -18,8 +18,8 @@ from gristmill.model.generate import Sampling, sample, thought_tokens
 from gristmill.model.rl.rewards import judge, reference_answer, same_answer, split_response
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import numpy_generator, torch_seed
-from gristmill.model.training.checkpoints import load_model
 from gristmill.model.training.loop import Row, write_rows
+from gristmill.model.training.models import load_model
 
 RESAMPLINGS = 2000
 CONTEXT = 40  # characters around a place, for what stands right before and after it

@@ -239,7 +239,7 @@ def stream_chat(
 ) -> Iterator[str]:
     """The response to `question`, piece by piece, from the model in `folder` (config.json, model.safetensors)."""
     from gristmill.model.chat import Chat
-    from gristmill.model.training.checkpoints import load_model
+    from gristmill.model.training.models import load_model
 
     chat, model = Chat(tokenizer), load_model(folder, torch.device("cpu"), mtp=False).eval()
     prompt = chat.prompt(question)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gristmill.model.config import PretrainConfig
+from gristmill.model.config import LayoutConfig, PretrainConfig
 from gristmill.model.launch import launch
 from gristmill.model.stage_types import Metrics, Progress
 
@@ -19,6 +19,7 @@ def pretrain(
     threads: int,
     ranks: int,
     device: str,
+    layout: LayoutConfig,
     progress: Progress,
 ) -> Metrics:
     """Train a base model and leave it in `out/model`.
@@ -30,6 +31,7 @@ def pretrain(
         JobFailed: the training process ended badly (NaN loss, a mixture that does not fit, a signal).
     """
     job = {"config": config.model_dump(mode="json"), "tokens": str(tokens), "mixture": str(mixture), "seed": seed}
+    job["layout"] = layout.model_dump(mode="json")
     return launch(
         "gristmill.model.training.pretraining:run",
         job,

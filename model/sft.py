@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gristmill.model.config import SFTConfig
+from gristmill.model.config import LayoutConfig, SFTConfig
 from gristmill.model.launch import launch
 from gristmill.model.stage_types import Metrics, Progress
 
@@ -20,6 +20,7 @@ def fine_tune(
     threads: int,
     ranks: int,
     device: str,
+    layout: LayoutConfig,
     progress: Progress,
 ) -> Metrics:
     """Fine-tune `model` on `problems/cold_start.jsonl`, loss on the response only, and leave it in `out/model`.
@@ -33,6 +34,7 @@ def fine_tune(
         "problems": str(problems),
         "tokenizer": str(tokenizer),
         "seed": seed,
+        "layout": layout.model_dump(mode="json"),
     }
     return launch(
         "gristmill.model.training.fine_tuning:run",

@@ -13,7 +13,7 @@ from gristmill.model.chat import Chat
 from gristmill.model.config import ExportConfig
 from gristmill.model.hugging_face.conversion import TOKENIZER_FILES, export, of_model
 from gristmill.model.stage_types import Metrics, Progress
-from gristmill.model.training.checkpoints import load_model
+from gristmill.model.training.models import load_model
 from gristmill.model.transformer import Batch, Transformer
 
 

@@ -24,9 +24,10 @@ from gristmill.model.generate import Sample, Sampling, sample, thought_tokens
 from gristmill.model.rl.losses import group_advantages, policy_loss
 from gristmill.model.rl.rewards import Judged, judge, reference_answer
 from gristmill.model.stage_types import Metrics, Progress
-from gristmill.model.training import checkpoints
 from gristmill.model.training.batches import numpy_generator, torch_seed
+from gristmill.model.training.checkpoints import CheckpointWriter, last_checkpoint
 from gristmill.model.training.loop import Row, write_rows
+from gristmill.model.training.models import load_model, own_tensors, save_model
 from gristmill.model.training.optimizers import MuonAdamW
 from gristmill.model.training.schedules import factor
 from gristmill.model.transformer import Batch, Transformer, flops_per_token
@@ -51,10 +52,10 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     chat = Chat(Path(job["tokenizer"]) / "tokenizer")
     with (Path(job["problems"]) / "train.jsonl").open(encoding="utf-8") as file:
         problems = [json.loads(line) for line in file]
-    model = checkpoints.load_model(Path(job["model"]) / "model", device, mtp=False)
+    model = load_model(Path(job["model"]) / "model", device, mtp=False)
     policy = Policy(config, model, chat, problems, seed, out)
     policy.train(progress)
-    checkpoints.save_model(out / "model", model)
+    save_model(out / "model", model)
     write_rows(out / "curves.jsonl", policy.curves)
     write_rows(out / "samples.jsonl", policy.shown)
     return policy.metrics()
@@ -75,6 +76,8 @@ class Policy:
             out,
         )
         self.optimizer = MuonAdamW(model.named_parameters(), config.optimizer)
+        self.owner = {**model.config.model_dump(mode="json"), "vocab_size": model.vocab_size}
+        self.writer = CheckpointWriter(out / "work", self.owner)
         self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_weight else None
         self.curves: list[Row] = []
         self.shown: list[Row] = []
@@ -140,17 +143,17 @@ class Policy:
     def improve(self, rollout: Rollout, step: int) -> Row:
         """One optimizer step a minibatch of questions; numbers of the last are for the curves."""
         config = self.config
-        self.optimizer.scale = factor(config.schedule, step, config.steps)
-        row: Row = {"learning_rate": self.optimizer.scale * config.optimizer.adam_learning_rate}
+        scale = factor(config.schedule, step, config.steps)
+        row: Row = {"learning_rate": scale * config.optimizer.adam_learning_rate}
         row |= {"kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0}
         per = config.questions_per_step // config.minibatches * config.samples_per_question
         for minibatch in range(config.minibatches):
             members = [i for i in rollout.kept if i // per == minibatch]
             if members:
-                row |= self._optimise(rollout, members, step)
+                row |= self._optimise(rollout, members, step, scale)
         return row
 
-    def _optimise(self, rollout: Rollout, members: list[int], step: int) -> Row:
+    def _optimise(self, rollout: Rollout, members: list[int], step: int, scale: float) -> Row:
         config = self.config
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -165,6 +168,7 @@ class Policy:
                 f"the policy's gradient is not finite at step {step}; the last checkpoint is of step "
                 f"{step // config.checkpoint_every * config.checkpoint_every}: lower the learning rate and resume"
             )
+        self.optimizer.begin_step(scale)
         self.optimizer.step()
         return {"kl": kl, "clip_fraction": clipped, "grad_norm": float(norm)}
 
@@ -244,24 +248,41 @@ class Policy:
         ][:12]
 
     def _checkpoint(self, step: int) -> None:
-        checkpoints.save_checkpoint(
-            self.out / "work",
-            step,
-            self.model,
-            self.optimizer,
-            {"curves": self.curves, "shown": self.shown},
-            {"reference.safetensors": checkpoints.own_tensors(self.reference)} if self.reference is not None else {},
-        )
-
-    def _resume(self) -> int:
-        state = checkpoints.load_checkpoint(self.out / "work", self.model, self.optimizer)
-        if state is None:
-            return 0
-        self.curves, self.shown = state["curves"], state["shown"]
+        own = {f"buffer/{name}@0": buffer for name, buffer in self.model.named_buffers()}
+        own |= {f"parameter/{piece.name}@0": tensor for tensor, piece in self.optimizer.pieces()}
+        own |= {f"{kind}/{piece.name}@0": moment for kind, piece, moment in self.optimizer.moments()}
         if self.reference is not None:
-            last = checkpoints.checkpoints(self.out / "work")[-1]
-            checkpoints.take_tensors(self.reference, last / "reference.safetensors")
-        return state["step"]
+            own |= {f"reference/{name}@0": tensor for name, tensor in own_tensors(self.reference).items()}
+        state = {"curves": self.curves, "shown": self.shown, "optimizer_steps": self.optimizer.steps_done}
+        self.writer.begin(step, own, state)
+        self.writer.wait()
+        self.writer.publish()
+
+    @torch.no_grad()
+    def _resume(self) -> int:
+        found = last_checkpoint(self.out / "work", self.owner)
+        if found is None:
+            return 0
+
+        def take(kind: str, name: str, tensor: Tensor) -> None:
+            numbers = found.read(kind, name, 0, tensor.numel())
+            assert numbers is not None, f"{kind} {name}"
+            tensor.copy_(numbers.view_as(tensor))
+
+        with found:
+            for name, buffer in self.model.named_buffers():
+                take("buffer", name, buffer)
+            for tensor, piece in self.optimizer.pieces():
+                take("parameter", piece.name, tensor)
+            if self.reference is not None:
+                for name, tensor in own_tensors(self.reference).items():
+                    take("reference", name, tensor)
+            state = found.state()
+            self.optimizer.load_moments(
+                lambda kind, p: found.read(kind, p.name, p.start, p.stop), state["optimizer_steps"]
+            )
+        self.curves, self.shown = state["curves"], state["shown"]
+        return found.step
 
     def _record_time(self, step: int, sampling: float, training: float) -> None:
         row = {"step": step, "sampling_seconds": round(sampling, 4), "training_seconds": round(training, 4)}

@@ -42,6 +42,10 @@ class Batches(Protocol):
 
     def step(self, step: int, rank: int, ranks: int) -> TrainingBatch: ...
 
+    def documents(self, step: int) -> list[str]:
+        """What a step's sequences are made of, to be found again."""
+        ...
+
 
 def numpy_generator(*parts: int | str) -> np.random.Generator:
     """A generator that is a pure function of `parts`: (seed, what for, index)."""
@@ -95,6 +99,11 @@ class TokenBatches:
         else:
             inputs = Batch(token_BS, positions_within(document_BS), document_mask(document_BS))
         return TrainingBatch(inputs, target_BS, next_BS, (target_BS != IGNORED).float(), share, next_share)
+
+    def documents(self, step: int) -> list[str]:
+        """`source/hash of the id` of each document in a step's sequences."""
+        positions = np.arange(step * self.sequences, (step + 1) * self.sequences)
+        return self.mixture.documents(positions, self.split)
 
     def _shares(self, positions: np.ndarray, mine: slice, ranks: int) -> tuple[float, float]:
         """This rank's part of the targets one and two tokens ahead of the whole step, times the ranks."""
@@ -169,6 +178,11 @@ class ConversationBatches:
         token, target, document = (torch.from_numpy(np.stack(part)).to(self.device) for part in zip(*rows, strict=True))
         inputs = Batch(token, positions_within(document), document_mask(document))
         return TrainingBatch(inputs, target, None, (target != IGNORED).float(), share)
+
+    def documents(self, step: int) -> list[str]:
+        """The numbers of a step's conversations."""
+        places = self.plan[step * self.sequences : (step + 1) * self.sequences]
+        return [f"conversation {index}" for i in places for index in self.packs[i]]
 
     def _row(self, pack: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         token = np.full(self.length, self.pad, dtype=np.int64)

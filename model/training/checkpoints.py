@@ -1,163 +1,270 @@
-"""Checkpoints and finished models on disk: safetensors and JSON, written aside and renamed, never pickled."""
+"""Checkpoints of a training run: everything it needs to go on, in pieces that any number of ranks can take up.
+
+    checkpoint-00000200/
+      rank-00000.safetensors  pieces of tensors, laid flat: "<kind>/<name>@<first number>"
+      state.json              curves and whatever else the run keeps
+      manifest.json           written last: step, size and hash of every file, and whose checkpoint it is
+
+Kinds are `parameter`, `buffer` (expert biases), the optimizer's moments, and what a run adds (`reference`, `average`).
+The schedule, the data's position and all random numbers are functions of the step, so the step is their state. A folder
+is called `.tmp` until its manifest is in it, and does not count. Nothing here is pickled.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import threading
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from gristmill.model.config import ModelConfig
-from gristmill.model.hugging_face.folders import TensorFolder
-from gristmill.model.training.optimizers import MuonAdamW
-from gristmill.model.transformer import Transformer
+from gristmill.model.training.files import sha256, sync_and_rename, write_json
 
+FORMAT = 1
 KEPT = 2
+MANIFEST, STATE = "manifest.json", "state.json"
 
 
-def save_model(folder: Path, model: Transformer) -> None:
-    """Write `config.json` and `model.safetensors` (parameters and expert biases) into `folder`, atomically.
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not as it was written, or is not of this run; the message names the last good one."""
 
-    Raises:
-        FloatingPointError: a weight is infinite or not a number.
+
+class CheckpointWriter:
+    """Saves in the background: `begin` copies and returns, `written` looks, and `publish` makes a checkpoint of it.
+
+    Each rank writes its own file; the first publishes when every rank has written. `owner` describes whose checkpoints
+    these are, so that another model's are refused.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    described = {**model.config.model_dump(mode="json"), "vocab_size": model.vocab_size}
-    _write_json(folder / "config.json", described)
-    _write_tensors(folder / "model.safetensors", own_tensors(model))
+
+    def __init__(self, work: Path, owner: dict[str, Any], *, rank: int = 0, ranks: int = 1, keep: int = KEPT) -> None:
+        self.work, self.owner, self.rank, self.ranks, self.keep = work, owner, rank, ranks, keep
+        self._step: int | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save was begun and is not published yet."""
+        return self._step is not None
+
+    def begin(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Copy what is to be saved, and write it from a thread; every rank calls this, with its own pieces.
+
+        Raises:
+            RuntimeError: the save before it is not published yet.
+        """
+        if self.busy:
+            raise RuntimeError(f"the checkpoint of step {self._step} is still being written: publish it first")
+        copies = {key: tensor.detach().to("cpu", copy=True).reshape(-1) for key, tensor in tensors.items()}
+        told = json.dumps(state, sort_keys=True)
+        self._step, self._failure = step, None
+        self._thread = threading.Thread(target=self._write, args=(copies, told), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def written(self) -> bool:
+        """Whether this rank's part is on the disk.
+
+        Raises:
+            FloatingPointError: something to be saved is infinite or not a number.
+            OSError: the disk is full, or will not be written.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            return False
+        if self._failure is not None:
+            raise self._failure
+        return True
+
+    def wait(self) -> None:
+        """Until this rank's part is on the disk; raises as `written` does."""
+        if self._thread is not None:
+            self._thread.join()
+        self.written()
+
+    def publish(self) -> None:
+        """Say that all ranks have written: the first makes the folder a checkpoint and removes old ones."""
+        step, self._step, self._thread = self._step, None, None
+        if step is None or self.rank:
+            return
+        part, final = self._part(step), self.work / f"checkpoint-{step:08d}"
+        names = [STATE, *(_file_of(rank) for rank in range(self.ranks))]
+        files = {n: {"bytes": (part / n).stat().st_size, "sha256": self._hash(part / n)} for n in names}
+        manifest = {"format": FORMAT, "step": step, "ranks": self.ranks, "owner": self.owner, "files": files}
+        write_json(part / MANIFEST, manifest)
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        for old in checkpoints(self.work)[: -self.keep]:
+            aside = old.with_suffix(".tmp")  # half removed it must not count
+            shutil.rmtree(aside, ignore_errors=True)
+            old.rename(aside)
+            shutil.rmtree(aside)
+
+    def _hash(self, path: Path) -> str:
+        told = path.with_suffix(".sha256")
+        if not told.exists():
+            return sha256(path)
+        found = told.read_text(encoding="ascii")
+        told.unlink()
+        return found
+
+    def _part(self, step: int | None) -> Path:
+        return self.work / f"checkpoint-{step:08d}.tmp"
+
+    def _write(self, tensors: dict[str, Tensor], state: str) -> None:
+        try:
+            _refuse_not_finite(tensors)
+            part = self._part(self._step)
+            part.mkdir(parents=True, exist_ok=True)
+            path = part / _file_of(self.rank)
+            save_file(tensors, path.with_suffix(".part"))
+            sync_and_rename(path.with_suffix(".part"), path)
+            path.with_suffix(".sha256").write_text(sha256(path), encoding="ascii")
+            if self.rank == 0:
+                (part / STATE).write_text(state, encoding="utf-8")
+        except BaseException as error:  # raised again by `written`, in the thread that trains
+            self._failure = error
 
 
-def load_model(folder: Path, device: torch.device, *, mtp: bool = True) -> Transformer:
-    """The model that `save_model` wrote; without its MTP module where `mtp` is false.
-
-    Raises:
-        ValueError: the folder holds no model, a damaged one, or tensors that do not fit its configuration.
-    """
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds no model (config.json and model.safetensors): give a stage's `model` folder")
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    vocab_size = described.pop("vocab_size")
-    if not mtp:
-        described["num_nextn_predict_layers"] = 0
-    model = Transformer(ModelConfig.model_validate(described), vocab_size).to(device)
-    own = own_tensors(model)
-    with TensorFolder(folder) as found:
-        names = {name for name in found.names() if mtp or not name.startswith("mtp.")}
-        missing, unexpected = sorted(own.keys() - names), sorted(names - own.keys())
-        if missing or unexpected:
-            raise ValueError(f"{folder} does not fit its config.json: missing {missing}, unexpected {unexpected}")
-        for name, tensor in own.items():
-            if found.shape(name) != tuple(tensor.shape):
-                raise ValueError(
-                    f"{folder} does not fit its config.json: {name} is {found.shape(name)}, expected "
-                    f"{tuple(tensor.shape)}"
-                )
-            tensor.copy_(found.read(name))
-    return model
+def _file_of(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
 
 
-def own_tensors(model: Transformer) -> dict[str, Tensor]:
-    """The tensors of a model, each once: a head that is the embedding is left out."""
-    return {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight" or not model.config.tie_word_embeddings
-    }
-
-
-def take_tensors(model: Transformer, path: Path) -> None:
-    """Load what `own_tensors` gave from a file.
-
-    Raises:
-        ValueError: the file holds other tensors than the model has.
-    """
-    kept, own = load_file(path, device=str(next(model.parameters()).device)), own_tensors(model)
-    if kept.keys() != own.keys():
-        raise ValueError(
-            f"{path} is of another model: missing {sorted(own.keys() - kept.keys())}, unexpected "
-            f"{sorted(kept.keys() - own.keys())}"
-        )
-    model.load_state_dict(kept, strict=False)
-
-
-def save_checkpoint(
-    work: Path,
-    step: int,
-    model: Transformer,
-    optimizer: MuonAdamW,
-    state: dict[str, Any],
-    further: dict[str, dict[str, Tensor]] | None = None,
-) -> None:
-    """Keep everything a run needs to go on after `step` steps; older checkpoints but one are removed.
-
-    `further` names more files of tensors, a reference policy's for instance.
-
-    Raises:
-        FloatingPointError: a weight or the optimizer's state is infinite or not a number; the earlier ones are kept.
-    """
-    part, final = work / f"checkpoint-{step:08d}.tmp", work / f"checkpoint-{step:08d}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    _write_tensors(part / "model.safetensors", own_tensors(model))
-    _write_tensors(part / "optimizer.safetensors", optimizer.named_state())
-    for name, tensors in (further or {}).items():
-        _write_tensors(part / name, tensors)
-    files = sorted(p.name for p in part.iterdir())
-    _write_json(part / "state.json", {**state, "step": step, "optimizer_steps": optimizer.steps_done, "files": files})
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
-    for old in checkpoints(work)[:-KEPT]:
-        shutil.rmtree(old)
-
-
-def checkpoints(work: Path) -> list[Path]:
-    """Whole checkpoints, oldest first: one that was killed while it was copied or removed lacks a file."""
-    return sorted(p for p in work.glob("checkpoint-*") if p.suffix != ".tmp" and _is_whole(p))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """`state.json` is the last file that is written or copied, and names the others."""
-    state = checkpoint / "state.json"
-    if not state.exists():
-        return False
-    return all((checkpoint / name).exists() for name in json.loads(state.read_text(encoding="utf-8"))["files"])
-
-
-def load_checkpoint(work: Path, model: Transformer, optimizer: MuonAdamW) -> dict[str, Any] | None:
-    """Take up the last whole checkpoint; its state, or none where there is no checkpoint."""
-    found = checkpoints(work)
-    if not found:
-        return None
-    device = str(next(model.parameters()).device)
-    state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-    take_tensors(model, found[-1] / "model.safetensors")
-    optimizer.load_named_state(load_file(found[-1] / "optimizer.safetensors", device=device), state["optimizer_steps"])
-    return state
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    if wrong := [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
+def _refuse_not_finite(tensors: dict[str, Tensor]) -> None:
+    wrong = [key for key, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    if wrong:
         raise FloatingPointError(
             f"{wrong[0]} (and {len(wrong) - 1} more) is not finite: lower the learning rates and resume from the last "
             f"checkpoint"
         )
-    part = path.with_suffix(".part")
-    save_file({name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}, part)
-    _sync_and_rename(part, path)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    _sync_and_rename(part, path)
+def checkpoints(work: Path) -> list[Path]:
+    """Published checkpoints, oldest first."""
+    return sorted(p for p in work.glob("checkpoint-*") if p.suffix != ".tmp" and (p / MANIFEST).exists())
 
 
-def _sync_and_rename(part: Path, path: Path) -> None:
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+class Checkpoint:
+    """A published checkpoint, read by pieces; use it in a `with`.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, was cut or changed, or the format is a later one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, Any] = {}
+        try:
+            self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            made, self.step = self.manifest["format"], int(self.manifest["step"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(f"{MANIFEST} cannot be read ({error!r})") from error
+        if made != FORMAT:
+            raise self._damaged(f"{MANIFEST} has format {made}, and this version of Gristmill reads {FORMAT}")
+        self._verify()
+        self._where = self._index()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()
+
+    def _damaged(self, what: str) -> DamagedCheckpoint:
+        good = [p.name for p in checkpoints(self.folder.parent) if p != self.folder and _is_whole(p)]
+        after = f"the last good one is {good[-1]}: " if good else "there is no other: "
+        return DamagedCheckpoint(f"{self.folder}: {what}; {after}remove {self.folder.name} to go on from there")
+
+    def _verify(self) -> None:
+        wrong = _first_wrong(self.folder, self.manifest["files"])
+        if wrong:
+            raise self._damaged(wrong)
+
+    def _index(self) -> dict[tuple[str, str], list[tuple[int, int, str, str]]]:
+        """Of each kind and name its stretches: (first, end, file, key), ascending."""
+        where: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+        for file in self.manifest["files"]:
+            if not file.endswith(".safetensors"):
+                continue
+            try:
+                self._open[file] = safe_open(str(self.folder / file), framework="pt")
+            except SafetensorError as error:
+                raise self._damaged(f"{file} cannot be read ({error})") from error
+            for key in self._open[file].keys():  # noqa: SIM118 (it is no dictionary)
+                name, _, first = key.rpartition("@")
+                kind, _, name = name.partition("/")
+                size = self._open[file].get_slice(key).get_shape()[0]
+                where.setdefault((kind, name), []).append((int(first), int(first) + size, file, key))
+        return {name: sorted(stretches) for name, stretches in where.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What the run kept beside tensors."""
+        return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+
+    def refuse_unless_of(self, owner: dict[str, Any]) -> None:
+        """Raise DamagedCheckpoint, naming the first difference, unless it is this owner's."""
+        own = self.manifest["owner"]
+        for field in sorted({*own, *owner}):
+            if own.get(field) != owner.get(field):
+                raise self._damaged(f"it is of another run: {field} is {own.get(field)}, wanted {owner.get(field)}")
+
+    def names(self, kind: str) -> list[str]:
+        """Names of the tensors of a kind."""
+        return sorted(name for found, name in self._where if found == kind)
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> Tensor | None:
+        """Numbers [start, stop) of a tensor that is laid flat, from whichever files hold them; none where none does.
+
+        Raises:
+            DamagedCheckpoint: some of them are there and some are not.
+        """
+        stretches = self._where.get((kind, name))
+        if stretches is None:
+            return None
+        parts, at = [], start
+        for first, end, file, key in stretches:
+            if first <= at < end and at < stop:
+                upto = min(end, stop)
+                parts.append(self._open[file].get_slice(key)[at - first : upto - first])
+                at = upto
+        if at < stop:
+            raise self._damaged(f"{kind} {name} lacks the numbers from {at} to {stop}")
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+def _first_wrong(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
+    for name, told in files.items():
+        path = folder / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != told["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, and {told['bytes']} were written"
+        if sha256(path) != told["sha256"]:
+            return f"{name} has another hash than what was written"
+    return None
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return manifest["format"] == FORMAT and _first_wrong(folder, manifest["files"]) is None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def last_checkpoint(work: Path, owner: dict[str, Any]) -> Checkpoint | None:
+    """The last published checkpoint, verified, or none.
+
+    Raises:
+        DamagedCheckpoint: it is not as it was written, or is another run's.
+    """
+    found = checkpoints(work)
+    if not found:
+        return None
+    checkpoint = Checkpoint(found[-1])
+    checkpoint.refuse_unless_of(owner)
+    return checkpoint

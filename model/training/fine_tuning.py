@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 
 from gristmill.model.chat import Chat
-from gristmill.model.config import SFTConfig
+from gristmill.model.config import LayoutConfig, SFTConfig
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import Conversation, ConversationBatches
-from gristmill.model.training.checkpoints import load_model, save_model
-from gristmill.model.training.loop import Training, start_distributed, train, write_rows
+from gristmill.model.training.engine import start_distributed
+from gristmill.model.training.loop import Training, train, write_rows
+from gristmill.model.training.models import load_model
 from gristmill.model.transformer import flops_per_token
 
 
@@ -42,11 +43,13 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         optimizer=config.optimizer,
         schedule=config.schedule,
         checkpoint_every=config.checkpoint_every,
+        spikes=config.spikes,
     )
-    curves, _ = train(model, batches, training, out, progress)
+    history = train(model, batches, training, out, progress, layout=LayoutConfig.model_validate(job["layout"]))
+    curves = [row for row in history.curves if "spike" not in row] or history.curves
     if rank == 0:
-        save_model(out / "model", model)
-        write_rows(out / "curves.jsonl", curves)
+        write_rows(out / "curves.jsonl", history.curves)
+        write_rows(out / "spikes.jsonl", history.spikes)
         shown = [{k: r[k] for k in ("question", "thought", "final")} for r in rows[:12]]
         write_rows(out / "samples.jsonl", shown)
     dist.barrier()
@@ -65,4 +68,5 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         "flops": flops_per_token(model.config, model.vocab_size, config.sequence_length, mtp=False) * tokens,
         "steps": config.steps,
         "loss": round(curves[-1]["main_loss"], 5),
+        "steps_left_out": len(history.spikes),
     }

@@ -1,4 +1,4 @@
-"""The training loop that pretraining and fine-tuning share, around a DeepSpeed engine.
+"""The training loop that pretraining and fine-tuning share.
 
 Everything a step does is a function of (configuration, seed, step, state), and the state is in the checkpoint: a run
 that was killed anywhere goes on from its last checkpoint and ends in the same bytes (CPU, same ranks and threads).
@@ -7,28 +7,29 @@ that was killed anywhere goes on from its last checkpoint and ends in the same b
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from gristmill.model.config import OptimizerConfig, ScheduleConfig
+from gristmill.model.config import LayoutConfig, OptimizerConfig, ScheduleConfig, SpikeConfig
 from gristmill.model.stage_types import Progress
-from gristmill.model.training import checkpoints
 from gristmill.model.training.batches import Batches, TrainingBatch
-from gristmill.model.training.optimizers import MuonAdamW
+from gristmill.model.training.checkpoints import CheckpointWriter, last_checkpoint
+from gristmill.model.training.engine import Engine
+from gristmill.model.training.keeping import KeptModels, write_from
 from gristmill.model.training.schedules import factor
-from gristmill.model.transformer import Routing, Transformer, token_behind
+from gristmill.model.training.spikes import Spikes
+from gristmill.model.transformer import Transformer
 
 Row = dict[str, Any]
+Evaluate = Callable[[TrainingBatch], float]
 
 
 @dataclass(frozen=True)
@@ -42,62 +43,18 @@ class Training:
     checkpoint_every: int
     mtp_loss_weight: float = 0.0
     load_every: int = 0  # record the experts' load every so many steps; 0 never
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    keep_every: int = 0
+    keep_best: bool = False
 
 
-class Objective(nn.Module):
-    """The loss of one batch, as the module that DeepSpeed wraps."""
+@dataclass
+class History:
+    """What a run has to tell: a row a step, the experts' load now and then, and the steps that were left out."""
 
-    def __init__(self, model: Transformer, mtp_loss_weight: float) -> None:
-        super().__init__()
-        self.model, self.mtp_loss_weight = model, mtp_loss_weight
-        self.routing = Routing()
-
-    def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        self.routing = Routing()
-        next_target = batch.next_target_BS if self.mtp_loss_weight else None
-        main, ahead = self.model.losses(batch.inputs, batch.target_BS, next_target, batch.weight_BS, self.routing)
-        main = main * batch.share
-        total, parts = main, {"main_loss": main.detach()}
-        if ahead:
-            shares = _shares_ahead(batch, len(ahead))
-            mtp = torch.stack([loss * share for loss, share in zip(ahead, shares, strict=True)]).mean()
-            total = total + self.mtp_loss_weight * mtp
-            parts["mtp_loss"] = mtp.detach()
-        if self.routing.balance_loss:
-            balance = torch.stack(self.routing.balance_loss).sum()
-            total = total + balance
-            parts["balance_loss"] = balance.detach()
-        return total, {"loss": total.detach(), **parts}
-
-
-def _shares_ahead(batch: TrainingBatch, modules: int) -> list[float]:
-    """This rank's part of the targets of each MTP module, times the ranks; as `TrainingBatch.share`."""
-    ranks = dist.get_world_size()
-    shares, target_BS = [batch.next_share], batch.next_target_BS
-    for _ in range(1, modules):
-        assert target_BS is not None
-        target_BS = token_behind(target_BS)
-        own = (batch.weight_BS * (target_BS >= 0)).sum()
-        whole = own.clone()
-        if ranks > 1:
-            dist.all_reduce(whole)
-        shares.append(float(own) * ranks / max(float(whole), 1e-9))
-    return shares
-
-
-def start_distributed(device: torch.device) -> tuple[int, int]:
-    """(rank, ranks), with the process group up: NCCL on CUDA, gloo on CPU.
-
-    DeepSpeed's shared-memory reduction is left out: it would be compiled on first use, 40 s and a C++ compiler for a
-    reduction that gloo does as well at this size, and its sums would be in another order than gloo's.
-    """
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
-    return dist.get_rank(), dist.get_world_size()
+    curves: list[Row] = field(default_factory=list)
+    loads: list[Row] = field(default_factory=list)
+    spikes: list[Row] = field(default_factory=list)
 
 
 def train(
@@ -106,128 +63,169 @@ def train(
     training: Training,
     out: Path,
     progress: Progress,
-    held_out: Callable[[int], Row] | None = None,
-) -> tuple[list[Row], list[Row]]:
-    """Train `model` in place; returns the curves (a row a step) and the experts' load (a row a layer now and then).
+    held_out: Callable[[int, Evaluate], Row] | None = None,
+    layout: LayoutConfig | None = None,
+) -> History:
+    """Train `model` and leave it in `out/model`; returns what there is to tell.
 
-    `held_out(step)` gives further numbers for the rows of some steps.
-
-    Raises:
-        FloatingPointError: the loss, its gradient or the weights were not finite; the last checkpoint is kept.
-        ValueError: the batch does not divide among the ranks.
-    """
-    import deepspeed
-
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    if training.batch_sequences % ranks:
-        raise ValueError(
-            f"batch_sequences {training.batch_sequences} does not divide among {ranks} ranks: choose a multiple of it"
-        )
-    optimizer = MuonAdamW(model.named_parameters(), training.optimizer)
-    objective = Objective(model, training.mtp_loss_weight)
-    engine, *_ = deepspeed.initialize(
-        model=objective, optimizer=optimizer, config=_engine_config(training, ranks), dist_init_required=False
-    )
-    state = checkpoints.load_checkpoint(out / "work", model, optimizer)
-    first: int = state["step"] if state else 0
-    curves: list[Row] = state["curves"] if state else []
-    loads: list[Row] = state["loads"] if state else []
-    _record_start(out, rank, first)
-    for step in range(first, training.steps):
-        began = time.perf_counter()
-        engine.train()
-        loss, parts = engine(batches.step(step, rank, ranks))
-        row = _agreed(parts, ranks)
-        _refuse_not_finite(row, step, training)
-        engine.backward(loss)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), training.optimizer.gradient_clip, foreach=True)
-        _refuse_not_finite({"grad_norm": float(norm)}, step, training)
-        optimizer.scale = factor(training.schedule, step, training.steps)
-        engine.step()
-        violation, load = _balance(model, objective.routing, ranks)
-        row |= {
-            "grad_norm": float(norm),
-            "learning_rate": optimizer.scale * training.optimizer.adam_learning_rate,
-        }
-        if violation is not None:
-            row["load_violation"] = violation
-        if training.load_every and (step % training.load_every == 0 or step + 1 == training.steps):
-            loads += [{"step": step, "layer": i, "load": share} for i, share in enumerate(load)]
-        if held_out is not None:
-            row |= held_out(step)
-        curves.append({"step": step, **row})
-        done = step + 1
-        if rank == 0:
-            _record_time(out, step, time.perf_counter() - began)
-            if done % training.checkpoint_every == 0 and done < training.steps:
-                checkpoints.save_checkpoint(out / "work", done, model, optimizer, {"curves": curves, "loads": loads})
-        progress(done, training.steps, loss=row["main_loss"], grad_norm=row["grad_norm"])
-    return curves, loads
-
-
-def _refuse_not_finite(row: Row, step: int, training: Training) -> None:
-    """Stop before a step that would spoil the weights, and with them the next checkpoint.
+    `held_out(step, evaluate)` gives further numbers for the rows of some steps; all ranks call it.
 
     Raises:
-        FloatingPointError: a loss or the gradient is infinite or not a number.
+        FloatingPointError: a loss, a gradient or the weights were not finite and `spikes` says stop, or too often.
+        ValueError: the batch does not divide among ranks and micro-batches, or a checkpoint is damaged.
     """
-    if not all(math.isfinite(value) for value in row.values()):
-        raise FloatingPointError(
-            f"the loss or its gradient is not finite at step {step} ({row}); the last good checkpoint is of step "
-            f"{step // training.checkpoint_every * training.checkpoint_every}: lower the rates and resume"
+    return Run(model, batches, training, out, layout or LayoutConfig()).train(progress, held_out)
+
+
+class Run:
+    """One start of a training run."""
+
+    def __init__(
+        self, model: Transformer, batches: Batches, training: Training, out: Path, layout: LayoutConfig
+    ) -> None:
+        self.model, self.batches, self.training, self.out = model, batches, training, out
+        self.engine = Engine(
+            model,
+            training.optimizer,
+            mtp_loss_weight=training.mtp_loss_weight,
+            batch_sequences=training.batch_sequences,
+            layout=layout,
         )
+        self.rank, self.ranks = self.engine.rank, self.engine.ranks
+        self.owner = {**model.config.model_dump(mode="json"), "vocab_size": model.vocab_size}
+        self.writer = CheckpointWriter(
+            out / "work", self.owner, rank=self.rank, ranks=self.ranks, keep=layout.kept_checkpoints
+        )
+        self.kept = KeptModels(out / "kept", training.keep_every, training.keep_best)
+        self.history = History()
 
+    def train(self, progress: Progress, held_out: Callable[[int, Evaluate], Row] | None) -> History:
+        """All steps, from the last checkpoint where there is one."""
+        first, steps = self._resume(), self.training.steps
+        self.spikes = Spikes(self.training.spikes, self.history.curves)
+        for step in range(first, steps):
+            began = time.perf_counter()
+            row = self._step(step)
+            if held_out is not None:
+                row |= held_out(step, self.engine.evaluate)
+            self.history.curves.append({"step": step, **row})
+            worked = time.perf_counter()
+            self._save(step + 1)
+            now = time.perf_counter()
+            self._record_time(step, now - began, now - worked)
+            progress(step + 1, steps, **{name: row[name] for name in ("main_loss", "grad_norm") if name in row})
+        if first < steps:
+            self._publish()
+        self._leave_model()
+        return self.history
 
-def _engine_config(training: Training, ranks: int) -> dict[str, Any]:
-    """ZeRO stage 0: each rank holds the whole (small) model, so that Muon sees whole matrices; gradients are averaged.
+    def _step(self, step: int) -> Row:
+        """Take a step, or leave it out; its row of the curves."""
+        row = self.engine.accumulate(self.batches, step)
+        why = self.spikes.judge(row)
+        scale = factor(self.training.schedule, step, self.training.steps)
+        applied = self.engine.step(scale, admitted=why is None)
+        row |= {"grad_norm": self.engine.norm, "learning_rate": scale * self.training.optimizer.adam_learning_rate}
+        if not applied:
+            return self._left_out(step, row, why or "gradient")
+        self.spikes.taken(row["main_loss"])
+        load_LE = self.engine.balance()
+        if load_LE is not None:
+            row["load_violation"] = self._record_load(step, load_LE)
+        return row
 
-    Clipping is the loop's, which records the norm.
-    """
-    return {
-        "train_micro_batch_size_per_gpu": training.batch_sequences // ranks,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": 0},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
+    def _left_out(self, step: int, row: Row, why: str) -> Row:
+        """Skip the batch, or go back to the last checkpoint's weights, or stop: as the configuration says."""
+        score = round(self.spikes.score(row["main_loss"]), 3) if why == "spike" else None
+        self.spikes.left_out(step, row)
+        told: Row = {"step": step, "why": why, "score": score, "policy": self.training.spikes.policy}
+        told |= {name: value if math.isfinite(value) else str(value) for name, value in row.items()}
+        if self.training.spikes.policy == "rollback":
+            told["weights_of_step"] = self._roll_back()
+        self.history.spikes.append({**told, "documents": self.batches.documents(step)})
+        return {**{name: value for name, value in row.items() if math.isfinite(value)}, "spike": why}
 
+    def _roll_back(self) -> int:
+        """Take up the last checkpoint's weights, moments and biases; the step they are of. The data goes on."""
+        if self.writer.busy:
+            self._publish()
+        dist.barrier()
+        checkpoint = last_checkpoint(self.out / "work", self.owner)
+        if checkpoint is None:
+            raise FloatingPointError(
+                "the loss is not finite or far above those before it, and there is no checkpoint to roll back to yet: "
+                "lower the rates or checkpoint_every"
+            )
+        with checkpoint:
+            self.engine.load(checkpoint)
+        return checkpoint.step
 
-def _agreed(parts: dict[str, Tensor], ranks: int) -> Row:
-    """The parts of the loss, averaged over ranks."""
-    values = torch.stack([v.float() for v in parts.values()])
-    if ranks > 1:
-        dist.all_reduce(values)
-        values /= ranks
-    return dict(zip(parts, values.tolist(), strict=True))
+    def _record_load(self, step: int, load_LE: Tensor) -> float:
+        """The mean over layers of (max load / mean − 1), noting the shares now and then."""
+        share_LE = load_LE / load_LE.sum(1, keepdim=True)
+        every = self.training.load_every
+        if every and (step % every == 0 or step + 1 == self.training.steps):
+            self.history.loads += [
+                {"step": step, "layer": i, "load": [round(v, 5) for v in row]}
+                for i, row in enumerate(share_LE.tolist())
+            ]
+        return float((share_LE.amax(1) * share_LE.shape[1] - 1).mean())
 
+    def _save(self, done: int) -> None:
+        """Begin a checkpoint where one is due, and publish the one before it once all ranks have written it."""
+        due = done % self.training.checkpoint_every == 0 or done == self.training.steps
+        if self.writer.busy and (due or self.engine.agree(self.writer.written())):
+            self._publish()
+        if due:
+            tensors = {f"{kind}/{name}@{start}": numbers for kind, name, start, numbers in self.engine.tensors()}
+            self.writer.begin(
+                done, tensors, {**vars(self.history), "optimizer_steps": self.engine.optimizer.steps_done}
+            )
 
-@torch.no_grad()
-def _balance(model: Transformer, routing: Routing, ranks: int) -> tuple[float | None, list[list[float]]]:
-    """Move the experts' biases by the load of all ranks; mean over layers of (max load / mean − 1), and the shares."""
-    if not routing.load_LE:
-        return None, []
-    load_LE = torch.stack(routing.load_LE).float()
-    if ranks > 1:
-        dist.all_reduce(load_LE)
-    for mixture, load_E in zip(model.mixtures(), load_LE, strict=False):
-        mixture.update_bias(load_E)
-    share_LE = load_LE / load_LE.sum(1, keepdim=True)
-    violation = share_LE.amax(1) * share_LE.shape[1] - 1
-    return float(violation.mean()), [[round(v, 5) for v in row] for row in share_LE.tolist()]
+    def _publish(self) -> None:
+        self.writer.wait()
+        dist.barrier()
+        self.writer.publish()
+        if self.rank == 0 and (self.training.keep_every or self.training.keep_best):
+            self._keep()
 
+    def _keep(self) -> None:
+        checkpoint = last_checkpoint(self.out / "work", self.owner)
+        assert checkpoint is not None
+        with checkpoint:
+            self.kept.look(checkpoint, self.model, self.history.curves)
 
-def _record_start(out: Path, rank: int, first: int) -> None:
-    """Leave a line for each start of the job, so that a resume can be seen to begin where it should."""
-    if rank == 0:
-        with (out / "log" / "starts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"pid": os.getpid(), "from_step": first}) + "\n")
+    def _resume(self) -> int:
+        """Take up the last checkpoint; the step to begin with."""
+        dist.barrier()
+        checkpoint = last_checkpoint(self.out / "work", self.owner)
+        first = 0
+        if checkpoint is not None:
+            with checkpoint:
+                self.engine.load(checkpoint)
+                state, first = checkpoint.state(), checkpoint.step
+            self.history = History(**{name: state[name] for name in vars(self.history)})
+            if self.rank == 0:
+                self._keep()
+        if self.rank == 0:
+            with (self.out / "log" / "starts.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"pid": os.getpid(), "from_step": first}) + "\n")
+        return first
 
+    def _leave_model(self) -> None:
+        """Write the finished model from the last checkpoint: no rank need hold it whole."""
+        if self.rank == 0:
+            checkpoint = last_checkpoint(self.out / "work", self.owner)
+            assert checkpoint is not None
+            with checkpoint:
+                write_from(checkpoint, self.model, self.out / "model")
+        dist.barrier()
 
-def _record_time(out: Path, step: int, seconds: float) -> None:
-    with (out / "log" / "timings.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "seconds": round(seconds, 5)}) + "\n")
+    def _record_time(self, step: int, seconds: float, saving: float) -> None:
+        if self.rank == 0:
+            row = {"step": step, "seconds": round(seconds, 5), "saving_seconds": round(saving, 5)}
+            with (self.out / "log" / "timings.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

@@ -1,11 +1,16 @@
-"""Muon for hidden matrices and AdamW for everything else, as one optimizer whose state has names.
+"""Muon for hidden matrices and AdamW for the rest, in one optimizer whose state has names.
+
+A tensor that it updates is a parameter, or under ZeRO a flat stretch of several: `pieces` says which. AdamW needs no
+more than that; Muon orthogonalises whole matrices, so the ranks hand each other their momenta (`gathered`).
 
 Muon: Keller Jordan et al., 2024, kellerjordan.github.io/posts/muon; the Newton–Schulz coefficients are theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +19,36 @@ from gristmill.model.config import OptimizerConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ADAM_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Numbers [start, stop) of a parameter that is laid flat, which lie at `offset` of the tensor that is updated."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    offset: int = 0
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Its numbers, a view of the tensor."""
+        return flat.view(-1)[self.offset : self.offset + self.stop - self.start]
+
+    @property
+    def matrices(self) -> tuple[int, int]:
+        """The first of a stack's matrices that it touches, and the one after the last."""
+        size = math.prod(self.shape[-2:])
+        return self.start // size, -(-self.stop // size)
+
+
+def whole(name: str, parameter: Tensor) -> Piece:
+    """A parameter as one piece."""
+    return Piece(name, tuple(parameter.shape), 0, parameter.numel())
+
+
+Gather = Callable[[Tensor, Tensor], Callable[[Piece], Tensor]]
+"""(updated tensor, numbers that lie as it does) to: of each of its pieces those matrices that the piece touches."""
 
 
 def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -34,99 +69,133 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """One step updates Muon's and AdamW's parameters; `scale` (0 to 1) is the schedule's factor on both rates.
+    """Each step is announced (`begin_step`) and then taken (`step`), at once or, by ZeRO, group by group.
 
-    Expert stacks (E, rows, columns) are orthogonalised matrix by matrix.
+    Expert stacks (E, rows, columns) are orthogonalised matrix by matrix. `admit` is asked once a step, when the
+    gradients are there: what to multiply them by (clipping), or none to leave the step out.
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
-        self.config, self.scale = config, 1.0
-        self.names: dict[Tensor, str] = {}
-        muon, decayed, plain = [], [], []
+        self.config, self.scale, self.steps_done = config, 1.0, 0
+        self.gather: Gather = _own_matrices
+        self.admit: Callable[[], float | None] = lambda: 1.0
+        self._asked, self._coefficient = False, None
+        muon, decayed, plain = {}, {}, {}
         for name, parameter in named:
-            if not parameter.requires_grad:
-                continue
-            self.names[parameter] = name
-            if config.muon_learning_rate > 0 and is_hidden_matrix(name, parameter):
-                muon.append(parameter)
-            else:
-                (decayed if parameter.ndim >= 2 else plain).append(parameter)
+            if parameter.requires_grad:
+                if config.muon_learning_rate > 0 and is_hidden_matrix(name, parameter):
+                    group = muon
+                else:
+                    group = decayed if parameter.ndim >= 2 else plain
+                group[parameter] = (whole(name, parameter),)
+        adam = {"kind": "adam", "lr": config.adam_learning_rate}
         groups = [
-            {"params": muon, "kind": "muon", "decay": config.weight_decay, "lr": config.muon_learning_rate},
-            {
-                "params": decayed,
-                "kind": "adam",
-                "decay": config.weight_decay,
-                "lr": config.adam_learning_rate,
-            },
-            {"params": plain, "kind": "adam", "decay": 0.0, "lr": config.adam_learning_rate},
+            {"pieces": muon, "kind": "muon", "decay": config.weight_decay, "lr": config.muon_learning_rate},
+            {"pieces": decayed, **adam, "decay": config.weight_decay},
+            {"pieces": plain, **adam, "decay": 0.0},
         ]
-        super().__init__([g for g in groups if g["params"]], {})
-        self.steps_done = 0
+        super().__init__([{**g, "params": list(g["pieces"])} for g in groups if g["pieces"]], {})
+
+    def begin_step(self, scale: float) -> None:
+        """The next calls of `step` are one step, with this factor (0 to 1) of the schedule on all rates."""
+        self.scale, self._asked = scale, False
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
-        self.steps_done += 1
+        if not self._asked:
+            self._asked, self._coefficient = True, self.admit()
+            self.steps_done += self._coefficient is not None
+        if self._coefficient is None:
+            return
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             rate = group["lr"] * self.scale
             if not parameters:
                 continue
+            if self._coefficient != 1.0:
+                torch._foreach_mul_([p.grad for p in parameters], self._coefficient)
             if group["decay"] and rate:
                 torch._foreach_mul_(parameters, 1 - rate * group["decay"])
-            (self._muon if group["kind"] == "muon" else self._adam)(parameters, rate)
+            if group["kind"] == "muon":
+                self._muon(parameters, group["pieces"], rate)
+            else:
+                self._adam(parameters, rate)
 
-    def _muon(self, parameters: list[Tensor], rate: float) -> None:
-        momentum = self.config.momentum
-        stacks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+    def _muon(self, parameters: list[Tensor], pieces: dict[Tensor, tuple[Piece, ...]], rate: float) -> None:
+        stacks: dict[tuple[int, int], list[tuple[Tensor, Piece, Tensor]]] = {}
         for parameter in parameters:
-            assert parameter.grad is not None
-            buffer = self._moment(parameter, "momentum")
-            buffer.lerp_(parameter.grad, 1 - momentum)
-            nesterov = parameter.grad.lerp(buffer, momentum)
-            rows, columns = parameter.shape[-2:]
-            stacks.setdefault((rows, columns), []).append((parameter, nesterov.reshape(-1, rows, columns)))
+            matrices = self.gather(parameter, self._nesterov(parameter))
+            for piece in pieces[parameter]:
+                stacks.setdefault(piece.shape[-2:], []).append((parameter, piece, matrices(piece)))  # type: ignore[arg-type]
         for (rows, columns), members in stacks.items():
-            update = orthogonalised(torch.cat([u for _, u in members]))
+            update = orthogonalised(torch.cat([stack for *_, stack in members]))
             size = max(1.0, rows / columns) ** 0.5
-            for (parameter, own), part in zip(members, update.split([len(u) for _, u in members]), strict=True):
-                assert len(own) == len(part)
-                parameter.add_(part.reshape(parameter.shape), alpha=-rate * size)
+            parts = update.split([len(stack) for *_, stack in members])
+            for (parameter, piece, _), part in zip(members, parts, strict=True):
+                skipped = piece.start - piece.matrices[0] * rows * columns
+                own = part.reshape(-1)[skipped : skipped + piece.stop - piece.start]
+                piece.of(parameter).add_(own, alpha=-rate * size)
+
+    def _nesterov(self, parameter: Tensor) -> Tensor:
+        """The momentum after this gradient, a further step of it ahead."""
+        momentum, gradient = self.config.momentum, parameter.grad
+        assert gradient is not None
+        buffer = self._moment(parameter, "momentum")
+        if buffer.dtype == gradient.dtype:
+            buffer.lerp_(gradient, 1 - momentum)
+            return gradient.lerp(buffer, momentum)
+        exact = buffer.to(gradient.dtype).lerp_(gradient, 1 - momentum)
+        buffer.copy_(exact)
+        return gradient.lerp(exact, momentum)
 
     def _adam(self, parameters: list[Tensor], rate: float) -> None:
         beta1, beta2 = self.config.beta1, self.config.beta2
         gradients = [p.grad for p in parameters if p.grad is not None]
-        first = [self._moment(p, "exp_avg") for p in parameters]
-        second = [self._moment(p, "exp_avg_sq") for p in parameters]
+        kept = [[self._moment(p, kind) for p in parameters] for kind in ("exp_avg", "exp_avg_sq")]
+        first, second = ([m.to(g.dtype) for m, g in zip(ms, gradients, strict=True)] for ms in kept)
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
         size = torch._foreach_sqrt(torch._foreach_div(second, 1 - beta2**self.steps_done))
         torch._foreach_add_(size, ADAM_EPS)
         torch._foreach_addcdiv_(parameters, first, size, -rate / (1 - beta1**self.steps_done))
+        if self.config.moments != "float32":
+            torch._foreach_copy_([*kept[0], *kept[1]], [*first, *second])
 
     def _moment(self, parameter: Tensor, kind: str) -> Tensor:
         state = self.state[parameter]
         if kind not in state:
-            state[kind] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+            dtype = torch.bfloat16 if self.config.moments == "bfloat16" else parameter.dtype
+            state[kind] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
         return state[kind]
 
-    def named_state(self) -> dict[str, Tensor]:
-        """Every moment as `name/kind`, for a checkpoint; `steps_done` goes beside it."""
-        return {f"{self.names[p]}/{kind}": t for p, s in self.state.items() for kind, t in s.items()}
+    def pieces(self) -> Iterator[tuple[Tensor, Piece]]:
+        """Every tensor that is updated, with each of its pieces."""
+        for group in self.param_groups:
+            for tensor, pieces in group["pieces"].items():
+                for piece in pieces:
+                    yield tensor, piece
 
-    def load_named_state(self, state: dict[str, Tensor], steps_done: int) -> None:
-        """Take back what `named_state` gave.
+    def moments(self) -> Iterator[tuple[str, Piece, Tensor]]:
+        """(kind, piece, its numbers, a view) of every moment that is kept."""
+        for tensor, piece in self.pieces():
+            for kind, moment in self.state.get(tensor, {}).items():
+                yield kind, piece, piece.of(moment)
 
-        Raises:
-            ValueError: the state names a parameter that is not there.
-        """
-        by_name = {name: parameter for parameter, name in self.names.items()}
-        for key, value in state.items():
-            name, kind = key.rsplit("/", 1)
-            if name not in by_name:
-                raise ValueError(
-                    f"the optimizer state names {name!r}, which this model has not: another model's state?"
-                )
-            self.state[by_name[name]][kind] = value.clone()
+    @torch.no_grad()
+    def load_moments(self, read: Callable[[str, Piece], Tensor | None], steps_done: int) -> None:
+        """Take the moments from `read(kind, piece)`, flat; none stands for zeros."""
+        self.state.clear()
+        for group in self.param_groups:
+            kinds = ("momentum",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq")
+            for tensor, pieces in group["pieces"].items():
+                for kind, piece in ((kind, piece) for kind in kinds for piece in pieces):
+                    found = read(kind, piece)
+                    if found is not None:
+                        piece.of(self._moment(tensor, kind)).copy_(found)
         self.steps_done = steps_done
+
+
+def _own_matrices(parameter: Tensor, numbers: Tensor) -> Callable[[Piece], Tensor]:
+    """A tensor that is one whole parameter holds its matrices already."""
+    return lambda piece: numbers.reshape(-1, *piece.shape[-2:])

@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from gristmill.data.mixture import Mixture
 from gristmill.data.shards import TokenShards
-from gristmill.model.config import PretrainConfig
+from gristmill.model.config import LayoutConfig, PretrainConfig
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import IGNORED, TokenBatches, torch_seed
-from gristmill.model.training.checkpoints import save_model
-from gristmill.model.training.loop import Row, Training, start_distributed, train, write_rows
-from gristmill.model.transformer import Routing, Transformer, flops_per_token, parameter_counts
+from gristmill.model.training.engine import start_distributed
+from gristmill.model.training.loop import Evaluate, History, Row, Training, train, write_rows
+from gristmill.model.transformer import Transformer, flops_per_token, parameter_counts
 
 HELD_OUT_BATCH = 16
 
@@ -39,13 +39,13 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
 
     checks = batches("held_out", HELD_OUT_BATCH)
 
-    def held_out(step: int) -> Row:
+    def held_out(step: int, evaluate: Evaluate) -> Row:
         if (step + 1) % config.evaluate_every and step + 1 != config.steps:
             return {}
-        return {"held_out_bpb": bits_per_byte(model, checks, config.held_out_sequences)}
+        return {"held_out_bpb": bits_per_byte(evaluate, checks, config.held_out_sequences)}
 
     train_batches = batches("train", config.batch_sequences)
-    curves, loads = train(
+    history = train(
         model,
         train_batches,
         Training(
@@ -56,31 +56,31 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
             checkpoint_every=config.checkpoint_every,
             mtp_loss_weight=config.model.mtp_loss_weight if config.model.num_nextn_predict_layers else 0.0,
             load_every=max(1, config.steps // 40),
+            spikes=config.spikes,
+            keep_every=config.keep_every,
+            keep_best=config.keep_best,
         ),
         out,
         progress,
         held_out,
+        LayoutConfig.model_validate(job["layout"]),
     )
     if rank == 0:
-        save_model(out / "model", model)
-        write_rows(out / "curves.jsonl", curves)
-        write_rows(out / "expert_load.jsonl", loads)
+        write_rows(out / "curves.jsonl", history.curves)
+        write_rows(out / "expert_load.jsonl", history.loads)
+        write_rows(out / "spikes.jsonl", history.spikes)
     unigram = unigram_bits_per_byte(train_batches, checks, config.held_out_sequences, shards.vocab_size)
     dist.barrier()
-    return _metrics(config, model, curves, shards.vocab_size, unigram)
+    return _metrics(config, model, history, shards.vocab_size, unigram)
 
 
-@torch.no_grad()
-def bits_per_byte(model: Transformer, batches: TokenBatches, sequences: int) -> float:
+def bits_per_byte(evaluate: Evaluate, batches: TokenBatches, sequences: int) -> float:
     """Held-out cross-entropy in bits per byte of the text the tokens stand for (mixture of the training weights)."""
-    model.eval()
     bits = text_bytes = 0.0
     for step in range(-(-sequences // HELD_OUT_BATCH)):
         batch = batches.step(step, 0, 1)
-        loss, _ = model.losses(batch.inputs, batch.target_BS, None, batch.weight_BS, Routing())
-        bits += float(loss) / math.log(2) * int((batch.target_BS != IGNORED).sum())
+        bits += evaluate(batch) / math.log(2) * int((batch.target_BS != IGNORED).sum())
         text_bytes += batches.text_bytes(step)
-    model.train()
     return bits / text_bytes
 
 
@@ -117,7 +117,8 @@ def _check_run(config: PretrainConfig, mixture: Mixture) -> None:
             )
 
 
-def _metrics(config: PretrainConfig, model: Transformer, curves: list[Row], vocab_size: int, unigram: float) -> Metrics:
+def _metrics(config: PretrainConfig, model: Transformer, history: History, vocab_size: int, unigram: float) -> Metrics:
+    curves = [row for row in history.curves if "spike" not in row] or history.curves
     total, active = parameter_counts(config.model, vocab_size)
     tokens = config.steps * config.batch_sequences * config.sequence_length
     each = flops_per_token(config.model, vocab_size, config.sequence_length, mtp=len(model.mtp) > 0)
@@ -132,4 +133,5 @@ def _metrics(config: PretrainConfig, model: Transformer, curves: list[Row], voca
         "unigram_bpb": round(unigram, 5),
         "bpb_vs_unigram": round(curves[-1]["held_out_bpb"] / unigram, 5),
         "load_violation": round(curves[-1].get("load_violation", 0.0), 5),
+        "steps_left_out": len(history.spikes),
     }

@@ -16,7 +16,7 @@ from gristmill.model.hugging_face.configs import from_hugging_face, to_hugging_f
 from gristmill.model.hugging_face.folders import INDEX, TensorFolder
 from gristmill.model.hugging_face.fp8 import dequantised, quantised
 from gristmill.model.hugging_face.names import layout
-from gristmill.model.training.checkpoints import load_model
+from gristmill.model.training.models import load_model
 from gristmill.model.transformer import Batch, LatentCache, Transformer, parameter_counts
 
 VOCAB = 96

@@ -1,0 +1,224 @@
+"""Training laid out over processes: every layout learns what one process does, and any resumes what another began."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gristmill.data.mix import MixConfig, mix
+from gristmill.data.stage_types import silent as quiet
+from gristmill.data.tokenize import TokenizeConfig, tokenize
+from gristmill.model.config import LayoutConfig, ModelConfig, OptimizerConfig, PretrainConfig, ScheduleConfig
+from gristmill.model.launch import JobFailed
+from gristmill.model.pretrain import pretrain
+from gristmill.model.stage_types import silent
+
+CONFIG = PretrainConfig(
+    model=ModelConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=16, intermediate_size=64, n_routed_experts=4, moe_intermediate_size=16,
+    ),
+    steps=20,
+    sequence_length=32,
+    batch_sequences=8,
+    checkpoint_every=4,
+    evaluate_every=10,
+    held_out_sequences=4,
+    schedule=ScheduleConfig(warmup_steps=4),
+    optimizer=OptimizerConfig(muon_learning_rate=0.0, adam_learning_rate=1e-3),
+)  # fmt: skip
+MUON = CONFIG.model_copy(update={"optimizer": OptimizerConfig()})
+ONE = LayoutConfig()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, laid_out) -> dict[str, Path]:
+    from gristmill.data.arithmetic import lesson
+
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = [
+        {"text": lesson(0, i), "id": f"lessons/{i}", "metadata": {"source": "lessons", "kind": "lessons"}}
+        for i in range(300)
+    ]
+    tokens, mixture = folder / "tokens", folder / "mixture"
+    tokens.mkdir()
+    mixture.mkdir()
+    config = TokenizeConfig(vocab_size=320, sample_bytes=20_000, held_out=0.1)
+    tokenize(config, laid_out(folder / "in", rows), tokens, 0, workers=0, progress=quiet)
+    asked = MixConfig(sequence_length=CONFIG.sequence_length, sequences=CONFIG.steps * CONFIG.batch_sequences)
+    mix(asked, tokens, mixture, 0, workers=0, progress=quiet)
+    return {"tokens": tokens, "mixture": mixture}
+
+
+def trained(
+    corpus: dict[str, Path], out: Path, config: PretrainConfig = CONFIG, *, ranks: int = 1, layout: LayoutConfig = ONE
+) -> dict[str, Any]:
+    out.mkdir(exist_ok=True)
+    return pretrain(
+        config, **corpus, out=out, seed=0, threads=1, ranks=ranks, device="cpu", layout=layout, progress=silent
+    )
+
+
+def curve(out: Path, name: str = "main_loss") -> list[float]:
+    return [json.loads(line)[name] for line in (out / "curves.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Root mean square of the difference over that of the weights."""
+    assert set(ours) == set(theirs)
+    norm = sum(float((ours[n] - theirs[n]).double().square().sum()) for n in ours)
+    return (norm / sum(float(t.double().square().sum()) for t in theirs.values())) ** 0.5
+
+
+def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return set(ours) == set(theirs) and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def killed_when(out: Path, there: str, ranks: int) -> threading.Thread:
+    """Kill every process of the job as soon as a file of this pattern is there."""
+
+    def kill() -> None:
+        while not any(out.glob(there)):
+            time.sleep(0.001)
+        starts = (out / "log" / "starts.jsonl").read_text().splitlines()
+        os.kill(json.loads(starts[-1])["pid"], signal.SIGKILL)  # torchrun ends the other ranks
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.fixture(scope="module")
+def alone(corpus: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "out"
+    trained(corpus, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Whole runs of two ranks, by ZeRO stage."""
+    found: dict[int, Path] = {}
+
+    def run(stage: int) -> Path:
+        if stage not in found:
+            found[stage] = tmp_path_factory.mktemp(f"stage{stage}") / "out"
+            trained(corpus, found[stage], ranks=2, layout=LayoutConfig(zero_stage=stage))  # type: ignore[arg-type]
+        return found[stage]
+
+    return run
+
+
+# Two ranks add two halves of a gradient that one adds in one go: float32's 1.2e-7 a sum, and AdamW's division by the
+# root of the second moment makes a relative error of each small gradient of it. Twenty steps of rate 1e-3 carry that on.
+LOSS, WEIGHTS = 2e-4, 2e-3
+
+
+@pytest.mark.parametrize(
+    "stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
+def test_ranks_learn_what_one_process_learns(stage: int, alone: Path, undisturbed: Any) -> None:
+    out = undisturbed(stage)
+    assert curve(out) == pytest.approx(curve(alone), rel=LOSS)
+    assert curve(out, "mtp_loss") == pytest.approx(curve(alone, "mtp_loss"), rel=LOSS)
+    assert curve(out, "grad_norm") == pytest.approx(curve(alone, "grad_norm"), rel=2e-3)
+    assert apart(weights(out), weights(alone)) < WEIGHTS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_changes_no_bit(stage: int, undisturbed: Any) -> None:
+    """Two ranks: a sum of two numbers has one order, so who adds them up does not matter."""
+    assert equal(weights(undisturbed(stage)), weights(undisturbed(0)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_muon_orthogonalises_whole_matrices_under_zero(stage: int, corpus: dict[str, Path], tmp_path: Path) -> None:
+    layout = LayoutConfig(zero_stage=stage)  # type: ignore[arg-type]
+    trained(corpus, tmp_path / "one", MUON)
+    trained(corpus, tmp_path / "two", MUON, ranks=2, layout=layout)
+    # Muon's update has the same size however small the gradient, so rounding grows to about a thousandth of the loss.
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=5e-3)
+
+
+def test_micro_batches_and_recomputing(alone: Path, corpus: dict[str, Path], tmp_path: Path, undisturbed: Any) -> None:
+    trained(corpus, tmp_path / "full", layout=LayoutConfig(recompute="full"))
+    assert equal(weights(tmp_path / "full"), weights(alone))
+    trained(corpus, tmp_path / "some", layout=LayoutConfig(recompute="selective", micro_batches=2))
+    # Two micro-batches of one rank are the halves that two ranks have, and their gradients are added up alike.
+    assert equal(weights(tmp_path / "some"), weights(undisturbed(0)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "what"), [(1, "optimizer"), (3, "parameters")])
+def test_offload_changes_no_bit(
+    stage: int, what: str, corpus: dict[str, Path], tmp_path: Path, undisturbed: Any
+) -> None:
+    layout = LayoutConfig(zero_stage=stage, offload=what)  # type: ignore[arg-type]
+    trained(corpus, tmp_path / "out", ranks=2, layout=layout)
+    assert equal(weights(tmp_path / "out"), weights(undisturbed(0)))
+
+
+IN_A_STEP, IN_A_SAVE = "work/checkpoint-00000004", "work/checkpoint-00000008.tmp/*.part"
+
+
+@pytest.mark.parametrize(
+    ("stage", "when"),
+    [
+        pytest.param(stage, when, marks=[] if (stage, when) == (2, IN_A_SAVE) else [pytest.mark.slow])
+        for stage in (1, 2, 3)
+        for when in (IN_A_STEP, IN_A_SAVE)
+    ],
+)
+def test_killed_it_goes_on_to_the_bit(
+    stage: int, when: str, corpus: dict[str, Path], tmp_path: Path, undisturbed: Any
+) -> None:
+    out, layout = tmp_path / "out", LayoutConfig(zero_stage=stage)  # type: ignore[arg-type]
+    (out / "log").mkdir(parents=True)
+    killer = killed_when(out, when, 2)
+    with pytest.raises(JobFailed):
+        trained(corpus, out, ranks=2, layout=layout)
+    killer.join()
+    trained(corpus, out, ranks=2, layout=layout)
+    starts = [json.loads(line)["from_step"] for line in (out / "log" / "starts.jsonl").read_text().splitlines()]
+    assert starts[0] == 0
+    assert starts[-1] >= 4
+    assert equal(weights(out), weights(undisturbed(stage)))
+    assert curve(out) == curve(undisturbed(stage))
+
+
+def test_other_layouts_take_up_a_checkpoint(alone: Path, corpus: dict[str, Path], tmp_path: Path) -> None:
+    """One rank, then two under ZeRO 3, then one again: every sequence is read once, and the losses are those of one."""
+    out = tmp_path / "out"
+    (out / "log").mkdir(parents=True)
+    for ranks, layout, kill in (
+        (1, ONE, "work/checkpoint-00000004"),
+        (2, LayoutConfig(zero_stage=3), "work/checkpoint-00000012"),
+        (1, ONE, None),
+    ):
+        if kill is None:
+            trained(corpus, out, ranks=ranks, layout=layout)
+            continue
+        killer = killed_when(out, kill, ranks)
+        with pytest.raises(JobFailed):
+            trained(corpus, out, ranks=ranks, layout=layout)
+        killer.join()
+    starts = [json.loads(line)["from_step"] for line in (out / "log" / "starts.jsonl").read_text().splitlines()]
+    assert starts[0] == 0
+    assert 4 <= starts[1] < 12 <= starts[2]
+    assert curve(out) == pytest.approx(curve(alone), rel=LOSS)
+    assert [json.loads(line)["step"] for line in (out / "curves.jsonl").read_text().splitlines()] == list(range(20))
