@@ -14,7 +14,7 @@ Shapes as in model/transformer.py, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -24,18 +24,8 @@ from torch.distributed import ProcessGroup
 
 from gristmill.kernels.grouped_gemm import grouped_gemm
 from gristmill.model.training.collectives import exchange_rows
+from gristmill.model.training.optimizers import Piece
 from gristmill.model.transformer import Experts, Transformer
-
-
-@dataclass(frozen=True)
-class ExpertShard:
-    """A parameter of which this rank holds the numbers [start, stop) of the whole one, flattened."""
-
-    name: str
-    parameter: nn.Parameter
-    start: int
-    stop: int
-    whole_shape: tuple[int, ...]
 
 
 def shard_experts(model: Transformer, group: ProcessGroup) -> None:
@@ -54,30 +44,30 @@ def shard_experts(model: Transformer, group: ProcessGroup) -> None:
             mixture.register_module("experts", ShardedExperts(mixture.experts, group))
 
 
-def expert_parameters(model: Transformer) -> list[ExpertShard]:
-    """What `shard_experts` left here, and which part of the whole each is."""
-    shards = []
+def expert_parameters(model: Transformer) -> dict[nn.Parameter, Piece]:
+    """What `shard_experts` left here, and which numbers of the whole parameter each is."""
+    found = {}
     for prefix, module in model.named_modules():
         if isinstance(module, ShardedExperts):
             for name, parameter in module.named_parameters(prefix):
                 start = module.group.rank() * parameter.numel()
                 whole = (parameter.shape[0] * module.group.size(), *parameter.shape[1:])
-                shards.append(ExpertShard(name, parameter, start, start + parameter.numel(), whole))
-    return shards
+                found[parameter] = Piece(name, whole, start, start + parameter.numel())
+    return found
 
 
 @torch.no_grad()
-def reduce_expert_gradients(shards: list[ExpertShard], replicas: ProcessGroup) -> None:
-    """Make the gradients of these parts those of the mean of all ranks' losses: over the ranks, and added over copies.
+def reduce_expert_gradients(parts: Iterable[nn.Parameter], replicas: ProcessGroup) -> None:
+    """Make these gradients those of the mean of all ranks' losses: divided by the ranks, and added over copies.
 
     `replicas` are the ranks that hold the same experts (`Groups.expert_replicas`).
     """
     ranks = dist.get_world_size()
-    for shard in shards:
-        if shard.parameter.grad is not None:
-            shard.parameter.grad.div_(ranks)
+    for parameter in parts:
+        if parameter.grad is not None:
+            parameter.grad.div_(ranks)
             if replicas.size() > 1:
-                dist.all_reduce(shard.parameter.grad, group=replicas)
+                dist.all_reduce(parameter.grad, group=replicas)
 
 
 class ShardedExperts(nn.Module):

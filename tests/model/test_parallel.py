@@ -191,7 +191,7 @@ def one_step(case: Case, rank: int) -> dict[str, Tensor]:
     average_gradients(model, made, case.ranks)
     whole = loss.detach().clone()
     dist.all_reduce(whole)
-    pieces = {shard.name: torch.tensor([shard.start, shard.stop]) for shard in expert_parameters(model)}
+    pieces = {piece.name: torch.tensor([piece.start, piece.stop]) for piece in expert_parameters(model).values()}
     return {
         "loss": whole / case.ranks,
         "balance": torch.stack(routing.balance_loss).sum().detach(),
@@ -203,11 +203,10 @@ def one_step(case: Case, rank: int) -> dict[str, Tensor]:
 
 
 def average_gradients(model: Transformer, made: Groups, ranks: int) -> None:
-    shards = expert_parameters(model)
-    reduce_expert_gradients(shards, made.expert_replicas)
-    sharded = {shard.name for shard in shards}
-    for name, parameter in model.named_parameters():
-        if name not in sharded and parameter.grad is not None:
+    parts = expert_parameters(model)
+    reduce_expert_gradients(parts, made.expert_replicas)
+    for parameter in model.parameters():
+        if parameter not in parts and parameter.grad is not None:
             dist.all_reduce(parameter.grad)
             parameter.grad /= ranks
 
@@ -233,6 +232,7 @@ def train(model: Transformer, case: Case, share: Any, made: Groups | None) -> Te
             dist.all_reduce(load)
             dist.all_reduce(loss)
             loss = loss / case.ranks
+        optimizer.begin_step(1.0)
         optimizer.step()
         for mixture, load_E in zip(model.mixtures(), load, strict=True):
             mixture.update_bias(load_E)
