@@ -414,7 +414,12 @@ class MixtureOfExperts(nn.Module):
         return out_TD.view_as(x_BSD)
 
     def balance_loss(self, score_TE: Tensor, expert_TK: Tensor, sequences: int) -> Tensor:
-        """The sequence-wise balance loss α Σᵢ fᵢ Pᵢ, mean over sequences (V3 equations 17–20)."""
+        """The sequence-wise balance loss α Σᵢ fᵢ Pᵢ, mean over sequences (V3 equation 17)."""
+        f_BE, p_BE = self.balance_factors(score_TE, expert_TK, sequences)
+        return self.config.balance_loss_alpha * (f_BE * p_BE).sum(-1).mean()
+
+    def balance_factors(self, score_TE: Tensor, expert_TK: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
+        """fᵢ and Pᵢ of each sequence: means over its positions, (B, E) each (V3 equations 18–20)."""
         experts, chosen = self.config.n_routed_experts, self.config.num_experts_per_tok
         expert_BT = expert_TK.view(sequences, -1)
         row_B = torch.arange(sequences, device=expert_BT.device)[:, None] * experts
@@ -422,8 +427,7 @@ class MixtureOfExperts(nn.Module):
         length = expert_BT.shape[1] // chosen
         f_BE = count_BE.view(sequences, experts).float() * (experts / (chosen * length))
         share_TE = score_TE / (score_TE.sum(-1, keepdim=True) + 1e-20)
-        p_BE = share_TE.view(sequences, length, experts).mean(1)
-        return self.config.balance_loss_alpha * (f_BE * p_BE).sum(-1).mean()
+        return f_BE, share_TE.view(sequences, length, experts).mean(1)
 
     @torch.no_grad()
     def update_bias(self, load_E: Tensor) -> None:
