@@ -38,7 +38,13 @@ def choices(how: str, tokens: int, experts: int, chosen: int) -> torch.Tensor:
 
 
 def case(
-    tokens: int, experts: int, chosen: int, width: int, hidden: int, how: str = "even", dtype: torch.dtype = torch.float32
+    tokens: int,
+    experts: int,
+    chosen: int,
+    width: int,
+    hidden: int,
+    how: str = "even",
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
     expert = choices(how, tokens, experts, chosen)
     return {
@@ -197,7 +203,11 @@ def test_the_reference_on_demand_and_the_report() -> None:
         ({"gate_TK": torch.ones(6, 2, dtype=torch.long)}, TypeError, "gate_TK is torch.int64; wanted a floating"),
         ({"expert_TK": draw(0, 6, 2)}, TypeError, "expert_TK is torch.float32; wanted integers"),
         ({"expert_TK": torch.full((7, 2), 1)}, ValueError, r"shape of expert_TK is \(7, 2\); wanted \(6, 2\)"),
-        ({"expert_TK": torch.full((6, 2), 3)}, ValueError, r"range of expert_TK is \(3, 3\); wanted experts from 0 to 2"),
+        (
+            {"expert_TK": torch.full((6, 2), 3)},
+            ValueError,
+            r"range of expert_TK is \(3, 3\); wanted experts from 0 to 2",
+        ),
         ({"expert_TK": torch.full((6, 2), -1)}, ValueError, r"range of expert_TK is \(-1, -1\)"),
         ({"load_E": torch.tensor([12, 0])}, ValueError, r"shape of load_E is \(2,\); wanted \(3,\)"),
         ({"load_E": torch.tensor([12, 0, 0])}, ValueError, r"load_E is \[12, 0, 0\]; wanted the counts of expert_TK"),
