@@ -2,7 +2,7 @@
 
 Medians of several runs, the sides in turn in one process. A peer is torch's own operation, and where they are installed
 Liger-Kernel's and the experts of `transformers`. In brackets is the share of what the device reaches in a large square
-product of that dtype, measured at the start; memory is the most beyond the inputs (on a GPU: of a CPU torch counts none).
+product of that dtype, as measured first; memory is the most beyond the inputs (on a GPU: torch counts none of a CPU).
 """
 
 from __future__ import annotations

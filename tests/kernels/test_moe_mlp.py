@@ -21,7 +21,7 @@ from gristmill.kernels.moe_mlp.reference import moe_mlp_reference
 EPS = {torch.float32: 1.2e-7, torch.bfloat16: 7.8e-3}
 INTERPRETED = os.environ.get("GRISTMILL_KERNELS") == "gpu"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-EXAMPLES = 4 if INTERPRETED else 10 if DEVICE == "cuda" else 30  # compiled anew for most shapes on a GPU
+EXAMPLES = 3 if INTERPRETED else 10 if DEVICE == "cuda" else 30  # compiled anew for most shapes on a GPU
 NAMES = ("x_TD", "gate_TK", "gate_up_E2FD", "down_EDF")
 
 
@@ -108,11 +108,11 @@ def test_result_and_gradients(
 
 
 def test_whole_tiles_for_the_copy_engine() -> None:
-    """Rows of whole 16 bytes in bfloat16, more rows than a tile has, an expert without any."""
-    given_ = case(200, 5, 2, 64, 136, "ends", torch.bfloat16)
-    seen = draw(4, 200, 64, dtype=torch.bfloat16)
+    """Rows of whole 16 bytes in bfloat16, more rows than a tile has, experts without any."""
+    given_ = case(70, 3, 2, 64, 72, "one", torch.bfloat16)
+    seen = draw(4, 70, 64, dtype=torch.bfloat16)
     for mine, theirs in zip(both_ways(given_, seen), wanted_of(given_, seen), strict=True):
-        close(mine, theirs, torch.bfloat16, 400)
+        close(mine, theirs, torch.bfloat16, 140)
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="Triton sums in float32")
