@@ -1,7 +1,7 @@
 """The routed experts in Triton, on the grouped products of `grouped_gemm`.
 
 Rows are gathered before a product and not by it, since the copy engine of a Hopper GPU takes tiles of neighbouring rows
-alone; both products of a backward pass read the same gathered gradients, and no gathered rows are kept. What is here are
+alone; both products of a backward pass read the same gathered gradients, and no gathered rows are kept. Here are
 the kernels between the products: SwiGLU with the gate, its slope with the gate's, and the sum of a token's rows, each
 computed in float32 and rounded once. A token gathers its rows, so nothing is added by a race.
 """
