@@ -1,8 +1,8 @@
 """Times of the kernels against their peers on equal inputs: `python -P -m gristmill.kernels.bench [--device cpu|cuda]`.
 
-Medians of several runs, the sides in turn in one process. A peer is torch's own operation, and where it is installed
-Liger-Kernel's. In brackets is the share of what the device reaches in a large square product of that dtype, measured at
-the start; memory is the most beyond the inputs (on a GPU: of a CPU torch counts none).
+Medians of several runs, the sides in turn in one process. A peer is torch's own operation, and where they are installed
+Liger-Kernel's and the experts of `transformers`. In brackets is the share of what the device reaches in a large square
+product of that dtype, as measured first; memory is the most beyond the inputs (on a GPU: torch counts none of a CPU).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.grouped_gemm import grouped_gemm
+from gristmill.kernels.moe_mlp import moe_mlp
 
 RUNS, WARM = 9, 2
 Work = Callable[[], Any]
@@ -85,17 +87,17 @@ def without_gradients(function: Work) -> Work:
 
 
 def routed(tokens: int, experts: int, active: int) -> Tensor:
-    """Where each expert's rows end if every token chooses its experts evenly at random."""
+    """What each token chooses evenly at random, (T, K)."""
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.rand(tokens, experts, generator=generator).topk(active, 1).indices
-    return chosen.flatten().bincount(minlength=experts).cumsum(0)
+    return torch.rand(tokens, experts, generator=generator).topk(active, 1).indices
 
 
 def grouped(
     device: str, dtype: torch.dtype, experts: int, tokens: int, active: int, inner: int, outer: int
 ) -> Iterator[Case]:
     """Against torch's own grouped product, and on a GPU against the product of as many rows with one matrix."""
-    rows, ends = tokens * active, routed(tokens, experts, active).to(device)
+    rows = tokens * active
+    ends = routed(tokens, experts, active).flatten().bincount(minlength=experts).cumsum(0).to(device)
     x = torch.randn(rows, inner, device=device, dtype=dtype)
     w = torch.empty(experts, outer, inner, device=device, dtype=dtype).normal_(0, inner**-0.5)
     offsets, flops = ends.to(torch.int32), 2 * rows * inner * outer
@@ -115,6 +117,47 @@ def grouped(
         yield Case("grouped_gemm forward", shape, flops, ours, peers)
     both = both_ways(lambda a, b: grouped_gemm(a, b, ends), x, w)
     yield Case("grouped_gemm", shape, 3 * flops, both, {peer: (both_ways(theirs, x, w), goal)})
+
+
+def experts_mlp(
+    device: str, dtype: torch.dtype, experts: int, tokens: int, active: int, width: int, hidden: int
+) -> Iterator[Case]:
+    """Against the experts of `transformers`, each of whose implementations is a peer."""
+    expert = routed(tokens, experts, active).to(device)
+    load = expert.flatten().bincount(minlength=experts)
+    x = torch.randn(tokens, width, device=device, dtype=dtype)
+    gate = torch.rand(tokens, active, device=device)
+    gate_up = torch.empty(experts, 2 * hidden, width, device=device, dtype=dtype).normal_(0, width**-0.5)
+    down = torch.empty(experts, width, hidden, device=device, dtype=dtype).normal_(0, hidden**-0.5)
+    peers: dict[str, tuple[Work, float | None]] = {}
+    if importlib.util.find_spec("transformers"):
+        for name in ("grouped_mm", "eager"):
+            theirs = _transformers_experts(name, width, hidden, experts)
+            peers[f"transformers {name}"] = (both_ways(partial(theirs, expert), x, gate, gate_up, down), 1.3)
+    yield Case(
+        "moe_mlp",
+        f"{experts} × {width}×{hidden}, {tokens} tokens × {active}",
+        3 * 6 * tokens * active * width * hidden,
+        both_ways(lambda a, g, u, d: moe_mlp(a, expert, g, u, d, load), x, gate, gate_up, down),
+        peers,
+    )
+
+
+def _transformers_experts(implementation: str, width: int, hidden: int, experts: int) -> Callable[..., Tensor]:
+    """DeepSeek-V3's experts there, as a function of (expert, x, gate, gate_up, down)."""
+    config = importlib.import_module("transformers").DeepseekV3Config(
+        hidden_size=width, moe_intermediate_size=hidden, n_routed_experts=experts
+    )
+    config._experts_implementation = implementation
+    theirs = importlib.import_module("transformers.models.deepseek_v3.modeling_deepseek_v3").DeepseekV3Experts
+    with torch.device("meta"):
+        module = theirs(config)
+
+    def function(expert: Tensor, x: Tensor, gate: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        matrices = {"gate_up_proj": gate_up, "down_proj": down}
+        return torch.func.functional_call(module, matrices, (x, expert, gate.to(x.dtype)))
+
+    return function
 
 
 def cross_entropy(device: str, dtype: torch.dtype, rows: int, width: int, vocab: int) -> Iterator[Case]:
@@ -183,18 +226,24 @@ def said(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--op", choices=["grouped_gemm", "cross_entropy"])
+    parser.add_argument("--op", choices=["grouped_gemm", "moe_mlp", "cross_entropy"])
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     asked = parser.parse_args()
     device, dtype = asked.device, torch.bfloat16 if asked.device == "cuda" else torch.float32
-    makers: dict[str, Callable[..., Iterator[Case]]] = {"grouped_gemm": grouped, "cross_entropy": cross_entropy}
+    makers: dict[str, Callable[..., Iterator[Case]]] = {
+        "grouped_gemm": grouped,
+        "moe_mlp": experts_mlp,
+        "cross_entropy": cross_entropy,
+    }
     shapes: dict[str, list[tuple[int, ...]]] = {
         "grouped_gemm": [(8, 1024, 4, 128, 128), (32, 2048, 4, 256, 256), (64, 2048, 4, 512, 512)],
+        "moe_mlp": [(32, 2048, 4, 256, 128), (64, 2048, 4, 512, 256)],
         "cross_entropy": [(2048, 128, 1024), (2048, 256, 32_768)],
     }
     if device == "cuda":
         shapes = {
             "grouped_gemm": [(256, tokens, 8, 7168, 2048) for tokens in (4096, 8192, 32_768)],
+            "moe_mlp": [(64, 8192, 6, 2048, 1408)],  # of the 16B model
             "cross_entropy": [(8192, 2048, 32_768), (16_384, 7168, 129_280)],
         }
     best = limit(device, dtype)

@@ -7,7 +7,7 @@ Parallelism, optimizers and checkpoints are applied from outside. Shapes are wri
     D  width          H  heads                                             V  rows of the vocabulary
     C  key/value latent   Q  query latent or width   N, R  head width without and with rotation   W  value width
     G  heads of keys and values, where they are fewer than those of queries
-    E  routed experts K  experts a token chose       F  hidden width of an FFN                    M = T·K routed rows
+    E  routed experts K  experts a token chose       F  hidden width of an FFN
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
-from gristmill.kernels.grouped_gemm import grouped_gemm
+from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.model.config import ModelConfig
 
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps is: DeepSeek's own code gives them none
@@ -326,46 +326,6 @@ class Gate(nn.Module):
         return allowed[..., None].expand_as(groups).reshape_as(choice_TE)
 
 
-class _Dispatch(torch.autograd.Function):
-    """Rows of x laid out expert by expert; its gradient gathers, so that nothing is added by a race."""
-
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, order_M: Tensor, place_M: Tensor, chosen: int) -> Tensor:
-        ctx.save_for_backward(place_M)
-        ctx.chosen = chosen
-        return x_TD.index_select(0, order_M.div(chosen, rounding_mode="floor"))
-
-    @staticmethod
-    def backward(ctx, grad_MD: Tensor):
-        (place_M,) = ctx.saved_tensors
-        return (
-            grad_MD.index_select(0, place_M).view(-1, ctx.chosen, grad_MD.shape[-1]).sum(1),
-            None,
-            None,
-            None,
-        )
-
-
-class _Combine(torch.autograd.Function):
-    """Σₖ gateₖ · yₖ for each token, from rows laid out expert by expert."""
-
-    @staticmethod
-    def forward(ctx, y_MD: Tensor, gate_TK: Tensor, order_M: Tensor, place_M: Tensor) -> Tensor:
-        ctx.save_for_backward(y_MD, gate_TK, order_M, place_M)
-        y_TKD = y_MD.index_select(0, place_M).view(*gate_TK.shape, -1)
-        return torch.bmm(gate_TK[:, None].to(y_MD.dtype), y_TKD)[:, 0]
-
-    @staticmethod
-    def backward(ctx, grad_TD: Tensor):
-        y_MD, gate_TK, order_M, place_M = ctx.saved_tensors
-        y_TKD = y_MD.index_select(0, place_M).view(*gate_TK.shape, -1)
-        grad_gate_TK = torch.bmm(y_TKD, grad_TD[..., None])[..., 0].to(gate_TK.dtype)
-        token_M = order_M.div(gate_TK.shape[1], rounding_mode="floor")
-        grad_y_MD = grad_TD.index_select(0, token_M)
-        grad_y_MD.mul_(gate_TK.reshape(-1).index_select(0, order_M)[:, None].to(grad_y_MD.dtype))
-        return grad_y_MD, grad_gate_TK, None, None
-
-
 class Experts(nn.Module):
     """The routed experts as two stacks of matrices, (E, 2F, D) gate-and-up and (E, D, F) down."""
 
@@ -376,14 +336,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
 
     def forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, load_E: Tensor) -> Tensor:
-        order_M = expert_TK.reshape(-1).argsort(stable=True)
-        place_M = torch.empty_like(order_M)
-        place_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
-        ends_E = load_E.cumsum(0)
-        x_MD = _Dispatch.apply(x_TD, order_M, place_M, expert_TK.shape[1])
-        gate, up = grouped_gemm(x_MD, self.gate_up_proj, ends_E).chunk(2, -1)
-        y_MD = grouped_gemm(F.silu(gate) * up, self.down_proj, ends_E)
-        return _Combine.apply(y_MD, gate_TK, order_M, place_M)
+        return moe_mlp(x_TD, expert_TK, gate_TK, self.gate_up_proj, self.down_proj, load_E)
 
 
 class MixtureOfExperts(nn.Module):

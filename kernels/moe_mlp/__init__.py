@@ -1,0 +1,87 @@
+"""The routed experts as one operation: rows to their experts, SwiGLU there, and back weighted (V3 equation 12)."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.moe_mlp.cpu import MoeMlp
+from gristmill.kernels.moe_mlp.reference import moe_mlp_reference
+
+__all__ = ["moe_mlp"]
+
+CHECKED = os.environ.get("GRISTMILL_KERNELS_CHECK") == "1"
+"""Whether indices are looked at on a GPU too, where that waits for the device."""
+
+
+def moe_mlp(
+    x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, load_E: Tensor
+) -> Tensor:
+    """Σₖ gateₖ · down(silu(a) · b) with (a, b) = gate_up·x of each chosen expert, (T, D), in x's dtype.
+
+    Differentiable once, in x, gate and both stacks of matrices. For the backward pass it keeps x, gate, the matrices,
+    the order of the rows (T·K integers) and gate_up·x, (T·K, 2F): neither permuted inputs, which are gathered again,
+    nor activations and experts' outputs. Two runs give equal bits, and on a GPU nothing waits for the host.
+
+    Args:
+        x_TD: tokens, (T, D).
+        expert_TK: the experts each token chose, (T, K), integers in [0, E).
+        gate_TK: the weight of each choice, (T, K), of any floating dtype.
+        gate_up_E2FD: each expert's gate matrix above its up matrix, (E, 2F, D).
+        down_EDF: each expert's down matrix, (E, D, F).
+        load_E: how many rows each expert has, (E,): the counts of expert_TK.
+
+    Raises:
+        TypeError: x and a stack differ in dtype, expert or load is not of integers, or gate is of integers.
+        ValueError: shapes or devices do not fit, or (on a CPU; on a GPU where GRISTMILL_KERNELS_CHECK=1) an expert is
+            out of range or the load is not that of expert_TK; on a GPU, there are 2³⁰ rows or more.
+    """
+    _check(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
+    implementation = chosen("moe_mlp", x_TD)
+    if implementation == "reference":
+        return moe_mlp_reference(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF)
+    if implementation == "gpu":
+        from gristmill.kernels.moe_mlp.gpu import TritonMoeMlp
+
+        return TritonMoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
+    return MoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
+
+
+def _check(x: Tensor, expert: Tensor, gate: Tensor, gate_up: Tensor, down: Tensor, load: Tensor) -> None:
+    ranks = {"x_TD": (x, 2), "expert_TK": (expert, 2), "gate_up_E2FD": (gate_up, 3), "down_EDF": (down, 3)}
+    for name, (tensor, rank) in ranks.items():
+        require(tensor.ndim == rank, ValueError, f"moe_mlp: rank of {name}", tensor.ndim, rank)
+    for name, tensor in (("gate_up_E2FD", gate_up), ("down_EDF", down)):
+        require(tensor.dtype == x.dtype, TypeError, f"moe_mlp: {name}", tensor.dtype, f"the dtype of x_TD, {x.dtype}")
+    for name, tensor in (("expert_TK", expert), ("load_E", load)):
+        whole = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
+        require(whole, TypeError, f"moe_mlp: {name}", tensor.dtype, "integers")
+    require(gate.dtype.is_floating_point, TypeError, "moe_mlp: gate_TK", gate.dtype, "a floating dtype")
+    (tokens, width), (experts, _, hidden) = x.shape, down.shape
+    wanted = {
+        "expert_TK": (expert, (tokens, expert.shape[1])),
+        "gate_TK": (gate, tuple(expert.shape)),
+        "gate_up_E2FD": (gate_up, (experts, 2 * hidden, width)),
+        "down_EDF": (down, (experts, width, hidden)),
+        "load_E": (load, (experts,)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        require(tuple(tensor.shape) == shape, ValueError, f"moe_mlp: shape of {name}", tuple(tensor.shape), shape)
+        same = tensor.device == x.device
+        require(same, ValueError, f"moe_mlp: device of {name}", tensor.device, f"that of x_TD, {x.device}")
+    if x.device.type == "cpu" or CHECKED:
+        _check_indices(expert, load)
+
+
+def _check_indices(expert: Tensor, load: Tensor) -> None:
+    """The checks that read the tensors."""
+    if expert.numel():
+        low, high = (int(bound) for bound in expert.aminmax())
+        within = low >= 0 and high < len(load)
+        require(within, ValueError, "moe_mlp: range of expert_TK", (low, high), f"experts from 0 to {len(load) - 1}")
+    counts = torch.bincount(expert.reshape(-1), minlength=len(load))
+    equal = bool((counts == load).all())
+    require(equal, ValueError, "moe_mlp: load_E", load.tolist(), f"the counts of expert_TK, {counts.tolist()}")
