@@ -61,8 +61,8 @@ def sample(
         wording: how tokens read as text, and the strings at which a response is over.
 
     Raises:
-        ValueError: a prompt is empty, the seeds are too few or too many, or the longest prompt and its response pass the
-            model's position limit.
+        ValueError: a prompt is empty, the seeds are too few or too many, or the longest prompt and its response pass
+            the model's position limit.
     """
     requests = [Request(prompt, seed) for prompt, seed in zip(_repeated(prompts, copies), seeds, strict=True)]
     made = [Sample() for _ in requests]

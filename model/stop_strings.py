@@ -21,9 +21,7 @@ class Wording:
 
     def __post_init__(self) -> None:
         if "" in self.stop:
-            raise ValueError(
-                f"the stop strings {list(self.stop)} hold an empty one, which ends every response: drop it"
-            )
+            raise ValueError(f"the stop strings {list(self.stop)} hold an empty one, which ends all responses: drop it")
 
 
 class Speech:
