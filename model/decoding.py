@@ -151,7 +151,8 @@ class FewTokens:
         self.dense = c.n_routed_experts <= DENSE_SHARE * c.num_experts_per_tok
         self.padded = not self.dense and experts.down_proj.device.type == "cpu"
         if self.dense:
-            gate_up, down = [experts.gate_up_proj], [experts.down_proj.transpose(1, 2).flatten(0, 1)]
+            gate_up: list[Tensor] = [experts.gate_up_proj]
+            down: list[Tensor] = [experts.down_proj.transpose(1, 2).flatten(0, 1)]
             if module.shared_experts is not None:  # as so many further experts that every token takes
                 halves = module.shared_experts.gate_up_proj.weight.unflatten(0, (2, c.n_shared_experts, -1))
                 gate_up.append(halves.transpose(0, 1).flatten(1, 2))
@@ -226,9 +227,9 @@ class Decoder:
         self.model, self.config = model.eval(), model.config
         self.layers = [Layer(block) for block in model.layers if isinstance(block, Block)]
         self.module: MultiTokenPrediction | None = None
-        if len(model.mtp):
-            assert isinstance(model.mtp[0], MultiTokenPrediction)
-            self.module, self.module_layer = model.mtp[0], Layer(model.mtp[0].block)
+        for module in model.mtp[:1]:
+            assert isinstance(module, MultiTokenPrediction)
+            self.module, self.module_layer = module, Layer(module.block)
         position = torch.arange(self.config.max_position_embeddings + 1, device=self.device)
         cos, sin = rotary_angles(self.config, position)
         self.turn_SR = cos.repeat(1, 2), sin.repeat(1, 2)
