@@ -128,39 +128,6 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-class LatentCache:
-    """What decoding keeps: `kv_lora_rank + qk_rope_head_dim` numbers a token and layer (V3 section 2.1.1).
-
-    With grouped queries it is each head's keys and values.
-    """
-
-    def __init__(
-        self, config: ModelConfig, sequences: int, length: int, like: Tensor, layers: int | None = None
-    ) -> None:
-        layers = config.num_hidden_layers if layers is None else layers
-        self.latent_LBSC = like.new_zeros(layers, sequences, length, config.cache_width)
-        self.position_BS = torch.full((sequences, length), -1, dtype=torch.long, device=like.device)
-        self.filled = 0
-
-    def grow(self, position_BS: Tensor) -> tuple[int, Tensor]:
-        """Make room for tokens at these positions: where the room begins, and what they see of the cache, (B, S, all).
-
-        A position of -1 marks a token that nobody sees.
-        """
-        at = self.filled
-        self.filled = at + position_BS.shape[1]
-        self.position_BS[:, at : self.filled] = position_BS
-        key_BS = self.position_BS[:, : self.filled]
-        seen_BSS = (key_BS[:, None] <= position_BS[..., None]) & (key_BS[:, None] >= 0)
-        seen_BSS |= (position_BS < 0)[..., None]  # a padded query sees anything, so that no row is all -inf
-        return at, seen_BSS
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these sequences, in this order (a row may be taken more than once)."""
-        self.latent_LBSC = self.latent_LBSC[:, rows].contiguous()
-        self.position_BS = self.position_BS[rows].contiguous()
-
-
 class MultiHeadLatentAttention(nn.Module):
     """MLA (V3 equations 1–11): keys and values come from one small latent, the only thing decoding caches."""
 
@@ -208,28 +175,6 @@ class MultiHeadLatentAttention(nn.Module):
         )
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
 
-    def decode(
-        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], cache_BSC: Tensor, seen_BSS: Tensor, at: int
-    ) -> Tensor:
-        """The absorbed form: scores and values are taken in the latent itself, so keys are never expanded.
-
-        `cache_BSC` is this layer's cache up to and including the new positions, which start at `at`;
-        `seen_BSS` is true where a new position may see a cached one.
-        """
-        c, (batch, length, _) = self.config, x_BSD.shape
-        q_BSHN, q_BSHR, latent_BSC, key_BSR = self.project(x_BSD, rotary)
-        cache_BSC[:, at : at + length] = torch.cat((latent_BSC, key_BSR), -1)
-        up = self.kv_b_proj.weight.view(c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
-        up_HNC, up_HWC = up.split([c.qk_nope_head_dim, c.v_head_dim], 1)
-        q_BSHC = torch.einsum("bshn,hnc->bshc", q_BSHN, up_HNC)
-        query = torch.cat((q_BSHC, q_BSHR), -1).reshape(batch, length * c.num_attention_heads, -1)
-        scores = torch.bmm(query, cache_BSC.transpose(1, 2)).view(batch, length, c.num_attention_heads, -1)
-        scores = (scores * self.scale).float().masked_fill(~seen_BSS[:, :, None], -torch.inf)
-        weights = scores.softmax(-1).to(x_BSD.dtype).view(batch, length * c.num_attention_heads, -1)
-        out_BSHC = torch.bmm(weights, cache_BSC[..., : c.kv_lora_rank])
-        out = torch.einsum("bshc,hwc->bshw", out_BSHC.view(batch, length, c.num_attention_heads, -1), up_HWC)
-        return self.o_proj(out.reshape(batch, length, -1))
-
 
 class GroupedQueryAttention(nn.Module):
     """Attention of Llama and Qwen: several query heads share a head of keys and values (arXiv 2305.13245)."""
@@ -267,15 +212,6 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
         return self.attend(*self.project(x_BSD, rotary), mask_BSS)
-
-    def decode(
-        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], cache_BSC: Tensor, seen_BSS: Tensor, at: int
-    ) -> Tensor:
-        """As `MultiHeadLatentAttention.decode`, the cache holding keys and then values."""
-        q_BSHR, k_BSGR, v_BSGR = self.project(x_BSD, rotary)
-        cache_BSC[:, at : at + x_BSD.shape[1]] = torch.cat((k_BSGR.flatten(2), v_BSGR.flatten(2)), -1)
-        k_BSGR, v_BSGR = (part.unflatten(-1, (self.groups, -1)) for part in cache_BSC.chunk(2, -1))
-        return self.attend(q_BSHR, k_BSGR, v_BSGR, seen_BSS)
 
 
 class SwiGLU(nn.Module):
@@ -410,13 +346,6 @@ class Block(nn.Module):
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask_BSS)
         return self.feed_forward(x_BSD, routing)
 
-    def decode(
-        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], cache_BSC: Tensor, seen_BSS: Tensor, at: int
-    ) -> Tensor:
-        """New positions alone, which begin at `at` of this layer's cache."""
-        attended = self.self_attn.decode(self.input_layernorm(x_BSD), rotary, cache_BSC, seen_BSS, at)
-        return self.feed_forward(x_BSD + attended, None)
-
 
 class MultiTokenPrediction(nn.Module):
     """Module k: token t+1+k from module k−1's hidden state at t and the embedding of token t+k (V3 section 2.2)."""
@@ -530,38 +459,6 @@ class Transformer(nn.Module):
         weight_T = weight_BS.reshape(-1) * (target_T >= 0)
         weight_T = weight_T / weight_T.sum().clamp_min(1e-9)
         return linear_cross_entropy_mean(x_BSD.flatten(0, 1), self.lm_head.weight, target_T, weight_T)
-
-    @torch.no_grad()
-    def advance(self, token_BS: Tensor, position_BS: Tensor, cache: LatentCache) -> Tensor:
-        """The last block's output before the final norm for these new tokens, (B, S, D); the cache grows by them.
-
-        A position of -1 marks padding before a sequence's start: nobody sees it.
-        """
-        at, seen_BSS = cache.grow(position_BS)
-        rotary = rotary_angles(self.config, position_BS.clamp_min(0))
-        x_BSD = self.embed_tokens(token_BS)
-        for layer, cache_BSC in zip(self.layers, cache.latent_LBSC, strict=True):
-            assert isinstance(layer, Block)
-            x_BSD = layer.decode(x_BSD, rotary, cache_BSC[:, : cache.filled], seen_BSS, at)
-        return x_BSD
-
-    def decode(self, token_BS: Tensor, position_BS: Tensor, cache: LatentCache) -> Tensor:
-        """Logits (B, V) after the last of these new tokens; as `advance`."""
-        return self.lm_head(self.norm(self.advance(token_BS, position_BS, cache)[:, -1]))
-
-    @torch.no_grad()
-    def advance_mtp(self, hidden_BSD: Tensor, next_BS: Tensor, position_BS: Tensor, cache: LatentCache) -> Tensor:
-        """What the first MTP module makes of `advance`'s states and the tokens after them, behind its norm, (B, S, D).
-
-        `lm_head` makes of it the logits of the token after next. The cache is one of a single layer.
-        """
-        module = self.mtp[0]
-        assert isinstance(module, MultiTokenPrediction)
-        at, seen_BSS = cache.grow(position_BS)
-        rotary = rotary_angles(self.config, position_BS.clamp_min(0))
-        x_BSD = module.joined(hidden_BSD, self.embed_tokens(next_BS))
-        cache_BSC = cache.latent_LBSC[0][:, : cache.filled]
-        return module.norm(module.block.decode(x_BSD, rotary, cache_BSC, seen_BSS, at))
 
 
 def parameter_counts(config: ModelConfig, vocab_size: int) -> tuple[int, int]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gristmill.model.config import ModelConfig
-from gristmill.model.generate import Sampling, choose, sample, thought_tokens, uniform
+from gristmill.model.generate import Sampling, sample, thought_tokens
+from gristmill.model.sampling import choose, uniform
 from gristmill.model.transformer import Batch, Transformer
 
 
@@ -34,7 +35,9 @@ def test_uniforms_are_uniform_and_repeatable() -> None:
 
 def test_choice_follows_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(20_000, 4)
-    token, log_p = choose(logits, Sampling(1, temperature=0.7), uniform(torch.arange(20_000), 0))
+    token, log_p = choose(
+        logits, Sampling(1, temperature=0.7), torch.arange(20_000), torch.zeros(20_000, dtype=torch.long)
+    )
     p = (logits[0] / 0.7).softmax(-1)
     assert chi_square(torch.bincount(token, minlength=4), p * 20_000) < 21.1  # 3 degrees: once in 10,000
     torch.testing.assert_close(log_p, p.log()[token])
@@ -42,7 +45,7 @@ def test_choice_follows_the_distribution() -> None:
 
 def test_top_p_leaves_out_the_tail() -> None:
     logits = torch.tensor([[3.0, 2.0, 0.0, -1.0]]).expand(5000, 4)
-    token, _ = choose(logits, Sampling(1, top_p=0.9), uniform(torch.arange(5000), 0))
+    token, _ = choose(logits, Sampling(1, top_p=0.9), torch.arange(5000), torch.zeros(5000, dtype=torch.long))
     assert set(token.tolist()) == {0, 1}  # 0.70 + 0.26 reach 0.9
 
 

@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gristmill.model.config import ModelConfig, RotaryScalingConfig
+from gristmill.model.decoding import Decoder, padded_prompts
 from gristmill.model.hugging_face import conversion
 from gristmill.model.hugging_face.configs import from_hugging_face, to_hugging_face
 from gristmill.model.hugging_face.folders import INDEX, TensorFolder
 from gristmill.model.hugging_face.fp8 import dequantised, quantised
 from gristmill.model.hugging_face.names import layout
 from gristmill.model.training.models import load_model
-from gristmill.model.transformer import Batch, LatentCache, Transformer, parameter_counts
+from gristmill.model.transformer import Batch, Transformer, parameter_counts
 
 VOCAB = 96
 SMALL = ModelConfig(
@@ -125,21 +126,23 @@ def test_logits_at_once_cached_and_padded(pair: tuple[Transformer, Any, Path]) -
         torch.testing.assert_close(ours_BSV, theirs_BSV, **CLOSE)
         assert float(theirs_BSV.std()) > 0.3  # large enough that a wrong scale or a wrong expert shows
 
-        cache, own = None, LatentCache(model.config, 2, 48, model.lm_head.weight)
+        decoder = Decoder(model)
+        cache, own = None, decoder.cache(2, 48)
         for place in range(48):
             one_BS = token_BS[:, place : place + 1]
             out = theirs(one_BS, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
-            mine_BV = model.decode(one_BS, torch.full((2, 1), place), own)
+            mine_BV = decoder.logits(decoder.advance(one_BS, torch.full((2,), place), own)[:, -1])
             torch.testing.assert_close(mine_BV, out.logits[:, 0], **CLOSE)
 
-        # the second sequence is shorter, padded on the left
+        # the second sequence is shorter: padded on the left for them, on the right for us
         padded_BS, seen_BS = token_BS.clone(), torch.ones_like(token_BS)
         padded_BS[1, :9], seen_BS[1, :9] = 0, 0
         position_BS = (seen_BS.cumsum(1) - 1).clamp_min(0)
         expected_BV = theirs(padded_BS, attention_mask=seen_BS, position_ids=position_BS).logits[:, -1]
-        own = LatentCache(model.config, 2, 48, model.lm_head.weight)
-        mine_BV = model.decode(padded_BS, torch.where(seen_BS > 0, position_BS, -1), own)
+        right_BS, length_B = padded_prompts([token_BS[0].tolist(), token_BS[1, 9:].tolist()], 0, token_BS.device)
+        hidden_BSD = decoder.advance(right_BS, torch.zeros_like(length_B), decoder.cache(2, 48))
+        mine_BV = decoder.logits(hidden_BSD[torch.arange(2), length_B - 1])
         torch.testing.assert_close(mine_BV, expected_BV, **CLOSE)
 
 

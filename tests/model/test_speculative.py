@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gristmill.model.config import ModelConfig
-from gristmill.model.generate import Sampling, probabilities, sample
+from gristmill.model.generate import Sampling, sample
+from gristmill.model.sampling import probabilities
 from gristmill.model.speculative import speculate
 from gristmill.model.transformer import Batch, Transformer
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gristmill.model.config import ModelConfig, RotaryScalingConfig
+from gristmill.model.decoding import Decoder
 from gristmill.model.training.batches import document_mask, positions_within
 from gristmill.model.transformer import (
     Batch,
     Gate,
-    LatentCache,
     MixtureOfExperts,
     Routing,
     Transformer,
@@ -38,6 +38,8 @@ SHAPES = {
     ),
     "no dense layer, scaled gates": ModelConfig(first_k_dense_replace=0, routed_scaling_factor=2.5),
     "unnormalised gates, other value width": ModelConfig(norm_topk_prob=False, v_head_dim=24),
+    "few of many experts": ModelConfig(n_routed_experts=24, num_experts_per_tok=4, n_shared_experts=2),
+    "no shared expert": ModelConfig(n_shared_experts=0),
     "softmax gate": ModelConfig(
         scoring_func="softmax", bias_update_speed=0.0, norm_topk_prob=False, n_routed_experts=8, n_group=4, topk_group=2
     ),
@@ -81,24 +83,14 @@ def test_cached_decoding_equals_the_full_forward(shape: str) -> None:
     model = build(config)
     token_BS = torch.randint(0, 97, (3, 12), generator=torch.Generator().manual_seed(0))
     whole_BSV = model(plain(token_BS))
-    cache = LatentCache(config, 3, 12, model.lm_head.weight)
+    decoder = Decoder(model)
+    cache = decoder.cache(3, 12)
     if config.attention == "mla":
         assert cache.latent_LBSC.shape[-1] == config.kv_lora_rank + config.qk_rope_head_dim
-    logits = [model.decode(token_BS[:, :5], torch.arange(5).expand(3, 5), cache)]
+    hidden = [decoder.advance(token_BS[:, :5], torch.zeros(3, dtype=torch.long), cache)]
     for place in range(5, 12):
-        logits.append(model.decode(token_BS[:, place : place + 1], torch.full((3, 1), place), cache))
-    torch.testing.assert_close(torch.stack(logits, 1), whole_BSV[:, 4:], **CLOSE)
-
-
-def test_padding_on_the_left_changes_nothing() -> None:
-    config = SHAPES["tiny"]
-    model = build(config)
-    token_BS = torch.randint(0, 97, (1, 9), generator=torch.Generator().manual_seed(3))
-    whole_BSV = model(plain(token_BS))
-    cache = LatentCache(config, 1, 13, model.lm_head.weight)
-    padded = torch.cat((torch.full((1, 4), 2), token_BS), 1)
-    position = (torch.arange(13) - 4).clamp_min(-1)[None]
-    torch.testing.assert_close(model.decode(padded, position, cache), whole_BSV[:, -1], **CLOSE)
+        hidden.append(decoder.advance(token_BS[:, place : place + 1], torch.full((3,), place), cache))
+    torch.testing.assert_close(decoder.logits(torch.cat(hidden, 1)), whole_BSV, **CLOSE)
 
 
 @pytest.mark.parametrize("shape", ["tiny", "query latent, groups", "unnormalised gates, other value width"])
