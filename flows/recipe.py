@@ -25,6 +25,7 @@ from gristmill.flows.execution import Execution
 from gristmill.flows.identity import flattened
 from gristmill.flows.report import ReportConfig
 from gristmill.model.config import EvaluateConfig, ExportConfig, GRPOConfig, PretrainConfig, SFTConfig
+from gristmill.model.training.layout import Layout
 
 
 class Recipe(BaseModel):
@@ -98,7 +99,15 @@ class Recipe(BaseModel):
                     f"{name}.batch_sequences {sequences} does not divide among execution.ranks {ranks}: "
                     f"choose a multiple of {ranks}"
                 )
-        self.pretrain.batches.refuse_ranks(ranks)
+        layout = self.execution.layout
+        place = Layout(ranks, layout.expert_parallel, layout.sequence_parallel)
+        for name in ("pretrain", "cold_start"):
+            section = getattr(self, name)
+            try:
+                place.check(self.pretrain.model, section.sequence_length, section.batch_sequences)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        self.pretrain.batches.refuse_ranks(place.data_parallel * layout.micro_batches)
         return self
 
     @property

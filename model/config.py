@@ -353,6 +353,12 @@ class LayoutConfig(Config):
     micro_batches: int = Field(
         default=1, ge=1, title="Micro-batches", description="Parts of a rank's batch, whose gradients are added up."
     )
+    expert_parallel: int = Field(
+        default=1, ge=1, title="Expert parallel", description="Ranks that hold the experts of a mixture between them."
+    )
+    sequence_parallel: int = Field(
+        default=1, ge=1, title="Sequence parallel", description="Ranks that hold parts of the same sequences."
+    )
     offload: Literal["none", "optimizer", "parameters"] = Field(
         default="none",
         title="Offload",

@@ -19,10 +19,13 @@ from gristmill.model.config import LayoutConfig, OptimizerConfig
 from gristmill.model.training.batches import Batches, TrainingBatch
 from gristmill.model.training.checkpoints import Checkpoint, DamagedCheckpoint
 from gristmill.model.training.ema import WeightAverage
+from gristmill.model.training.expert_parallel import expert_parameters, reduce_expert_gradients, shard_experts
+from gristmill.model.training.layout import Layout, groups
 from gristmill.model.training.objective import Objective
-from gristmill.model.training.optimizers import MuonAdamW
+from gristmill.model.training.optimizers import MuonAdamW, Piece
 from gristmill.model.training.partitions import tell_optimizer
 from gristmill.model.training.recomputation import recompute_blocks
+from gristmill.model.training.sequence_parallel import shard_sequences, split_sequence
 from gristmill.model.transformer import Transformer
 
 Row = dict[str, Any]
@@ -46,8 +49,11 @@ def start_distributed(device: torch.device) -> tuple[int, int]:
 class Engine:
     """Takes steps: `accumulate` makes the gradient of a step's batch, `step` applies it.
 
+    Experts that are shared out (`expert_parallel`) are hidden from DeepSpeed, which would average their gradients over
+    all ranks: they have an optimizer of their own, and whole moments on each rank that holds them.
+
     Raises:
-        ValueError: the batch does not divide among ranks and micro-batches.
+        ValueError: the batch does not divide among ranks and micro-batches, or the model not among ranks.
     """
 
     def __init__(
@@ -64,32 +70,62 @@ class Engine:
 
         self.model, self.layout, self.clip = model, layout, optimizer.gradient_clip
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.micro_batches = layout.micro_batches
-        parts = self.ranks * self.micro_batches
-        if batch_sequences % parts:
+        self.place = Layout(self.ranks, layout.expert_parallel, layout.sequence_parallel)
+        self.shares = self.place.data_parallel * layout.micro_batches
+        if batch_sequences % self.shares:
             raise ValueError(
-                f"batch_sequences {batch_sequences} does not divide among {self.ranks} ranks of "
-                f"{self.micro_batches} micro-batches: choose a multiple of {parts}"
+                f"batch_sequences {batch_sequences} does not divide among {self.place.data_parallel} data-parallel "
+                f"ranks of {layout.micro_batches} micro-batches: choose a multiple of {self.shares}"
             )
+        self.groups = groups(self.place) if self.ranks > 1 else None
+        self.experts = self._share_out()
         self.names = {parameter: name for name, parameter in model.named_parameters()}
-        self.shapes = {name: tuple(parameter.shape) for parameter, name in self.names.items()}
         self.optimizer = MuonAdamW(model.named_parameters(), optimizer)
         self.optimizer.admit = self._admit
+        self.expert_optimizer = self._of_experts(optimizer) if self.experts else None
         self.objective = Objective(model, mtp_loss_weight)
         if layout.recompute != "none":
             recompute_blocks(model, layout.recompute)
         self.engine, *_ = deepspeed.initialize(
             model=self.objective,
             optimizer=self.optimizer,
-            config=self._described(batch_sequences // parts),
+            config=self._described(batch_sequences // self.shares),
             dist_init_required=False,
         )
         if layout.zero_stage == 3:
             deepspeed.zero.register_external_parameter(self.objective, model.lm_head.weight)
         tell_optimizer(self.optimizer, self.engine, self.names)
         self.norm: float | None = None
-        updated = dict.fromkeys(tensor for tensor, _ in self.optimizer.pieces())
+        updated = dict.fromkeys(tensor for tensor, _ in self._pieces())
         self.average = WeightAverage([*updated, *model.buffers()], ema_decay) if ema_decay else None
+
+    def _share_out(self) -> dict[nn.Parameter, Piece]:
+        """Share experts and sequences among the ranks; this rank's experts, which the modules no longer register."""
+        if self.groups is None:
+            return {}
+        shard_experts(self.model, self.groups.experts)
+        shard_sequences(self.model, self.groups.sequence)
+        own = expert_parameters(self.model)
+        for parameter, piece in own.items():
+            module, _, name = piece.name.rpartition(".")
+            holder = self.model.get_submodule(module)
+            del holder._parameters[name]
+            holder.__dict__[name] = parameter
+        return own
+
+    def _of_experts(self, config: OptimizerConfig) -> MuonAdamW:
+        made = MuonAdamW(((piece.name, parameter) for parameter, piece in self.experts.items()), config)
+        made.admit = lambda: self._coefficient
+        for group in made.param_groups:
+            group["pieces"] = {parameter: (self.experts[parameter],) for parameter in group["pieces"]}
+        return made
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Piece]]:
+        for optimizer in self._optimizers():
+            yield from optimizer.pieces()
+
+    def _optimizers(self) -> list[MuonAdamW]:
+        return [self.optimizer] if self.expert_optimizer is None else [self.optimizer, self.expert_optimizer]
 
     def _described(self, micro_batch: int) -> dict[str, Any]:
         """DeepSpeed's configuration. Clipping is ours, which records the norm and may leave a step out."""
@@ -103,7 +139,7 @@ class Engine:
             zero["offload_param"] = {"device": "cpu"}
         return {
             "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": self.micro_batches,
+            "gradient_accumulation_steps": self.layout.micro_batches,
             "gradient_clipping": 0.0,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
@@ -115,35 +151,45 @@ class Engine:
     def accumulate(self, batches: Batches, step: int) -> Row:
         """Make the gradient of a step's batch; the parts of its loss, over all ranks, and the seconds spent on data.
 
-        A micro-batch is to the batch what a rank's share is: `Batches.step` shares out among their product.
+        A micro-batch is a share of the batch as a rank's is: `Batches.step` shares out among their product.
         """
         self.engine.train()
         self.objective.forget()
         found: list[dict[str, Tensor]] = []
-        for part in range(self.micro_batches):
+        first = self.place.data_rank(self.rank) * self.layout.micro_batches
+        for part in range(self.layout.micro_batches):
             if part:
                 self.engine.step()  # not at a boundary: DeepSpeed counts the micro-batch
-            share = batches.step(step, self.rank * self.micro_batches + part, self.ranks * self.micro_batches)
-            loss, parts = self.engine(share)
+            loss, parts = self.engine(self._own_positions(batches.step(step, first + part, self.shares)))
             self.engine.backward(loss)
             found.append(parts)
+        if self.groups is not None:
+            reduce_expert_gradients(self.experts, self.groups.expert_replicas)
         values = torch.stack([torch.stack([p.float() for p in parts.values()]) for parts in found]).mean(0)
         if self.ranks > 1:
             dist.all_reduce(values)
             values /= self.ranks
         return dict(zip(found[0], values.tolist(), strict=True))
 
+    def _own_positions(self, batch: TrainingBatch) -> TrainingBatch:
+        size = self.layout.sequence_parallel
+        return batch if size == 1 else split_sequence(batch, self.place.sequence_rank(self.rank), size)
+
     def step(self, scale: float, *, admitted: bool) -> bool:
         """Clip and apply the gradient, with this factor on the rates; or drop it. Whether it was applied.
 
         It is dropped where it is not `admitted` and where its norm, in `norm` afterwards, is not finite.
         """
-        self.norm, self._admitted = None, admitted
+        self.norm, self._admitted, self._coefficient = None, admitted, None
         done = self.optimizer.steps_done
         self.optimizer.begin_step(scale)
         self.engine.step()
         if self.norm is None:  # DeepSpeed found the gradient infinite, and did not ask
             self.norm = math.inf
+        if self.expert_optimizer is not None:
+            self.expert_optimizer.begin_step(scale)
+            self.expert_optimizer.step()
+            self.expert_optimizer.zero_grad()
         applied = self.optimizer.steps_done > done
         if applied and self.average is not None:
             self.average.update()
@@ -156,18 +202,27 @@ class Engine:
             norm = nn.utils.get_total_norm(gradients, foreach=True)
         else:
             norm = torch.as_tensor(self.engine.optimizer._global_grad_norm)
+        if self.experts:
+            assert self.groups is not None
+            own = nn.utils.get_total_norm([p.grad for p in self.experts if p.grad is not None], foreach=True) ** 2
+            dist.all_reduce(own, group=self.groups.experts)
+            norm = (norm.to(own) ** 2 + own).sqrt()
         self.norm = float(norm)
-        if not self._admitted or not math.isfinite(self.norm):
-            return None
-        return min(1.0, float(self.clip / (norm + 1e-6)))
+        if self._admitted and math.isfinite(self.norm):
+            self._coefficient = min(1.0, float(self.clip / (norm + 1e-6)))
+        return self._coefficient
 
     @torch.no_grad()
     def evaluate(self, batch: TrainingBatch) -> float:
         """Mean cross-entropy of a batch that every rank has; all ranks call it."""
         self.engine.eval()
-        _, parts = self.engine(batch)
+        _, parts = self.engine(self._own_positions(batch))
         self.engine.train()
-        return float(parts["main_loss"])
+        loss = parts["main_loss"].float()
+        if self.groups is not None and self.layout.sequence_parallel > 1:
+            dist.all_reduce(loss, group=self.groups.sequence)
+            loss /= self.layout.sequence_parallel
+        return float(loss)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -204,20 +259,27 @@ class Engine:
 
     def tensors(self) -> Iterator[tuple[str, str, int, Tensor]]:
         """What this rank saves: (kind, name, first number, numbers). Every number is saved by one rank."""
-        mine = self.layout.zero_stage == 0
-        for i, (tensor, piece) in enumerate(self.optimizer.pieces()):
-            if not mine or i % self.ranks == self.rank:
-                yield "parameter", piece.name, piece.start, piece.of(tensor)
-                kinds = dict(self.optimizer.state.get(tensor, {}))
-                if self.average is not None:
-                    kinds["average"] = self.average.average[tensor]
-                for kind, numbers in kinds.items():
-                    yield kind, piece.name, piece.start, piece.of(numbers)
+        for optimizer, tensor, piece in self._own_pieces():
+            kinds = {"parameter": tensor, **optimizer.state.get(tensor, {})}
+            if self.average is not None:
+                kinds["average"] = self.average.average[tensor]
+            for kind, numbers in kinds.items():
+                yield kind, piece.name, piece.start, piece.of(numbers)
         if self.rank == 0:
             for name, buffer in self.model.named_buffers():
                 yield "buffer", name, 0, buffer
                 if self.average is not None:
                     yield "average", name, 0, self.average.average[buffer]
+
+    def _own_pieces(self) -> Iterator[tuple[MuonAdamW, Tensor, Piece]]:
+        """Pieces that no other rank saves: where all have the same, they are shared out."""
+        whole = self.layout.zero_stage == 0
+        for i, (tensor, piece) in enumerate(self.optimizer.pieces()):
+            if not whole or i % self.ranks == self.rank:
+                yield self.optimizer, tensor, piece
+        if self.expert_optimizer is not None and self.groups is not None and self.groups.expert_replicas.rank() == 0:
+            for tensor, piece in self.expert_optimizer.pieces():
+                yield self.expert_optimizer, tensor, piece
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
@@ -236,7 +298,7 @@ class Engine:
         average, steps = self.average, checkpoint.state()["optimizer_steps"]
         if average is not None:
             average.updates = steps
-        for tensor, piece in self.optimizer.pieces():
+        for tensor, piece in self._pieces():
             piece.of(tensor).copy_(read("parameter", piece.name, piece.start, piece.stop))
             if average is not None:
                 piece.of(average.average[tensor]).copy_(read("average", piece.name, piece.start, piece.stop))
@@ -245,7 +307,8 @@ class Engine:
             if average is not None:
                 average.average[buffer].copy_(read("average", name, 0, buffer.numel()).view_as(buffer))
         self._spread()
-        self.optimizer.load_moments(lambda kind, p: checkpoint.read(kind, p.name, p.start, p.stop), steps)
+        for optimizer in self._optimizers():
+            optimizer.load_moments(lambda kind, p: checkpoint.read(kind, p.name, p.start, p.stop), steps)
 
     @torch.no_grad()
     def _spread(self) -> None:

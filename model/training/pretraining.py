@@ -17,6 +17,7 @@ from gristmill.model.config import LayoutConfig, PretrainConfig
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import IGNORED, TokenBatches, torch_seed
 from gristmill.model.training.engine import Engine, start_distributed
+from gristmill.model.training.layout import Layout
 from gristmill.model.training.loop import History, Row, Training, train, write_rows
 from gristmill.model.transformer import Transformer, flops_per_token, parameter_counts
 
@@ -31,7 +32,8 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     _check_run(config, mixture)
     rank, ranks = start_distributed(device)
     layout = LayoutConfig.model_validate(job["layout"])
-    config.batches.refuse_ranks(ranks * layout.micro_batches)
+    place = Layout(ranks, layout.expert_parallel, layout.sequence_parallel)
+    config.batches.refuse_ranks(place.data_parallel * layout.micro_batches)
     model = Transformer(config.model, shards.vocab_size)
     model.initialise(torch_seed(seed, "initialise"))
     model.to(device)

@@ -68,8 +68,12 @@ def trained(
     )
 
 
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "curves.jsonl").read_text().splitlines()]
+
+
 def curve(out: Path, name: str = "main_loss") -> list[float]:
-    return [json.loads(line)[name] for line in (out / "curves.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows(out)]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -163,6 +167,30 @@ def test_micro_batches_and_recomputing(alone: Path, corpus: dict[str, Path], tmp
     assert equal(weights(tmp_path / "some"), weights(undisturbed(0)))
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        LayoutConfig(expert_parallel=2, zero_stage=2),
+        pytest.param(LayoutConfig(expert_parallel=2), marks=pytest.mark.slow),
+        pytest.param(LayoutConfig(expert_parallel=2, zero_stage=3, micro_batches=2), marks=pytest.mark.slow),
+        pytest.param(LayoutConfig(sequence_parallel=2), marks=pytest.mark.slow),
+        LayoutConfig(expert_parallel=2, sequence_parallel=2, zero_stage=1, recompute="full"),
+    ],
+    ids=lambda layout: "-".join(f"{k}{v}" for k, v in layout.model_dump(exclude_defaults=True).items()),
+)
+def test_experts_and_sequences_are_shared_out(
+    layout: LayoutConfig, alone: Path, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    trained(corpus, tmp_path / "out", ranks=2, layout=layout)
+    assert curve(tmp_path / "out") == pytest.approx(curve(alone), rel=LOSS)
+    assert curve(tmp_path / "out", "grad_norm") == pytest.approx(curve(alone, "grad_norm"), rel=2e-3)
+    held_out = [
+        [row["held_out_bpb"] for row in rows(out) if "held_out_bpb" in row] for out in (tmp_path / "out", alone)
+    ]
+    assert held_out[0] == pytest.approx(held_out[1], rel=LOSS)
+    assert apart(weights(tmp_path / "out"), weights(alone)) < WEIGHTS
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "what"), [(1, "optimizer"), (3, "parameters")])
 def test_offload_changes_no_bit(
@@ -202,12 +230,12 @@ def test_killed_it_goes_on_to_the_bit(
 
 
 def test_other_layouts_take_up_a_checkpoint(alone: Path, corpus: dict[str, Path], tmp_path: Path) -> None:
-    """One rank, then two under ZeRO 3, then one again: every sequence is read once, and the losses are those of one."""
+    """One rank, then two that share experts under ZeRO 2, then one again: every sequence is read once, and the losses are those of one."""
     out = tmp_path / "out"
     (out / "log").mkdir(parents=True)
     for ranks, layout, kill in (
         (1, ONE, "work/checkpoint-00000004"),
-        (2, LayoutConfig(zero_stage=3), "work/checkpoint-00000012"),
+        (2, LayoutConfig(zero_stage=2, expert_parallel=2), "work/checkpoint-00000012"),
         (1, ONE, None),
     ):
         if kill is None:
