@@ -15,6 +15,7 @@ from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import Conversation, ConversationBatches
 from gristmill.model.training.checkpoints import load_model, save_model
 from gristmill.model.training.loop import Training, start_distributed, train, write_rows
+from gristmill.model.training.precision import apply_precision
 from gristmill.model.transformer import flops_per_token
 
 
@@ -27,6 +28,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     conversations = [Conversation(chat.prompt(r["question"]), chat.response(r["thought"], r["final"])) for r in rows]
     rank, _ = start_distributed(device)
     model = load_model(Path(job["model"]) / "model", device, mtp=False)
+    products = apply_precision(model, config.precision)
     batches = ConversationBatches(
         conversations,
         sequences=config.batch_sequences,
@@ -65,4 +67,5 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         "flops": flops_per_token(model.config, model.vocab_size, config.sequence_length, mtp=False) * tokens,
         "steps": config.steps,
         "loss": round(curves[-1]["main_loss"], 5),
+        **products,
     }

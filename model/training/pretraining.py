@@ -17,6 +17,7 @@ from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import IGNORED, TokenBatches, torch_seed
 from gristmill.model.training.checkpoints import save_model
 from gristmill.model.training.loop import Row, Training, start_distributed, train, write_rows
+from gristmill.model.training.precision import apply_precision
 from gristmill.model.transformer import Routing, Transformer, flops_per_token, parameter_counts
 
 HELD_OUT_BATCH = 16
@@ -32,6 +33,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     model = Transformer(config.model, shards.vocab_size)
     model.initialise(torch_seed(seed, "initialise"))
     model.to(device)
+    products = apply_precision(model, config.precision)
 
     def batches(split: str, sequences: int) -> TokenBatches:
         across = config.attend_across_documents
@@ -67,7 +69,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         write_rows(out / "expert_load.jsonl", loads)
     unigram = unigram_bits_per_byte(train_batches, checks, config.held_out_sequences, shards.vocab_size)
     dist.barrier()
-    return _metrics(config, model, curves, shards.vocab_size, unigram)
+    return _metrics(config, model, curves, shards.vocab_size, unigram) | products
 
 
 @torch.no_grad()
