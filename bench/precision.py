@@ -43,7 +43,6 @@ def run(precision: str, steps: int, seed: int, device: str) -> tuple[list[float]
     import torch
 
     from gristmill.model.config import ModelConfig, OptimizerConfig, ScheduleConfig
-    from gristmill.model.stage_types import silent
     from gristmill.model.training.batches import TrainingBatch, torch_seed
     from gristmill.model.training.loop import Training, start_distributed, train
     from gristmill.model.training.precision import apply_precision
@@ -62,6 +61,14 @@ def run(precision: str, steps: int, seed: int, device: str) -> tuple[list[float]
         def step(self, step: int, rank: int, ranks: int) -> TrainingBatch:
             return TrainingBatch(Batch(tokens[step][:, :-1], position), tokens[step][:, 1:], None, weight)
 
+    seen: list[float] = []
+
+    def said(done: int, total: int, **numbers: float) -> None:
+        seen.append(numbers["loss"])
+        if done % (2 * LAST) == 0:
+            last = statistics.fmean(seen[-LAST:])
+            print(f"seed {seed} {precision:8s} step {done}: {last:.5f} over the last {LAST}", flush=True)
+
     start_distributed(torch.device(device))
     model = Transformer(config, VOCAB)
     model.initialise(torch_seed(seed, "initialise"))
@@ -76,7 +83,7 @@ def run(precision: str, steps: int, seed: int, device: str) -> tuple[list[float]
             schedule=ScheduleConfig(),
             checkpoint_every=10**9,
         )
-        curves, _ = train(model, Given(), training, Path(out), silent)
+        curves, _ = train(model, Given(), training, Path(out), said)
         timings = (Path(out) / "log" / "timings.jsonl").read_text().splitlines()
     return [row["main_loss"] for row in curves], [json.loads(line)["seconds"] for line in timings]
 

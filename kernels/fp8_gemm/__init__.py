@@ -179,7 +179,9 @@ def _check_operand(operation: str, name: str, q: Tensor, scale: Tensor, rank: in
     wanted = (*q.shape[:-2], q.shape[-2] // block[0], q.shape[-1] // block[1])
     what = f"{operation}: shape of the scales of {name}"
     require(tuple(scale.shape) == wanted, ValueError, what, tuple(scale.shape), wanted)
-    require(scale.device == q.device, ValueError, f"{operation}: device of the scales of {name}", scale.device, q.device)
+    require(
+        scale.device == q.device, ValueError, f"{operation}: device of the scales of {name}", scale.device, q.device
+    )
 
 
 def _check_pair(operation: str, name: str, w: Tensor, x: Tensor) -> None:

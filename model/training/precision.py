@@ -35,9 +35,7 @@ def apply_precision(model: Transformer, precision: Precision) -> Metrics:
     """
     if precision == "float32":
         return {}
-    linear, experts = (
-        (_bfloat16_linear, _bfloat16_experts) if precision == "bfloat16" else (_fp8_linear, _fp8_experts)
-    )
+    linear, experts = (_bfloat16_linear, _bfloat16_experts) if precision == "bfloat16" else (_fp8_linear, _fp8_experts)
     products, filled = 0, []
     for name, module in model.named_modules():
         if isinstance(module, Linear) and module is not model.lm_head:
