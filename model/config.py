@@ -6,7 +6,6 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-
 Precision = Literal["float32", "bfloat16", "fp8"]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels.fp8_gemm import (
@@ -43,42 +44,50 @@ def rows(device: str) -> Iterator[Row]:
 
 
 def _at(device: str, experts: int, tokens: int, active: int, inner: int, outer: int) -> Iterator[Row]:
-    """Each is freed before the next is made: the matrices of 256 experts are 7.5 GB in 16 bits."""
+    """Tokens choose their experts evenly at random."""
     count, shape = tokens * active, f"{experts} × {outer}×{inner}, {tokens} tokens × {active}"
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(tokens, experts, generator=generator).topk(active, 1).indices
     ends = chosen.flatten().bincount(minlength=experts).cumsum(0).to(device)
     x = torch.randn(count, inner, device=device, dtype=torch.bfloat16)
     w = torch.empty(experts, outer, inner, device=device, dtype=torch.bfloat16).normal_(0, inner**-0.5)
-    flops, peer = 2 * count * inner * outer, "grouped_gemm in bfloat16"
-
-    def in_bfloat16() -> Tensor:
-        with torch.no_grad():
-            return grouped_gemm(x, w, ends)
-
-    sides = (*quantise_rows(x), *quantise_blocks(w))
-    yield Row("fp8_grouped_gemm", shape, flops, lambda: fp8_grouped_gemm(*sides, ends), peer, in_bfloat16, GOAL)
-
-    def quantised() -> Tensor:
-        return fp8_grouped_gemm(*quantise_rows(x), *sides[2:], ends)
-
-    yield Row("fp8_grouped_gemm + rows", shape, flops, quantised, peer, in_bfloat16)
-    columns = (*quantise_columns(torch.randn(count, outer, device=device), ends), *quantise_columns(x, ends))
-
-    def gradient() -> tuple[Tensor, ...]:
-        leaf = w.detach().requires_grad_()
-        return torch.autograd.grad(grouped_gemm(x, leaf, ends), leaf, torch.ones_like(x[:, :1]).expand(-1, outer))
-
-    name = "grouped_gemm and its gradient in w, bfloat16"
-    yield Row("fp8_weight_gradient", shape, flops, lambda: fp8_weight_gradient(*columns, ends), name, gradient)
-    del columns
+    flops = 2 * count * inner * outer
+    yield from _products(shape, flops, x, w, ends)
+    if device == "cuda":
+        yield _gradient(shape, flops, x, torch.randn(count, outer, device=device, dtype=torch.bfloat16), ends)
     h = torch.randn(count, 2 * outer, device=device, dtype=torch.bfloat16)
 
     def apart() -> tuple[Tensor, Tensor]:
         gate, up = h.chunk(2, 1)
-        return quantise_rows(torch.nn.functional.silu(gate) * up)
+        return quantise_rows(F.silu(gate) * up)
 
-    work = 8 * count * outer
-    yield Row(
-        "swiglu_quantise", f"{count} × {2 * outer}", work, lambda: swiglu_quantise(h), "written between", apart, 1.0
+    size = f"{count} × {2 * outer}"
+    yield Row("swiglu_quantise", size, 8 * count * outer, lambda: swiglu_quantise(h), "in two operations", apart, 1.0)
+
+
+def _products(shape: str, flops: int, x_NK: Tensor, w_EMK: Tensor, ends_E: Tensor) -> Iterator[Row]:
+    """The product alone, and with the quantisation of its rows; that of the weights is once a step."""
+    sides, peer = (*quantise_rows(x_NK), *quantise_blocks(w_EMK)), "grouped_gemm in bfloat16"
+
+    def in_bfloat16() -> Tensor:
+        return grouped_gemm(x_NK, w_EMK, ends_E)
+
+    def from_bfloat16() -> Tensor:
+        return fp8_grouped_gemm(*quantise_rows(x_NK), *sides[2:], ends_E)
+
+    yield Row("fp8_grouped_gemm", shape, flops, lambda: fp8_grouped_gemm(*sides, ends_E), peer, in_bfloat16, GOAL)
+    yield Row("quantise_rows, product", shape, flops, from_bfloat16, peer, in_bfloat16)
+
+
+def _gradient(shape: str, flops: int, x_NK: Tensor, grad_NM: Tensor, ends_E: Tensor) -> Row:
+    from gristmill.kernels.grouped_gemm.gpu import weight_gradient
+
+    sides = (*quantise_columns(grad_NM, ends_E), *quantise_columns(x_NK, ends_E))
+    return Row(
+        "fp8_weight_gradient",
+        shape,
+        flops,
+        lambda: fp8_weight_gradient(*sides, ends_E),
+        "gradient in w in bfloat16",
+        lambda: weight_gradient(grad_NM, x_NK, ends_E),
     )

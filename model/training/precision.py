@@ -1,4 +1,4 @@
-"""The precision of a model's products, applied to it from outside: float32, bfloat16, or FP8 as V3 has it (section 3.3).
+"""How a model's products are taken, applied to it from outside: float32, bfloat16, or FP8 as V3 has it (section 3.3).
 
 Parameters, their gradients and the optimizer are float32 throughout, and so is what runs between blocks: the residual
 stream, norms, the gate and the embedding. What changes is how products are taken:
