@@ -35,10 +35,10 @@ EPS = 2.0**-24  # half a step of float32
 # is the sign, in a Hopper GPU's tensor cores: four instructions of 32 terms, each cut off to a step of 2⁻¹³ of its
 # largest term or of the sum so far.
 BLOCK_SUM = 2.0**-11 if DEVICE == "cuda" else 128 * EPS if INTERPRETED else EPS
-TINY = {
+# The result's own rounding: half a step, which is 2⁻⁷ of a value; the interpreter cuts off, a whole one.
+RESULT = {torch.float32: 0.0, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8}
     torch.float32: 0.0,
     torch.bfloat16: 2.0**-8,
-}  # the result's own rounding (the interpreter cuts off: a whole step)
 
 
 def draw(seed: int, *shape: int, spread: float = 0.0) -> torch.Tensor:
@@ -69,7 +69,7 @@ def close(got: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
     """got is x · wᵀ but for roundings, each a share of the sum of the terms' sizes."""
     blocks = x.shape[1] // 128
     size = x.abs() @ w.abs().t()
-    allowed = (BLOCK_SUM + (blocks + 4) * EPS) * size + TINY[got.dtype] * (x @ w.t()).abs()
+    allowed = (BLOCK_SUM + (blocks + 4) * EPS) * size + RESULT[got.dtype] * (x @ w.t()).abs()
     worst = (got.double() - x @ w.t()).abs() - allowed
     assert got.numel() == 0 or float(worst.max()) <= 0
 
