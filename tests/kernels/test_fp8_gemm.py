@@ -37,8 +37,6 @@ EPS = 2.0**-24  # half a step of float32
 BLOCK_SUM = 2.0**-11 if DEVICE == "cuda" else 128 * EPS if INTERPRETED else EPS
 # The result's own rounding: half a step, which is 2⁻⁷ of a value; the interpreter cuts off, a whole one.
 RESULT = {torch.float32: 0.0, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8}
-    torch.float32: 0.0,
-    torch.bfloat16: 2.0**-8,
 
 
 def draw(seed: int, *shape: int, spread: float = 0.0) -> torch.Tensor:
