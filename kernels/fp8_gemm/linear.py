@@ -71,9 +71,12 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_NM: Tensor):
-        ends_E, w, w_scale, *x = ctx.saved_tensors
+        ends_E, w, w_scale, *kept = ctx.saved_tensors
         grad_x = _input_gradient(grad_NM, w, w_scale, ends_E) if ctx.needs_input_grad[0] else None
-        grad_w = fp8_weight_gradient(*quantise_columns(grad_NM, ends_E), *x, ends_E).to(ctx.dtype) if x else None
+        grad_w = None
+        if ctx.needs_input_grad[1]:
+            x, x_scale = kept
+            grad_w = fp8_weight_gradient(*quantise_columns(grad_NM, ends_E), x, x_scale, ends_E).to(ctx.dtype)
         return grad_x, grad_w, None
 
 
