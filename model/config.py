@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gristmill.model.batch_sizes import BatchSizes
 
+Precision = Literal["float32", "bfloat16", "fp8"]
+
 
 class Config(BaseModel):
     """A frozen configuration that refuses unknown fields: it is hashed into a stage's key."""
@@ -394,6 +396,12 @@ class PretrainConfig(Config):
         title="Attend across documents",
         description="Let a packed document see those before it (V3 does).",
     )
+    precision: Precision = Field(
+        default="float32",
+        title="Precision",
+        description="Of the blocks' matrix products; weights, gradients and optimizer are float32. fp8: E4M3 in tiles "
+        "of 1 × 128 and blocks of 128 × 128 (V3 section 3.3), the rest as in bfloat16.",
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, title="Optimizer", description="Rates.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, title="Schedule", description="Rate over steps.")
     batch_ramp: BatchRampConfig | None = Field(
@@ -493,6 +501,12 @@ class SFTConfig(Config):
     steps: int = Field(default=200, ge=1, title="Steps", description="Optimizer steps.")
     sequence_length: int = Field(default=128, ge=8, title="Sequence", description="Tokens of a packed sequence.")
     batch_sequences: int = Field(default=32, ge=1, title="Batch", description="Sequences a step, over all ranks.")
+    precision: Precision = Field(
+        default="float32",
+        title="Precision",
+        description="Of the blocks' matrix products; weights, gradients and optimizer are float32. fp8: E4M3 in tiles "
+        "of 1 × 128 and blocks of 128 × 128 (V3 section 3.3), the rest as in bfloat16.",
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, title="Optimizer", description="Rates.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, title="Schedule", description="Rate over steps.")
     checkpoint_every: int = Field(default=100, ge=1, title="Checkpoint", description="Steps between checkpoints.")

@@ -13,6 +13,7 @@ Parallelism, optimizers and checkpoints are applied from outside. Shapes are wri
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -47,15 +48,18 @@ class Routing:
 
 
 class Linear(nn.Module):
-    """A matrix, stored (out, in) as Hugging Face does, and rarely a bias."""
+    """A matrix, stored (out, in) as Hugging Face does, and rarely a bias; `product` is set from outside (precision)."""
+
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self.product = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -65,7 +69,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return F.rms_norm(x.to(self.weight.dtype), (x.shape[-1],), self.weight, self.eps)
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
@@ -157,8 +161,8 @@ class MultiHeadLatentAttention(nn.Module):
         q_BSHN, q_BSHR = q_BSHn.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent_BSC, key_BSR = self.kv_a_proj_with_mqa(x_BSD).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         cos, sin = rotary
-        q_BSHR = rotate(q_BSHR, cos[:, :, None], sin[:, :, None]).to(x_BSD.dtype)
-        key_BSR = rotate(key_BSR, cos, sin).to(x_BSD.dtype)
+        q_BSHR = rotate(q_BSHR, cos[:, :, None], sin[:, :, None]).to(q_BSHN.dtype)
+        key_BSR = rotate(key_BSR, cos, sin).to(latent_BSC.dtype)
         return q_BSHN, q_BSHR, self.kv_a_layernorm(latent_BSC), key_BSR
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
@@ -199,7 +203,7 @@ class GroupedQueryAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHR, k_BSGR = self.q_norm(q_BSHR), self.k_norm(k_BSGR)
         cos, sin = (part[:, :, None] for part in rotary)
-        q_BSHR, k_BSGR = (rotate_halves(x, cos, sin).to(x_BSD.dtype) for x in (q_BSHR, k_BSGR))
+        q_BSHR, k_BSGR = (rotate_halves(x, cos, sin).to(v_BSGR.dtype) for x in (q_BSHR, k_BSGR))
         return q_BSHR, k_BSGR, v_BSGR
 
     def attend(self, q_BSHR: Tensor, k_BSGR: Tensor, v_BSGR: Tensor, mask_BSS: Tensor | None) -> Tensor:
@@ -265,14 +269,17 @@ class Gate(nn.Module):
 class Experts(nn.Module):
     """The routed experts as two stacks of matrices, (E, 2F, D) gate-and-up and (E, D, F) down."""
 
+    product: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         experts, width, hidden = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
+        self.product = moe_mlp
 
     def forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, load_E: Tensor) -> Tensor:
-        return moe_mlp(x_TD, expert_TK, gate_TK, self.gate_up_proj, self.down_proj, load_E)
+        return self.product(x_TD, expert_TK, gate_TK, self.gate_up_proj, self.down_proj, load_E)
 
 
 class MixtureOfExperts(nn.Module):
@@ -383,6 +390,8 @@ def token_behind(target_BS: Tensor) -> Tensor:
 class Transformer(nn.Module):
     """The whole model. Parameter names are those of Hugging Face's DeepseekV3 where the layouts agree."""
 
+    head_loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
@@ -396,6 +405,7 @@ class Transformer(nn.Module):
             assert isinstance(self.embed_tokens.weight, nn.Parameter)
             self.lm_head.weight = self.embed_tokens.weight
         self.mtp = nn.ModuleList(MultiTokenPrediction(config) for _ in range(config.num_nextn_predict_layers))
+        self.head_loss = linear_cross_entropy_mean
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -458,7 +468,7 @@ class Transformer(nn.Module):
         target_T = target_BS.reshape(-1)
         weight_T = weight_BS.reshape(-1) * (target_T >= 0)
         weight_T = weight_T / weight_T.sum().clamp_min(1e-9)
-        return linear_cross_entropy_mean(x_BSD.flatten(0, 1), self.lm_head.weight, target_T, weight_T)
+        return self.head_loss(x_BSD.flatten(0, 1), self.lm_head.weight, target_T, weight_T)
 
 
 def parameter_counts(config: ModelConfig, vocab_size: int) -> tuple[int, int]:

@@ -18,11 +18,9 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from gristmill.kernels.grouped_gemm import grouped_gemm
 from gristmill.model.training.collectives import exchange_rows
 from gristmill.model.training.optimizers import Piece
 from gristmill.model.transformer import Experts, Transformer
@@ -75,7 +73,7 @@ class ShardedExperts(nn.Module):
 
     def __init__(self, whole: Experts, group: ProcessGroup) -> None:
         super().__init__()
-        self.group = group
+        self.group, self.product = group, whole.product
         self.gate_up_proj = _own_part(whole.gate_up_proj, group)
         self.down_proj = _own_part(whole.down_proj, group)
 
@@ -84,18 +82,14 @@ class ShardedExperts(nn.Module):
         order_M, place_M = _sorted(expert_TK.reshape(-1))  # by expert, and so by rank
         count_PO, send, receive = self._counts(load_E)
         arrived_AD = exchange_rows(_Laid.apply(x_TD, order_M, place_M, expert_TK.shape[1]), send, receive, self.group)
-        # Rows lie rank by rank, those of a rank expert by expert; the stable sort keeps the order of the whole batch.
+        # Rows lie rank by rank, those of a rank expert by expert; a stable sort keeps the order of the whole batch.
         own_O = torch.arange(count_PO.shape[1], device=x_TD.device)
         expert_A = own_O.repeat(count_PO.shape[0]).repeat_interleave(count_PO.reshape(-1), output_size=sum(receive))
-        order_A, place_A = _sorted(expert_A)
-        y_AD = self._through(_Laid.apply(arrived_AD, order_A, place_A, 1), count_PO.sum(0).cumsum(0))
-        y_MD = exchange_rows(_Laid.apply(y_AD, place_A, order_A, 1), receive, send, self.group)
+        gate_A1 = gate_TK.new_ones(len(expert_A), 1)  # the gates wait at home
+        y_AD = self.product(arrived_AD, expert_A[:, None], gate_A1, self.gate_up_proj, self.down_proj, count_PO.sum(0))
+        y_MD = exchange_rows(y_AD, receive, send, self.group)
         y_TKD = _Laid.apply(y_MD, place_M, order_M, 1).view(*expert_TK.shape, x_TD.shape[1])
         return torch.bmm(gate_TK[:, None].to(y_TKD.dtype), y_TKD)[:, 0]
-
-    def _through(self, x_AD: Tensor, ends_O: Tensor) -> Tensor:
-        gate, up = grouped_gemm(x_AD, self.gate_up_proj, ends_O).chunk(2, -1)
-        return grouped_gemm(F.silu(gate) * up, self.down_proj, ends_O)
 
     def _counts(self, load_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """Rows that come from each rank for each expert here (P, O); rows sent to and received from each rank."""

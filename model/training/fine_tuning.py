@@ -16,6 +16,7 @@ from gristmill.model.training.batches import Conversation, ConversationBatches
 from gristmill.model.training.engine import start_distributed
 from gristmill.model.training.loop import Training, train, write_rows
 from gristmill.model.training.models import load_model
+from gristmill.model.training.precision import apply_precision
 from gristmill.model.transformer import flops_per_token
 
 
@@ -28,6 +29,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     conversations = [Conversation(chat.prompt(r["question"]), chat.response(r["thought"], r["final"])) for r in rows]
     rank, _ = start_distributed(device)
     model = load_model(Path(job["model"]) / "model", device, mtp=False)
+    products = apply_precision(model, config.precision)
     batches = ConversationBatches(
         conversations,
         sequences=config.batch_sequences,
@@ -69,4 +71,5 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         "steps": config.steps,
         "loss": round(curves[-1]["main_loss"], 5),
         "steps_left_out": len(history.spikes),
+        **products,
     }

@@ -19,6 +19,7 @@ from gristmill.model.training.batches import IGNORED, TokenBatches, torch_seed
 from gristmill.model.training.engine import Engine, start_distributed
 from gristmill.model.training.layout import Layout
 from gristmill.model.training.loop import History, Row, Training, train, write_rows
+from gristmill.model.training.precision import apply_precision
 from gristmill.model.transformer import Transformer, flops_per_token, parameter_counts
 
 HELD_OUT_BATCH = 16
@@ -37,6 +38,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     model = Transformer(config.model, shards.vocab_size)
     model.initialise(torch_seed(seed, "initialise"))
     model.to(device)
+    products = apply_precision(model, config.precision)
 
     def batches(split: str, sizes: BatchSizes) -> TokenBatches:
         across = config.attend_across_documents
@@ -81,7 +83,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         write_rows(out / "spikes.jsonl", history.spikes)
     unigram = unigram_bits_per_byte(train_batches, checks, config.held_out_sequences, shards.vocab_size)
     dist.barrier()
-    return _metrics(config, model, history, shards.vocab_size, unigram)
+    return _metrics(config, model, history, shards.vocab_size, unigram) | products
 
 
 def bits_per_byte(engine: Engine, batches: TokenBatches, sequences: int) -> float:
