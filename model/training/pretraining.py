@@ -42,7 +42,8 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     def held_out(step: int) -> Row:
         if (step + 1) % config.evaluate_every and step + 1 != config.steps:
             return {}
-        return {"held_out_bpb": bits_per_byte(model, checks, config.held_out_sequences)}
+        loss, bpb = held_out_loss(model, checks, config.held_out_sequences)
+        return {"held_out_loss": loss, "held_out_bpb": bpb}
 
     train_batches = batches("train", config.batch_sequences)
     curves, loads = train(
@@ -71,17 +72,20 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
 
 
 @torch.no_grad()
-def bits_per_byte(model: Transformer, batches: TokenBatches, sequences: int) -> float:
-    """Held-out cross-entropy in bits per byte of the text the tokens stand for (mixture of the training weights)."""
+def held_out_loss(model: Transformer, batches: TokenBatches, sequences: int) -> tuple[float, float]:
+    """Held-out cross-entropy in nats a token, and in bits per byte of the text (mixture of the training weights)."""
     model.eval()
-    bits = text_bytes = 0.0
+    nats = text_bytes = 0.0
+    tokens = 0
     for step in range(-(-sequences // HELD_OUT_BATCH)):
         batch = batches.step(step, 0, 1)
         loss, _ = model.losses(batch.inputs, batch.target_BS, None, batch.weight_BS, Routing())
-        bits += float(loss) / math.log(2) * int((batch.target_BS != IGNORED).sum())
+        predicted = int((batch.target_BS != IGNORED).sum())
+        nats += float(loss) * predicted
+        tokens += predicted
         text_bytes += batches.text_bytes(step)
     model.train()
-    return bits / text_bytes
+    return nats / tokens, nats / math.log(2) / text_bytes
 
 
 def unigram_bits_per_byte(train: TokenBatches, checks: TokenBatches, sequences: int, vocab_size: int) -> float:
@@ -128,6 +132,7 @@ def _metrics(config: PretrainConfig, model: Transformer, curves: list[Row], voca
         "flops": each * tokens,
         "steps": config.steps,
         "loss": round(curves[-1]["main_loss"], 5),
+        "held_out_loss": round(curves[-1]["held_out_loss"], 5),
         "held_out_bpb": round(curves[-1]["held_out_bpb"], 5),
         "unigram_bpb": round(unigram, 5),
         "bpb_vs_unigram": round(curves[-1]["held_out_bpb"] / unigram, 5),
