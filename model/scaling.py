@@ -115,14 +115,11 @@ def fit_compute_law(compute: Sequence[float], loss: Sequence[float], delta: floa
         raise TooFewRuns(
             f"a law of loss against compute needs two sizes of compute, and the {len(c)} runs have {distinct}"
         )
-    centre = math.exp(float(np.log(c).mean()))  # exponents and scales are far less correlated around it
-    term = -np.log(c / centre)[None]
-    if distinct < 4:
-        best = _minimise(term, y, delta, *_starts(term, y, fixed=np.zeros(1)))
-        return ComputeLaw(0.0, *_uncentred(best.theta[1:], centre), False, None, (), best.starts, best.agreeing)
-    best = _minimise(term, y, delta, *_starts(term, y))
-    floor = _floor(best.theta[0], y)
-    law = ComputeLaw(floor, *_uncentred(best.theta[1:], centre), True, None, (), best.starts, best.agreeing)
+    term, centre, best = _fit(c, y, delta)
+    scale, exponent = _uncentred(best.theta[1:], centre)
+    if best.floor_stays:
+        return ComputeLaw(0.0, scale, exponent, False, starts=best.starts, agreeing=best.agreeing)
+    law = ComputeLaw(_floor(best.theta[0], y), scale, exponent, True, starts=best.starts, agreeing=best.agreeing)
     return _with_profile(law, best, term, y, delta, centre)
 
 
@@ -149,7 +146,7 @@ def fit_loss_surface(
             "tokens grow with parameters along one line in all runs, so that the two cannot be told apart: train each "
             "size on two budgets of tokens"
         )
-    centres = math.exp(float(np.log(n).mean())), math.exp(float(np.log(d).mean()))
+    centres = _centre(n), _centre(d)
     term = np.stack([-np.log(n / centres[0]), -np.log(d / centres[1])])
     best = _minimise(term, y, delta, *_starts(term, y))
     first, second = _uncentred(best.theta[1:3], centres[0]), _uncentred(best.theta[3:5], centres[1])
@@ -168,6 +165,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The middle 95 % of forecasts at `at` when the runs of each group (the seeds of one rung) are drawn again.
 
+    Every refit begins at the law of all runs, and fits E where that law does.
+
     Raises:
         TooFewRuns: a group has fewer than three runs, from which nothing can be drawn.
     """
@@ -176,11 +175,15 @@ def bootstrap_interval(
     if least < 3:
         raise TooFewRuns(f"a bootstrap over seeds needs three seeds a rung, and there are {least}")
     c, y = _checked(compute, loss)
+    term, centre, best = _fit(c, y, delta)
     draw = np.random.default_rng([seed, 0x5CA1E])
-    found = []
-    for _ in range(resamples):
-        chosen = np.concatenate([draw.choice(m, len(m)) for m in members])
-        found.append(fit_compute_law(list(c[chosen]), list(y[chosen]), delta).loss(at))
+    count_SR = np.zeros((resamples, len(y)))
+    for row in count_SR:
+        for m in members:
+            np.add.at(row, draw.choice(m, len(m)), 1.0)
+    begin = np.tile(best.theta, (resamples, 1))
+    theta, _ = _descend(term, y, delta, begin, best.floor_stays, count_SR)
+    found = np.exp(theta[:, 0]) + np.exp(theta[:, 1] - theta[:, 2] * math.log(at / centre))
     low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)
 
@@ -197,6 +200,20 @@ class _Minimum:
     objective: float
     starts: int
     agreeing: int
+    floor_stays: bool
+
+
+def _fit(compute_R: Array, loss_R: Array, delta: float) -> tuple[Array, float, _Minimum]:
+    """The term of a law of compute, what it is centred on, and the minimum; E is fitted with four sizes or more."""
+    centre = _centre(compute_R)
+    term_TR = -np.log(compute_R / centre)[None]
+    fixed = None if len(np.unique(compute_R)) >= 4 else np.zeros(1)
+    return term_TR, centre, _minimise(term_TR, loss_R, delta, *_starts(term_TR, loss_R, fixed))
+
+
+def _centre(x_R: Array) -> float:
+    """The geometric mean, around which scales and exponents are far less correlated."""
+    return math.exp(float(np.log(x_R).mean()))
 
 
 def _checked(x: Sequence[float], loss: Sequence[float]) -> tuple[Array, Array]:
@@ -228,23 +245,32 @@ def _minimise(term_TR: Array, loss_R: Array, delta: float, theta_SP: Array, floo
     theta_SP, value_S = _descend(term_TR, loss_R, delta, theta_SP, floor_stays)
     best = int(np.argmin(value_S))
     close = AGREE * value_S[best] + 1e-14
-    return _Minimum(theta_SP[best], float(value_S[best]), len(value_S), int((value_S <= value_S[best] + close).sum()))
+    agreeing = int((value_S <= value_S[best] + close).sum())
+    return _Minimum(theta_SP[best], float(value_S[best]), len(value_S), agreeing, floor_stays)
 
 
 def _descend(
-    term_TR: Array, loss_R: Array, delta: float, theta_SP: Array, floor_stays: bool
-) -> tuple[Array, NDArray[np.float64]]:
-    """Where each start ends, and the objective there: half the Huber loss of log-residuals, summed over the runs."""
+    term_TR: Array,
+    loss_R: Array,
+    delta: float,
+    theta_SP: Array,
+    floor_stays: bool,
+    count_SR: Array | float = 1.0,
+) -> tuple[Array, Array]:
+    """Where each start ends, and the objective there: the Huber loss of log-residuals, summed over the runs.
+
+    `count_SR` says how often a start counts each run.
+    """
     least = float(np.log(loss_R.min()))
     low = np.array([least + math.log(LEAST_SHARE) - 15.0, *[-60.0, 1e-4] * len(term_TR)])
     high = np.array([least, *[60.0, STEEPEST] * len(term_TR)])
     damping_S = np.full(len(theta_SP), 1e-2)
     residual_SR, slope_SRP = _residuals(term_TR, loss_R, theta_SP)
-    value_S = _huber(residual_SR, delta)
+    value_S = _objective(residual_SR, delta, count_SR)
     for _ in range(ITERATIONS):
         if floor_stays:
             slope_SRP[:, :, 0] = 0.0
-        weight_SR = np.minimum(1.0, delta / np.maximum(np.abs(residual_SR), 1e-300))
+        weight_SR = count_SR * np.minimum(1.0, delta / np.maximum(np.abs(residual_SR), 1e-300))
         weighted = slope_SRP * weight_SR[:, :, None]
         hessian = np.einsum("srp,srq->spq", weighted, slope_SRP)
         gradient = np.einsum("srp,sr->sp", weighted, residual_SR)
@@ -256,7 +282,7 @@ def _descend(
         if floor_stays:
             tried[:, 0] = theta_SP[:, 0]
         new_residual, new_slope = _residuals(term_TR, loss_R, tried)
-        new_value = _huber(new_residual, delta)
+        new_value = _objective(new_residual, delta, count_SR)
         better = new_value < value_S
         moved = np.abs(tried - theta_SP)[better]
         theta_SP = np.where(better[:, None], tried, theta_SP)
@@ -285,9 +311,9 @@ def _residuals(term_TR: Array, loss_R: Array, theta_SP: Array) -> tuple[Array, A
     return total_SR - np.log(loss_R), np.stack(slopes, axis=2)
 
 
-def _huber(residual_SR: Array, delta: float) -> Array:
+def _objective(residual_SR: Array, delta: float, count_SR: Array | float) -> Array:
     size = np.abs(residual_SR)
-    return np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta)).sum(axis=1)
+    return (count_SR * np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta))).sum(axis=1)
 
 
 def _floor(log_floor: float, loss_R: Array) -> float:
