@@ -61,7 +61,7 @@ def sweep_ladder(recipe: Recipe) -> Ladder:
                 f"the rung {width} wide has {run.batch_sequences} sequences a step, which do not divide among "
                 f"execution.ranks {ranks}: choose other ranks, or sweep.batch_exponent 0"
             )
-        if run in everything[:number]:
+        if (width, run.steps) in [(r.model.hidden_size, r.steps) for r in everything[:number]]:
             raise UsageError(
                 f"two budgets of the rung {width} wide come to the same {run.steps} steps: choose budgets further apart"
             )
