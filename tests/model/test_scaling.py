@@ -90,7 +90,8 @@ def test_with_three_sizes_the_floor_is_assumed() -> None:
 
 @pytest.mark.parametrize("truth", [HOFFMANN, BESIROGLU])
 def test_the_surface_of_hoffmann_is_recovered(truth: LossSurface) -> None:
-    fitted = fit_loss_surface(*map(list, points(truth)))
+    parameters, tokens, loss = points(truth)
+    fitted = fit_loss_surface(list(parameters), list(tokens), list(loss))
     for name in ("floor", "parameter_scale", "parameter_exponent", "token_scale", "token_exponent"):
         # As above: losses are exact to 1e-16, the minimum to its root, and scales are exponents of exponents.
         assert getattr(fitted, name) == pytest.approx(getattr(truth, name), rel=1e-4)
@@ -98,7 +99,8 @@ def test_the_surface_of_hoffmann_is_recovered(truth: LossSurface) -> None:
 
 
 def test_the_surface_with_noise_forecasts_a_larger_model() -> None:
-    fitted = fit_loss_surface(*map(list, points(HOFFMANN, noise=0.002)))
+    parameters, tokens, loss = points(HOFFMANN, noise=0.002)
+    fitted = fit_loss_surface(list(parameters), list(tokens), list(loss))
     assert fitted.loss(1e10, 2e11) == pytest.approx(HOFFMANN.loss(1e10, 2e11), rel=0.02)  # ten standard deviations
 
 
