@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -52,12 +53,29 @@ def run(
     """Run a recipe; what is there already is not computed again."""
     from gristmill.flows.r1 import r1
     from gristmill.flows.recipe import load_recipe
-    from gristmill.flows.runners import Plain, Plan, release_workers
     from gristmill.flows.store import Store
 
-    asked, place, shown = load_recipe(recipe, settings), Store(store), watcher()
+    asked, place = load_recipe(recipe, settings), Store(store)
+    _conclude(place, _run(r1, asked, place, until, from_, plain=plain, wait=wait, strict=strict))
+
+
+def _run(
+    pipeline: Any,
+    asked: Any,
+    place: Any,
+    until: str | None,
+    from_: str | None,
+    *,
+    plain: bool,
+    wait: bool,
+    strict: bool,
+) -> dict[str, Any]:
+    """Run a pipeline under Prefect, or without where nothing is to be computed; the run's record."""
+    from gristmill.flows.runners import Plain, Plan, release_workers
+
     place.check_usable()
-    plan = Plan(place, verify=False).run(r1, asked, until, from_)
+    shown = watcher()
+    plan = Plan(place, verify=False).run(pipeline, asked, until, from_)
     if plain or plan.cached:
         runner: Any = Plain(place, asked.execution, shown, wait=wait, strict=strict)
     else:
@@ -65,10 +83,9 @@ def run(
 
         runner = Orchestrated(place, asked.execution, shown, wait=wait, strict=strict)
     try:
-        record = runner.run(r1, asked, until, from_)
+        return runner.run(pipeline, asked, until, from_)
     finally:
         release_workers()
-    _conclude(place, record)
 
 
 def _conclude(store: Any, record: dict[str, Any]) -> None:
@@ -105,11 +122,15 @@ def plan(
     """Say what would run and why; nothing is executed or written."""
     from gristmill.flows.r1 import r1
     from gristmill.flows.recipe import load_recipe
+
+    _show_plan(r1, load_recipe(recipe, settings), store, until, from_, strict=strict)
+
+
+def _show_plan(pipeline: Any, asked: Any, store: str, until: str | None, from_: str | None, *, strict: bool) -> None:
     from gristmill.flows.runners import Plan
     from gristmill.flows.store import Store
 
-    asked = load_recipe(recipe, settings)
-    found = Plan(Store(store)).run(r1, asked, until, from_)
+    found = Plan(Store(store)).run(pipeline, asked, until, from_)
     rows = []
     for stage in found.stages:
         seconds, memory = stage.estimate.seconds, stage.estimate.memory_bytes
@@ -132,6 +153,57 @@ def plan(
         print(f"warning: {warning}")
     if strict and found.warnings:
         raise UsageError(found.warnings[0])
+
+
+@app.command()
+def sweep(
+    recipe: RecipeArgument,
+    sizes: Annotated[str | None, typer.Option("--sizes", help="Widths of the rungs: 32,48,64,96.")] = None,
+    hold_out: Annotated[int | None, typer.Option("--hold-out", help="Width of the larger model to forecast.")] = None,
+    tokens_per_parameter: Annotated[
+        str | None, typer.Option("--tokens-per-parameter", help="Tokens an active parameter; several: 2,8.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option("--steps", help="Optimizer steps in their place; several: 50,200.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="Runs of each rung.")] = None,
+    settings: Settings = None,
+    store: StoreOption = DEFAULT_STORE,
+    from_: From = None,
+    plan_only: Annotated[bool, typer.Option("--plan", help="Say what would run and what it may take.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Without Prefect.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for a store that is in use.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse results whose code changed since.")] = False,
+) -> None:
+    """Train a ladder of small models and forecast a larger one's loss from their compute."""
+    from gristmill.flows.recipe import load_recipe
+    from gristmill.flows.store import Store
+    from gristmill.flows.sweep import sweep as pipeline
+
+    lists = {"sizes": sizes, "tokens_per_parameter": tokens_per_parameter, "steps": steps}
+    given = [f"sweep.{name}=[{value}]" for name, value in lists.items() if value is not None]
+    numbers = {"hold_out": hold_out, "seeds": seeds}
+    given += [f"sweep.{name}={value}" for name, value in numbers.items() if value is not None]
+    asked = load_recipe(recipe, [*(settings or []), *given])
+    if plan_only:
+        _show_plan(pipeline, asked, store, None, from_, strict=strict)
+        return
+    place = Store(store)
+    record = _run(pipeline, asked, place, None, from_, plain=plain, wait=wait, strict=strict)
+    _conclude(place, record)
+    _show_forecast(place.folder("scaling", record["stages"][-1]["key"]))
+
+
+def _show_forecast(folder: Path) -> None:
+    """The rungs of a sweep, what was found, and where its picture is."""
+    from gristmill.flows.cards.folder import StageFolder
+    from gristmill.flows.cards.scaling import COLUMNS, findings, rung_cells
+
+    stage = StageFolder.open("scaling", folder)
+    print_table("rungs", list(COLUMNS), rung_cells(stage.rows("rungs.jsonl")))
+    for sentence in findings(json.loads((folder / "fit.json").read_text(encoding="utf-8"))):
+        print(sentence)
+    print(f"picture: {folder / 'view' / 'scaling.png'}")
 
 
 @app.command()

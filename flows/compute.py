@@ -112,7 +112,7 @@ def _work(
     folders = {name: store.folder(a.stage, a.key) for name, a in call.inputs.items()}
     seed = {"seed": call.seed} if stage.seeded else {}
     with running_on(execution.cluster):
-        return stage.function(config=call.config, **folders, out=out, **seed, **services)
+        return stage.function(config=call.config, **stage.arguments(folders), out=out, **seed, **services)
 
 
 def _refuse_leftovers(call: Call, out: Path) -> None:

@@ -67,10 +67,19 @@ def of_exam(config: Any, recipe: Recipe) -> Estimate:
     return Estimate(0.2 + config.test / 20_000, BYTES_A_PROCESS, 300 * config.test)
 
 
-def of_training(config: Any, recipe: Recipe) -> Estimate:
-    """Of pretraining and fine-tuning: steps of `batch_sequences` packed sequences."""
+def of_pretraining(config: Any, recipe: Recipe) -> Estimate:
+    """Steps of packed sequences, of the model that the run itself asks for."""
+    return _of_training(config, recipe, config.model)
+
+
+def of_fine_tuning(config: Any, recipe: Recipe) -> Estimate:
+    """As pretraining, of the recipe's model."""
+    return _of_training(config, recipe, recipe.pretrain.model)
+
+
+def _of_training(config: Any, recipe: Recipe, model: ModelConfig) -> Estimate:
     held = config.batch_sequences * config.sequence_length // recipe.execution.ranks
-    return _of_steps(recipe, TRAINED_FLOPS * config.sequences * config.sequence_length, held)
+    return _of_steps(recipe, model, TRAINED_FLOPS * config.sequences * config.sequence_length, held)
 
 
 def of_reinforcement(config: Any, recipe: Recipe) -> Estimate:
@@ -79,13 +88,14 @@ def of_reinforcement(config: Any, recipe: Recipe) -> Estimate:
     tokens = responses * config.max_new_tokens
     flops = SAMPLED_FLOPS + TRAINED_FLOPS + (2 if config.kl_weight else 0)
     held = tokens // (config.minibatches * recipe.execution.ranks)
-    return _of_steps(recipe, flops * config.steps * tokens * RESPONSE_SHARE, held)
+    return _of_steps(recipe, recipe.pretrain.model, flops * config.steps * tokens * RESPONSE_SHARE, held)
 
 
 def of_evaluation(config: Any, recipe: Recipe) -> Estimate:
     """Four models sample k responses a problem."""
     tokens = 4 * config.problems * config.samples * config.max_new_tokens
-    found = _of_steps(recipe, SAMPLED_FLOPS * tokens * RESPONSE_SHARE, config.batch_size * config.max_new_tokens)
+    held = config.batch_size * config.max_new_tokens
+    found = _of_steps(recipe, recipe.pretrain.model, SAMPLED_FLOPS * tokens * RESPONSE_SHARE, held)
     return Estimate(found.seconds, found.memory_bytes, 4 * config.problems * config.samples * 150)
 
 
@@ -100,9 +110,14 @@ def of_report(config: Any, recipe: Recipe) -> Estimate:
     return Estimate(4.0, BYTES_A_PROCESS, 2 << 20)
 
 
-def _of_steps(recipe: Recipe, flops_a_parameter: float, tokens: int) -> Estimate:
+def of_scaling(config: Any, recipe: Recipe) -> Estimate:
+    """A fit and a picture."""
+    return Estimate(4.0, BYTES_A_PROCESS, 1 << 20)
+
+
+def _of_steps(recipe: Recipe, model: ModelConfig, flops_a_parameter: float, tokens: int) -> Estimate:
     """Of work that does `flops_a_parameter` operations in all and holds `tokens` tokens' activations at once."""
-    model, execution = recipe.pretrain.model, recipe.execution
+    execution = recipe.execution
     vocabulary = recipe.tokenize.vocab_size
     count = parameters(model, vocabulary, active=False)
     held = training_memory(

@@ -80,7 +80,7 @@ class Orchestrated(Plain):
             RUNNER.reset(token)
 
     def call(self, call: Call) -> Artifact:
-        planned = self.plan.named(call.stage.name)
+        planned = self.plan.of(call.artifact)
         if planned.state != "cached":
             return super().call(call)
         from prefect.states import Completed

@@ -88,7 +88,22 @@ class PlanResult:
         ]
 
     def named(self, name: str) -> Planned:
+        """The first call of a stage; most pipelines call each once."""
         return next(s for s in self.stages if s.name == name)
+
+    def of(self, artifact: Artifact) -> Planned:
+        """What is planned for a result.
+
+        Raises:
+            RuntimeError: the plan has no such result.
+        """
+        for planned in self.stages:
+            if planned.call.artifact == artifact:
+                return planned
+        raise RuntimeError(
+            f"stage {artifact.stage} is asked for with key {artifact.key}, which was not planned: a pipeline must "
+            f"depend on its recipe alone"
+        )
 
 
 class Sources:
@@ -133,8 +148,11 @@ class Plan:
         return self._sources.of(stage, config)
 
     def call(self, call: Call) -> Artifact:
-        if any(c.stage.name == call.stage.name for c in self.calls):
-            raise TypeError(f"stage {call.stage.name!r} is called twice in one pipeline: declare it under two names")
+        if any(c.artifact == call.artifact for c in self.calls):
+            raise TypeError(
+                f"stage {call.stage.name!r} is called twice for the same result {call.key}: keep what the first call "
+                f"returned"
+            )
         self.calls.append(call)
         return call.artifact
 

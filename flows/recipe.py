@@ -25,6 +25,7 @@ from gristmill.flows.execution import Execution
 from gristmill.flows.identity import flattened
 from gristmill.flows.report import ReportConfig
 from gristmill.model.config import EvaluateConfig, ExportConfig, GRPOConfig, PretrainConfig, SFTConfig
+from gristmill.model.ladder import SweepConfig
 from gristmill.model.training.layout import Layout
 
 
@@ -57,6 +58,9 @@ class Recipe(BaseModel):
     rl_zero: GRPOConfig = Field(default_factory=GRPOConfig, title="R1-Zero", description="RL from the base model.")
     rl: GRPOConfig = Field(default_factory=GRPOConfig, title="RL", description="RL from the cold start.")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, title="Evaluate", description="Protocol.")
+    sweep: SweepConfig = Field(
+        default_factory=SweepConfig, title="Sweep", description="Ladder of models for `gristmill sweep`; no run has it."
+    )
     export: ExportConfig = Field(default_factory=ExportConfig, title="Export", description="Hugging Face folder.")
     report: ReportConfig = Field(default_factory=lambda: ReportConfig(), title="Report", description="The page.")
     execution: Execution = Field(default_factory=Execution, title="Execution", description="How; never in a key.")
@@ -112,9 +116,12 @@ class Recipe(BaseModel):
 
     @property
     def mixing(self) -> MixConfig:
-        """The mixture of this recipe's pretraining: as many sequences as its steps take, of its length."""
+        """The mixture of this recipe's pretraining."""
+        return self.mixing_of(self.pretrain)
+
+    def mixing_of(self, run: PretrainConfig) -> MixConfig:
+        """The mixture of a pretraining run: as many sequences as its steps take, of its length."""
         section = {name: getattr(self.mix, name) for name in type(self.mix).model_fields}
-        run = self.pretrain
         return MixConfig(**section, sequence_length=run.sequence_length, sequences=run.sequences)
 
 

@@ -116,32 +116,27 @@ class Plain:
     def call(self, call: Call) -> Artifact:
         """Take a result that is there, or make it."""
         name = call.stage.name
-        planned = self.plan.named(name)
-        if planned.call.key != call.key:
-            raise RuntimeError(
-                f"stage {name} is asked for with key {call.key} and was planned with {planned.call.key}: a pipeline "
-                f"must depend on its recipe alone"
-            )
+        planned = self.plan.of(call.artifact)
         if planned.state == "skipped":
             return call.artifact
         if planned.state == "cached" and planned.manifest is not None:
             self.store.fetch(planned.manifest, shown_only=True)
-            self._note(name, state="cached", content_hash=planned.manifest["content_hash"])
+            self._note(call, state="cached", content_hash=planned.manifest["content_hash"])
             self.watcher.stage(name, "cached", manifest=planned.manifest, reason=planned.reason)
             return call.artifact
-        self._note(name, state="running")
+        self._note(call, state="running")
         try:
             self._mend_inputs(call)
             manifest = self.perform(call, planned)
         except BaseException as error:
-            self._note(name, state="failed", error=str(error) or type(error).__name__)
+            self._note(call, state="failed", error=str(error) or type(error).__name__)
             raise
-        self._note(name, state="completed", content_hash=manifest["content_hash"], seconds=manifest["seconds"])
+        self._note(call, state="completed", content_hash=manifest["content_hash"], seconds=manifest["seconds"])
         return call.artifact
 
-    def _note(self, name: str, **values: Any) -> None:
+    def _note(self, call: Call, **values: Any) -> None:
         """What became of a stage, in the run's record."""
-        entry = next(e for e in self.record["stages"] if e["stage"] == name)
+        entry = next(e for e in self.record["stages"] if (e["stage"], e["key"]) == (call.stage.name, call.key))
         entry.update(values)
         self.store.record_run(self.record)
 
@@ -151,7 +146,7 @@ class Plain:
             manifest = self.store.manifest(artifact.stage, artifact.key)
             wrong = self.store.fetch(manifest) if manifest else [f"{artifact.stage}/{artifact.key} is no longer there"]
             if wrong:
-                planned = replace(self.plan.named(artifact.stage), state="damaged", reason=wrong[0])
+                planned = replace(self.plan.of(artifact), state="damaged", reason=wrong[0])
                 self._mend_inputs(planned.call)
                 self.perform(planned.call, planned)
 

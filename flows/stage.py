@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -100,6 +100,7 @@ class Stage:
         function: the plain function; it can be called in a test without a runner.
         config_type: the class of its configuration.
         inputs: names of its inputs, each the folder of another stage's result.
+        lists: those inputs that are any number of folders, in order.
         seeded: whether it takes the recipe's seed.
         services: the execution services it asks for by name.
     """
@@ -140,9 +141,12 @@ class Stage:
             raise TypeError(f"stage {self.name!r}: its function has no parameter `out`, the folder it fills: add one")
         self.seeded = "seed" in positional
         self.inputs = [name for name in positional if name not in ("config", "out", "seed")]
+        self.lists = [name for name in self.inputs if hints.get(name) == list[Path]]
         for name in self.inputs:
-            if hints.get(name) is not Path:
-                raise TypeError(f"stage {self.name!r}: input {name!r} is not annotated as Path: inputs are folders")
+            if name not in self.lists and hints.get(name) is not Path:
+                raise TypeError(
+                    f"stage {self.name!r}: input {name!r} is not annotated as Path or list[Path]: inputs are folders"
+                )
         self.services = [name for name, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY]
         if unknown := [name for name in self.services if name not in SERVICES]:
             raise TypeError(
@@ -162,7 +166,9 @@ class Stage:
                 if _is_model(part) and part not in seen:
                     self._refuse_loose(part, seen)
 
-    def __call__(self, config: BaseModel, *, seed: int | None = None, **inputs: Artifact) -> Artifact:
+    def __call__(
+        self, config: BaseModel, *, seed: int | None = None, **inputs: Artifact | Sequence[Artifact]
+    ) -> Artifact:
         """Ask the runner in force. Inputs are artifacts of other stages, by the names of the function's parameters."""
         runner = RUNNER.get()
         if runner is None:
@@ -173,15 +179,36 @@ class Stage:
             raise TypeError(f"stage {self.name!r} takes a {self.config_type.__name__}, not a {type(config).__name__}")
         if sorted(inputs) != sorted(self.inputs):
             raise TypeError(f"stage {self.name!r} takes the inputs {self.inputs}, not {sorted(inputs)}")
-        for name, artifact in inputs.items():
-            if not isinstance(artifact, Artifact):
-                raise TypeError(
-                    f"stage {self.name!r}: input {name!r} is a {type(artifact).__name__}, not what a stage returned"
-                )
         if self.seeded != (seed is not None):
             raise TypeError(f"stage {self.name!r} {'needs a' if self.seeded else 'takes no'} seed")
-        ordered = {name: inputs[name] for name in self.inputs}
-        return runner.call(Call(self, config, ordered, seed, runner.sources(self, config)))
+        return runner.call(Call(self, config, self._ordered(inputs), seed, runner.sources(self, config)))
+
+    def _ordered(self, inputs: Mapping[str, Artifact | Sequence[Artifact]]) -> dict[str, Artifact]:
+        """The artifacts in the order of the parameters, those of a list under its name and their number."""
+        found: dict[str, Artifact] = {}
+        for name in self.inputs:
+            given = inputs[name]
+            if name in self.lists:
+                parts = list(given) if isinstance(given, Sequence) else [given]
+                named = {f"{name}_{number:02d}": part for number, part in enumerate(parts)}
+            else:
+                named = {name: given}
+            for artifact in named.values():
+                if not isinstance(artifact, Artifact):
+                    raise TypeError(
+                        f"stage {self.name!r}: input {name!r} is a {type(artifact).__name__}, not what a stage returned"
+                    )
+            found |= named  # type: ignore[arg-type]
+        return found
+
+    def arguments(self, folders: Mapping[str, Path]) -> dict[str, Path | list[Path]]:
+        """The function's inputs, of the folders of a call's inputs by their names."""
+        single = {name: folders[name] for name in self.inputs if name not in self.lists}
+        several = {
+            name: [folder for own, folder in folders.items() if re.fullmatch(rf"{name}_\d+", own)]
+            for name in self.lists
+        }
+        return single | several
 
     def __repr__(self) -> str:
         return f"<stage {self.name} version {self.version}>"

@@ -18,6 +18,7 @@ from gristmill.data.spans import remove_spans
 from gristmill.data.tokenize import tokenize as tokenize_documents
 from gristmill.flows import estimates
 from gristmill.flows.report import make_report
+from gristmill.flows.scaling import fit_ladder
 from gristmill.flows.stage import stage
 from gristmill.model.evaluate import evaluate as evaluate_models
 from gristmill.model.hub import export as export_model
@@ -128,15 +129,15 @@ mix = stage(
 )(mix_tokens)
 pretrain = stage(
     "pretrain",
-    version=3,
+    version=4,
     title="Pretraining of the base model",
-    estimate=estimates.of_training,
+    estimate=estimates.of_pretraining,
 )(pretrain_model)
 cold_start = stage(
     "cold_start",
     version=1,
     title="Cold start: fine-tuning on chains of thought",
-    estimate=estimates.of_training,
+    estimate=estimates.of_fine_tuning,
 )(fine_tune)
 rl_zero = stage(
     "rl_zero",
@@ -157,4 +158,5 @@ evaluate = stage(
     estimate=estimates.of_evaluation,
 )(evaluate_models)
 export = stage("export", version=2, title="Export to Hugging Face", estimate=estimates.of_export)(export_model)
+scaling = stage("scaling", version=1, title="Loss against compute", estimate=estimates.of_scaling)(fit_ladder)
 report = stage("report", version=2, title="Report", estimate=estimates.of_report)(make_report)

@@ -17,6 +17,7 @@ import re
 import shutil
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
@@ -239,7 +240,8 @@ class Store:
         """Re-hash everything in the store.
 
         Returns:
-            `stages`, the content hash of each finished stage of the latest run; `bad`, a sentence for each thing that
+            `stages`, the content hash of each finished stage of the latest run, by its name, with its key where the
+            run has several of that name; `bad`, a sentence for each thing that
             is wrong anywhere in the store; `notes`, on results whose input was made again since with other bytes (same
             recipe, other rounding: another number of threads or ranks, another device); `run`, the latest run.
         """
@@ -267,12 +269,14 @@ class Store:
                     )
         runs = self.runs()
         latest = runs[-1] if runs else {"run": None, "stages": []}
+        called = Counter(entry["stage"] for entry in latest["stages"])
         stages = {}
         for entry in latest["stages"]:
             if entry["state"] in ("cached", "completed"):
                 name = f"{entry['stage']}/{entry['key']}"
                 if (entry["stage"], entry["key"]) in hashes:
-                    stages[entry["stage"]] = hashes[entry["stage"], entry["key"]]
+                    shown = entry["stage"] if called[entry["stage"]] == 1 else name
+                    stages[shown] = hashes[entry["stage"], entry["key"]]
                 elif not any(wrong.startswith(name) for wrong in bad):
                     bad.append(f"{name} of the latest run is no longer there")
         return {"run": latest["run"], "stages": stages, "bad": sorted(set(bad)), "notes": notes}

@@ -25,6 +25,7 @@ KEY_METRICS = {
     "rl_zero": "accuracy",
     "rl": "accuracy",
     "export": "parity_within",
+    "scaling": "forecast_error_percent",
 }
 
 

@@ -197,9 +197,14 @@ def svg(figure: Figure, name: str) -> str:
     )
 
 
-def png_uri(figure: Figure, dpi: int = 110) -> str:
-    """The figure as a `data:` URI of a PNG on white, for places that show pictures and no SVG."""
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """The figure as a PNG on white."""
     buffer = io.BytesIO()
     with house_style():
         figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
+
+
+def png_uri(figure: Figure, dpi: int = 110) -> str:
+    """The figure as a `data:` URI of a PNG, for places that show pictures and no SVG."""
+    return "data:image/png;base64," + base64.b64encode(png(figure, dpi)).decode("ascii")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gristmill.flows.cards import charts, figures
 from gristmill.flows.cards.folder import StageFolder, is_number
+from gristmill.flows.cards.scaling import scaling_parts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,4 +62,5 @@ EXTRAS: dict[str, tuple[Extra, ...]] = {
     "rl_zero": (_thinking,),
     "rl": (_thinking,),
     "evaluate": (_accuracy,),
+    "scaling": (scaling_parts,),
 }

@@ -49,10 +49,11 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     def held_out(step: int, engine: Engine) -> Row:
         if (step + 1) % config.evaluate_every and step + 1 != config.steps:
             return {}
-        row = {"held_out_bpb": bits_per_byte(engine, checks, config.held_out_sequences)}
+        loss, bpb = held_out_loss(engine, checks, config.held_out_sequences)
+        row = {"held_out_loss": loss, "held_out_bpb": bpb}
         if config.ema_decay:
             with engine.averaged():
-                row["held_out_bpb_ema"] = bits_per_byte(engine, checks, config.held_out_sequences)
+                row["held_out_bpb_ema"] = held_out_loss(engine, checks, config.held_out_sequences)[1]
         return row
 
     train_batches = batches("train", config.batches)
@@ -86,14 +87,17 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     return _metrics(config, model, history, shards.vocab_size, unigram) | products
 
 
-def bits_per_byte(engine: Engine, batches: TokenBatches, sequences: int) -> float:
-    """Held-out cross-entropy in bits per byte of the text the tokens stand for (mixture of the training weights)."""
-    bits = text_bytes = 0.0
+def held_out_loss(engine: Engine, batches: TokenBatches, sequences: int) -> tuple[float, float]:
+    """Held-out cross-entropy in nats a token, and in bits per byte of the text (mixture of the training weights)."""
+    nats = text_bytes = 0.0
+    tokens = 0
     for step in range(-(-sequences // HELD_OUT_BATCH)):
         batch = batches.step(step, 0, 1)
-        bits += engine.evaluate(batch) / math.log(2) * int((batch.target_BS != IGNORED).sum())
+        predicted = int((batch.target_BS != IGNORED).sum())
+        nats += engine.evaluate(batch) * predicted
+        tokens += predicted
         text_bytes += batches.text_bytes(step)
-    return bits / text_bytes
+    return nats / tokens, nats / math.log(2) / text_bytes
 
 
 def unigram_bits_per_byte(train: TokenBatches, checks: TokenBatches, sequences: int, vocab_size: int) -> float:
@@ -143,6 +147,7 @@ def _metrics(config: PretrainConfig, model: Transformer, history: History, vocab
         "flops": each * tokens,
         "steps": config.steps,
         "loss": round(curves[-1]["main_loss"], 5),
+        "held_out_loss": round(last["held_out_loss"], 5),
         "held_out_bpb": round(last["held_out_bpb"], 5),
         **averaged,
         "unigram_bpb": round(unigram, 5),

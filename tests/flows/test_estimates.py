@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gristmill.flows.estimates import of_reinforcement, of_training, parameters
+from gristmill.flows.estimates import of_pretraining, of_reinforcement, parameters
 from gristmill.flows.plan import Plan, PlanResult
 from gristmill.flows.r1 import r1
 from gristmill.flows.recipe import load_recipe
@@ -49,7 +49,7 @@ def test_a_dataset_of_unknown_size_is_not_guessed(tmp_path: Path) -> None:
 def test_more_processes_share_the_time() -> None:
     one = load_recipe("tiny", ["execution.device=cpu", "execution.threads=1"])
     eight = load_recipe("tiny", ["execution.device=cpu", "execution.threads=1", "execution.ranks=8"])
-    for hook, config in ((of_training, one.pretrain), (of_reinforcement, one.rl)):
+    for hook, config in ((of_pretraining, one.pretrain), (of_reinforcement, one.rl)):
         alone, shared = hook(config, one), hook(config, eight)
         assert alone.seconds is not None
         assert shared.seconds is not None
@@ -59,7 +59,7 @@ def test_more_processes_share_the_time() -> None:
 def test_an_accelerator_that_the_table_lacks_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe("tiny", ["execution.device=auto"])
     monkeypatch.setattr("gristmill.flows.execution.accelerator", lambda: "Unheard-of 9000")
-    found = of_training(recipe.pretrain, recipe)
+    found = of_pretraining(recipe.pretrain, recipe)
     assert found.seconds is None
     assert found.memory_bytes
 

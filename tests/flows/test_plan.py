@@ -221,9 +221,9 @@ def test_a_store_too_full_for_the_plan_is_refused(store: Store) -> None:
     assert not store.local.exists()
 
 
-def test_a_stage_is_called_once_and_a_pipeline_depends_on_its_recipe_alone(store: Store) -> None:
-    with pytest.raises(TypeError, match="stage 'write' is called twice"):
-        go(store, pipeline=lambda recipe: [write(recipe.write, seed=0), write(recipe.write, seed=1)])
+def test_a_result_is_asked_for_once_and_a_pipeline_depends_on_its_recipe_alone(store: Store) -> None:
+    with pytest.raises(TypeError, match="stage 'write' is called twice for the same result"):
+        go(store, pipeline=lambda recipe: [write(recipe.write, seed=0), write(recipe.write, seed=0)])
     seeds = iter(range(9))
     with pytest.raises(RuntimeError, match="must depend on its recipe alone"):
         go(store, pipeline=lambda recipe: write(recipe.write, seed=next(seeds)))
