@@ -100,6 +100,7 @@ class Stage:
         function: the plain function; it can be called in a test without a runner.
         config_type: the class of its configuration.
         inputs: names of its inputs, each the folder of another stage's result.
+        optional: those of them that a pipeline may leave out: `Path | None`, with the default None.
         seeded: whether it takes the recipe's seed.
         services: the execution services it asks for by name.
     """
@@ -140,9 +141,13 @@ class Stage:
             raise TypeError(f"stage {self.name!r}: its function has no parameter `out`, the folder it fills: add one")
         self.seeded = "seed" in positional
         self.inputs = [name for name in positional if name not in ("config", "out", "seed")]
+        self.optional = [name for name in self.inputs if parameters[name].default is None]
         for name in self.inputs:
-            if hints.get(name) is not Path:
-                raise TypeError(f"stage {self.name!r}: input {name!r} is not annotated as Path: inputs are folders")
+            if hints.get(name) != (Path | None if name in self.optional else Path):
+                raise TypeError(
+                    f"stage {self.name!r}: input {name!r} is not annotated as Path: inputs are folders (an optional one "
+                    f"is `Path | None = None`)"
+                )
         self.services = [name for name, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY]
         if unknown := [name for name in self.services if name not in SERVICES]:
             raise TypeError(
@@ -171,7 +176,7 @@ class Stage:
             )
         if not isinstance(config, self.config_type):
             raise TypeError(f"stage {self.name!r} takes a {self.config_type.__name__}, not a {type(config).__name__}")
-        if sorted(inputs) != sorted(self.inputs):
+        if not set(self.inputs) - set(self.optional) <= set(inputs) <= set(self.inputs):
             raise TypeError(f"stage {self.name!r} takes the inputs {self.inputs}, not {sorted(inputs)}")
         for name, artifact in inputs.items():
             if not isinstance(artifact, Artifact):
@@ -180,7 +185,7 @@ class Stage:
                 )
         if self.seeded != (seed is not None):
             raise TypeError(f"stage {self.name!r} {'needs a' if self.seeded else 'takes no'} seed")
-        ordered = {name: inputs[name] for name in self.inputs}
+        ordered = {name: inputs[name] for name in self.inputs if name in inputs}
         return runner.call(Call(self, config, ordered, seed, runner.sources(self, config)))
 
     def __repr__(self) -> str:
