@@ -110,7 +110,8 @@ class Recipe(BaseModel):
                     )
         ranks = self.execution.ranks
         trained = {"pretrain": self.pretrain, "cold_start": self.cold_start}
-        for name, run in trained | {f"extend.{i}": phase for i, phase in enumerate(self.extend)}.items():
+        trained |= {f"extend.{number}": phase for number, phase in enumerate(self.extend)}
+        for name, run in trained.items():
             sequences = run.batch_sequences
             if sequences % ranks:
                 raise ValueError(
