@@ -145,8 +145,8 @@ class Stage:
         for name in self.inputs:
             if hints.get(name) != (Path | None if name in self.optional else Path):
                 raise TypeError(
-                    f"stage {self.name!r}: input {name!r} is not annotated as Path: inputs are folders (an optional one "
-                    f"is `Path | None = None`)"
+                    f"stage {self.name!r}: input {name!r} is not annotated as Path: inputs are folders (an optional "
+                    f"one is `Path | None = None`)"
                 )
         self.services = [name for name, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY]
         if unknown := [name for name in self.services if name not in SERVICES]:

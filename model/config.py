@@ -312,7 +312,9 @@ class NeedleConfig(Config):
         description="Tokens of the haystacks, needle and question included; empty doubles the first context up to the "
         "phase's sequence_length.",
     )
-    depths: int = Field(default=5, ge=2, le=101, title="Depths", description="Evenly spaced places, both ends included.")
+    depths: int = Field(
+        default=5, ge=2, le=101, title="Depths", description="Evenly spaced places, both ends included."
+    )
     cases: int = Field(default=8, ge=1, title="Cases", description="Needles of each length and depth.")
     digits: int = Field(default=5, ge=1, le=18, title="Digits", description="Digits of a hidden number.")
 

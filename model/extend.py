@@ -26,10 +26,10 @@ def extend(
     device: str,
     progress: Progress,
 ) -> Metrics:
-    """Train `model/model` further on sequences of the new length and leave it in `out/model`; check it before and after.
+    """Train a base model further on longer sequences and leave it in `out/model`; it is checked before and after.
 
-    `model` is the folder of a pretrain stage or of another phase, `tokens` that of the tokenize stage and `mixture` that
-    of the mix stage for this length. The optimizer starts afresh.
+    `model` is the folder of a pretrain stage or of another phase, `tokens` that of the tokenize stage and `mixture`
+    that of the mix stage for this length. The optimizer starts afresh.
 
     Raises:
         JobFailed: the training process ended badly (a base that does not fit the phase, a mixture of another length,
@@ -98,8 +98,8 @@ def _check_scaling(scaling: RotaryScalingConfig, config: ExtendConfig, model: Mo
         )
     if scaling.factor * first < length:
         raise ValueError(
-            f"rope_scaling.factor {scaling.factor:g} stretches {first} tokens to {scaling.factor * first:g}, fewer than "
-            f"sequence_length {length}: give at least {length / first:g}"
+            f"rope_scaling.factor {scaling.factor:g} stretches {first} tokens to {scaling.factor * first:.0f}, fewer "
+            f"than sequence_length {length}: give at least {length / first:g}"
         )
     if model.attention == "gqa" and scaling.mscale_all_dim:
         raise ValueError(

@@ -40,9 +40,10 @@ def _context(stage: StageFolder) -> list[str]:
         return []
     said = (
         f"A number of {stage.config.get('needle', {}).get('digits', '?')} digits stands somewhere in held-out text and "
-        f"is asked for at its end, {rows[0]['cases']} times for each length and depth. The colour is how often the right "
-        f"digit is the likeliest of the ten, given those before it (by chance one in ten); the number in a cell is the "
-        f"share that greedy decoding retrieves whole. Right of the dashed line: lengths that the base was not trained on."
+        f"is asked for at its end, {rows[0]['cases']} times for each length and depth. The colour is how often the "
+        f"right digit is the likeliest of the ten, given those before it (by chance one in ten); the number in a cell "
+        f"is the share that greedy decoding retrieves whole. Right of the dashed line: lengths that the base was not "
+        f"trained on."
     )
     by_position = context_figures.loss_by_position(stage.rows("loss_by_position.jsonl"), trained)
     return ["## Needles in a haystack", said, *drawn, "## Loss by position", *_picture("Loss by position", by_position)]

@@ -62,9 +62,10 @@ def make_report(
 ) -> Metrics:
     """Write `out/report.json` (numbers that depend on the inputs' content alone) and `out/view/report.html`.
 
-    `trimmed` is what the filter read: the result of spans, or that of dedup again where the recipe has no spans; `extend_…` are
-    the phases of context extension that there are. Each input is the folder of a finished stage with its manifest.json; what one of them lacks is named on
-    the page and in `report.json` under `absent`. The page shows times, so it lies in view/ and is no content.
+    `trimmed` is what the filter read: the result of spans, or that of dedup again where the recipe has no spans;
+    `extend_…` are the phases of context extension that there are. Each input is the folder of a finished stage with its
+    manifest.json; what one of them lacks is named on the page and in `report.json` under `absent`. The page shows
+    times, so it lies in view/ and is no content.
     """
     from gristmill.flows.report.findings import gather, headline
     from gristmill.flows.report.page import render

@@ -36,7 +36,7 @@ Rows = dict[str, list[Row]]
 
 
 def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress) -> Metrics:
-    """Extend the model of `job["model"]` to `job["config"]`'s length, on `job["tokens"]` as `job["mixture"]` has them."""
+    """Extend the model of `job["model"]` to the configured length, on the sequences of `job["mixture"]`."""
     config, seed = ExtendConfig.model_validate(job["config"]), int(job["seed"])
     shards = TokenShards(Path(job["tokens"]) / "tokens")
     mixture = Mixture(Path(job["mixture"]), shards)
@@ -52,7 +52,10 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
 
     def checked(name: str, model: Transformer) -> Rows:
         model.eval()
-        found = {"needle": _needle_rows(name, model, needles, config), "loss": _loss_rows(name, model, held_out, config)}
+        found = {
+            "needle": _needle_rows(name, model, needles, config),
+            "loss": _loss_rows(name, model, held_out, config),
+        }
         model.train()
         return found
 
