@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gristmill.data.shards import TokenShards
 from gristmill.flows import stages
 from gristmill.flows.cards import card_markdown
 from gristmill.flows.errors import UsageError
@@ -117,9 +118,9 @@ def test_longer_chains_of_thought_fit_the_extended_context() -> None:
         smoke(f"extend={PHASES}", "pretrain.model.max_position_embeddings=64", "cold_start.sequence_length=300")
 
 
-def untrained(config: PretrainConfig, out: Path) -> dict[str, Any]:
+def untrained(config: PretrainConfig, tokens: Path, out: Path) -> dict[str, Any]:
     """A base model that nothing has taught."""
-    model = Transformer(config.model, 512)
+    model = Transformer(config.model, TokenShards(tokens / "tokens").vocab_size)
     model.initialise(0)
     save_model(out / "model", model)
     return {}
@@ -131,7 +132,7 @@ base = declared("base", version=1)(untrained)
 def short(recipe: Recipe) -> None:
     """The way to an extended model without the sieves and without pretraining."""
     tokens = stages.tokenize(recipe.tokenize, documents=stages.ingest(recipe.ingest, seed=0), seed=0)
-    extension(recipe, tokens, base(recipe.pretrain))
+    extension(recipe, tokens, base(recipe.pretrain, tokens=tokens))
 
 
 def test_two_phases_run_and_are_found_again(tmp_path: Path) -> None:
