@@ -45,12 +45,13 @@ def r1(recipe: Recipe) -> Artifact:
         tokenize=text.tokens,
         mix=text.mixture,
         pretrain=pretrained,
-        **phases,
         cold_start=cold,
         rl_zero=zero,
         rl=reasoner,
         evaluate=results,
         export=exported,
+        seed=None,
+        **phases,
     )
 
 
