@@ -135,6 +135,7 @@ def short(recipe: Recipe) -> None:
     extension(recipe, tokens, base(recipe.pretrain, tokens=tokens))
 
 
+@pytest.mark.slow
 def test_two_phases_run_and_are_found_again(tmp_path: Path) -> None:
     recipe = smoke(
         "ingest.sources=[{type: lessons, name: lessons, kind: lessons, count: 300}]", "mix.weights={}",
