@@ -30,7 +30,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 
-RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (tiny, smoke) or a YAML file.")]
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (tiny, smoke, long) or a YAML file.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Lay section.field=value over the recipe; may be repeated.")
 ]

@@ -26,6 +26,7 @@ LAUNCH_SECONDS = 8.0  # a training process until its first step: imports of torc
 BYTES_A_PROCESS = 500 << 20  # torch, DeepSpeed and Python themselves; a Dask worker with its libraries
 CHECKPOINTS = 2  # kept while a stage trains
 TRAINED_FLOPS = 6  # operations a token and active parameter, forward and backward (arXiv 2001.08361, section 2.1)
+FORWARD_FLOPS = 2
 SAMPLED_FLOPS = 6  # a forward's 2, thrice: token by token, decoding reaches about a third of training's rate
 RESPONSE_SHARE = 0.6  # of the length cap that a response takes: most end before it
 
@@ -80,6 +81,22 @@ def of_fine_tuning(config: Any, recipe: Recipe) -> Estimate:
 def _of_training(config: Any, recipe: Recipe, model: ModelConfig) -> Estimate:
     held = config.batch_sequences * config.sequence_length // recipe.execution.ranks
     return _of_steps(recipe, model, TRAINED_FLOPS * config.sequences * config.sequence_length, held)
+
+
+def of_extension(config: Any, recipe: Recipe) -> Estimate:
+    """Of a phase of context extension: its steps, and three models read through the held-out check and the haystacks.
+
+    At these lengths the products of queries and keys weigh as much as the weights' own in a small model.
+    """
+    model, length = recipe.pretrain.model, config.sequence_length
+    tokens = config.batch_sequences * length
+    needles = sum(config.needle_lengths) * config.needle.depths * config.needle.cases
+    checked = 3 * (needles + config.held_out_sequences * length)
+    values = model.v_head_dim if model.attention == "mla" else model.head_width
+    attended = model.num_hidden_layers * model.num_attention_heads * (model.head_width + values) * length / 2
+    more = 1 + attended / parameters(model, recipe.tokenize.vocab_size)
+    flops = TRAINED_FLOPS * config.steps * tokens + FORWARD_FLOPS * checked
+    return _of_steps(recipe, flops * more, tokens // recipe.execution.ranks)
 
 
 def of_reinforcement(config: Any, recipe: Recipe) -> Estimate:

@@ -14,7 +14,9 @@ def r1(recipe: Recipe) -> Artifact:
     text = corpus(recipe)
     problems = stages.problems(recipe.problems, seed=seed)
 
-    base = stages.pretrain(recipe.pretrain, tokens=text.tokens, mixture=text.mixture, seed=seed)
+    pretrained = stages.pretrain(recipe.pretrain, tokens=text.tokens, mixture=text.mixture, seed=seed)
+    phases = extension(recipe, text.tokens, pretrained)
+    base = [pretrained, *phases.values()][-1]
     zero = stages.rl_zero(recipe.rl_zero, model=base, problems=problems, tokenizer=text.tokens, seed=seed)
     cold = stages.cold_start(recipe.cold_start, model=base, problems=problems, tokenizer=text.tokens, seed=seed)
     reasoner = stages.rl(recipe.rl, model=cold, problems=problems, tokenizer=text.tokens, seed=seed)
@@ -42,10 +44,22 @@ def r1(recipe: Recipe) -> Artifact:
         decontaminate=text.clean,
         tokenize=text.tokens,
         mix=text.mixture,
-        pretrain=base,
+        pretrain=pretrained,
         cold_start=cold,
         rl_zero=zero,
         rl=reasoner,
         evaluate=results,
         export=exported,
+        seed=None,
+        **phases,
     )
+
+
+def extension(recipe: Recipe, tokens: Artifact, base: Artifact) -> dict[str, Artifact]:
+    """The phases of context extension by the names of their stages, each from the one before; none by default."""
+    phases, model = {}, base
+    for config, mix, extend in zip(recipe.phases, stages.mix_longer, stages.extend, strict=False):
+        mixture = mix(recipe.mixing_of(config), tokens=tokens, seed=recipe.seed)
+        model = extend(config, model=model, tokens=tokens, mixture=mixture, seed=recipe.seed)
+        phases[extend.name] = model
+    return phases

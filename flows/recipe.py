@@ -24,7 +24,18 @@ from gristmill.flows.errors import UsageError
 from gristmill.flows.execution import Execution
 from gristmill.flows.identity import flattened
 from gristmill.flows.report import ReportConfig
-from gristmill.model.config import EvaluateConfig, ExportConfig, GRPOConfig, PretrainConfig, SFTConfig
+from gristmill.model.config import (
+    MOST_PHASES,
+    EvaluateConfig,
+    ExportConfig,
+    ExtendConfig,
+    ExtendSection,
+    GRPOConfig,
+    ModelConfig,
+    PretrainConfig,
+    SFTConfig,
+)
+from gristmill.model.extend import extended
 from gristmill.model.ladder import SweepConfig
 from gristmill.model.training.layout import Layout
 
@@ -54,6 +65,12 @@ class Recipe(BaseModel):
     tokenize: TokenizeConfig = Field(default_factory=TokenizeConfig, title="Tokenize", description="Tokenizer, shards.")
     mix: MixSection = Field(default_factory=MixSection, title="Mix", description="Packing, and the sources' shares.")
     pretrain: PretrainConfig = Field(default_factory=PretrainConfig, title="Pretrain", description="Base model.")
+    extend: tuple[ExtendSection, ...] = Field(
+        default=(),
+        max_length=MOST_PHASES,
+        title="Extend",
+        description="Phases of context extension, each longer than the one before; none: contexts stay as pretrained.",
+    )
     cold_start: SFTConfig = Field(default_factory=SFTConfig, title="Cold start", description="Fine-tuning.")
     rl_zero: GRPOConfig = Field(default_factory=GRPOConfig, title="R1-Zero", description="RL from the base model.")
     rl: GRPOConfig = Field(default_factory=GRPOConfig, title="RL", description="RL from the cold start.")
@@ -67,20 +84,21 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        limit = self.pretrain.model.max_position_embeddings
+        model, named = self._extended()
+        limit = model.max_position_embeddings
         for name in ("cold_start",):
             length = getattr(self, name).sequence_length
             if length > limit:
                 raise ValueError(
-                    f"{name}.sequence_length {length} is longer than the position limit "
-                    f"pretrain.model.max_position_embeddings {limit}: lower one or raise the other"
+                    f"{name}.sequence_length {length} is longer than the position limit {named} {limit}: lower one or "
+                    f"raise the other"
                 )
         for name in ("rl_zero", "rl", "evaluate"):
             length = getattr(self, name).max_new_tokens
             if length >= limit:
                 raise ValueError(
-                    f"{name}.max_new_tokens {length} leaves no room for a prompt under the position limit "
-                    f"pretrain.model.max_position_embeddings {limit}: lower one or raise the other"
+                    f"{name}.max_new_tokens {length} leaves no room for a prompt under the position limit {named} "
+                    f"{limit}: lower one or raise the other"
                 )
         if self.evaluate.problems > self.problems.test:
             raise ValueError(
@@ -96,8 +114,10 @@ class Recipe(BaseModel):
                         f"{_near(name, sources)}name those, or give {{}} to take them by size"
                     )
         ranks = self.execution.ranks
-        for name in ("pretrain", "cold_start"):
-            sequences = getattr(self, name).batch_sequences
+        trained = {"pretrain": self.pretrain, "cold_start": self.cold_start}
+        trained |= {f"extend.{number}": phase for number, phase in enumerate(self.extend)}
+        for name, run in trained.items():
+            sequences = run.batch_sequences
             if sequences % ranks:
                 raise ValueError(
                     f"{name}.batch_sequences {sequences} does not divide among execution.ranks {ranks}: "
@@ -114,13 +134,42 @@ class Recipe(BaseModel):
         self.pretrain.batches.refuse_ranks(place.data_parallel * layout.micro_batches)
         return self
 
+    def _extended(self) -> tuple[ModelConfig, str]:
+        """The base model after its phases, and the field that its position limit comes from.
+
+        Raises:
+            ValueError: a phase does not fit the model or the phase before.
+        """
+        model, named = self.pretrain.model, "pretrain.model.max_position_embeddings"
+        for number, phase in enumerate(self.phases):
+            try:
+                model = extended(model, phase)
+            except ValueError as error:
+                raise ValueError(f"extend.{number}: {error}") from error
+            named = f"extend.{number}.sequence_length"
+        return model, named
+
+    @property
+    def phases(self) -> list[ExtendConfig]:
+        """The phases of context extension, each with the contexts before it."""
+        first = self.pretrain.sequence_length
+        before = [first, *(phase.sequence_length for phase in self.extend)]
+        return [
+            ExtendConfig(
+                **{name: getattr(phase, name) for name in type(phase).model_fields},
+                first_length=first,
+                trained_length=trained,
+            )
+            for phase, trained in zip(self.extend, before, strict=False)
+        ]
+
     @property
     def mixing(self) -> MixConfig:
         """The mixture of this recipe's pretraining."""
         return self.mixing_of(self.pretrain)
 
-    def mixing_of(self, run: PretrainConfig) -> MixConfig:
-        """The mixture of a pretraining run: as many sequences as its steps take, of its length."""
+    def mixing_of(self, run: PretrainConfig | ExtendSection) -> MixConfig:
+        """The mixture of a run: as many sequences as its steps take, of its length."""
         section = {name: getattr(self.mix, name) for name in type(self.mix).model_fields}
         return MixConfig(**section, sequence_length=run.sequence_length, sequences=run.sequences)
 

@@ -101,6 +101,7 @@ class Stage:
         config_type: the class of its configuration.
         inputs: names of its inputs, each the folder of another stage's result.
         lists: those inputs that are any number of folders, in order.
+        optional: those of them that a pipeline may leave out: `Path | None`, with the default None.
         seeded: whether it takes the recipe's seed.
         services: the execution services it asks for by name.
     """
@@ -142,10 +143,13 @@ class Stage:
         self.seeded = "seed" in positional
         self.inputs = [name for name in positional if name not in ("config", "out", "seed")]
         self.lists = [name for name in self.inputs if hints.get(name) == list[Path]]
+        self.optional = [name for name in self.inputs if parameters[name].default is None]
         for name in self.inputs:
-            if name not in self.lists and hints.get(name) is not Path:
+            wanted = list[Path] if name in self.lists else Path | None if name in self.optional else Path
+            if hints.get(name) != wanted:
                 raise TypeError(
-                    f"stage {self.name!r}: input {name!r} is not annotated as Path or list[Path]: inputs are folders"
+                    f"stage {self.name!r}: input {name!r} is not annotated as Path or list[Path]: inputs are folders "
+                    f"(an optional one is `Path | None = None`)"
                 )
         self.services = [name for name, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY]
         if unknown := [name for name in self.services if name not in SERVICES]:
@@ -177,7 +181,7 @@ class Stage:
             )
         if not isinstance(config, self.config_type):
             raise TypeError(f"stage {self.name!r} takes a {self.config_type.__name__}, not a {type(config).__name__}")
-        if sorted(inputs) != sorted(self.inputs):
+        if not set(self.inputs) - set(self.optional) <= set(inputs) <= set(self.inputs):
             raise TypeError(f"stage {self.name!r} takes the inputs {self.inputs}, not {sorted(inputs)}")
         if self.seeded != (seed is not None):
             raise TypeError(f"stage {self.name!r} {'needs a' if self.seeded else 'takes no'} seed")
@@ -186,7 +190,7 @@ class Stage:
     def _ordered(self, inputs: Mapping[str, Artifact | Sequence[Artifact]]) -> dict[str, Artifact]:
         """The artifacts in the order of the parameters, those of a list under its name and their number."""
         found: dict[str, Artifact] = {}
-        for name in self.inputs:
+        for name in [n for n in self.inputs if n in inputs]:
             given = inputs[name]
             if name in self.lists:
                 parts = list(given) if isinstance(given, Sequence) else [given]
@@ -203,7 +207,7 @@ class Stage:
 
     def arguments(self, folders: Mapping[str, Path]) -> dict[str, Path | list[Path]]:
         """The function's inputs, of the folders of a call's inputs by their names."""
-        single = {name: folders[name] for name in self.inputs if name not in self.lists}
+        single = {name: folders[name] for name in self.inputs if name in folders}
         several = {
             name: [folder for own, folder in folders.items() if re.fullmatch(rf"{name}_\d+", own)]
             for name in self.lists

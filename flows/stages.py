@@ -20,7 +20,9 @@ from gristmill.flows import estimates
 from gristmill.flows.report import make_report
 from gristmill.flows.scaling import fit_ladder
 from gristmill.flows.stage import stage
+from gristmill.model.config import MOST_PHASES
 from gristmill.model.evaluate import evaluate as evaluate_models
+from gristmill.model.extend import extend as extend_context
 from gristmill.model.hub import export as export_model
 from gristmill.model.pretrain import pretrain as pretrain_model
 from gristmill.model.rl.grpo import reinforce
@@ -133,6 +135,25 @@ pretrain = stage(
     title="Pretraining of the base model",
     estimate=estimates.of_pretraining,
 )(pretrain_model)
+# A stage of a pipeline is called once: each phase of context extension has its own, by its number.
+mix_longer = tuple(
+    stage(
+        f"mix_longer_{phase}",
+        version=1,
+        title=f"Longer sequences and their mixture, phase {phase}",
+        estimate=estimates.of_corpus(rate=20.0e6, kept=0.05),
+    )(mix_tokens)
+    for phase in range(1, MOST_PHASES + 1)
+)
+extend = tuple(
+    stage(
+        f"extend_{phase}",
+        version=1,
+        title=f"Context extension, phase {phase}",
+        estimate=estimates.of_extension,
+    )(extend_context)
+    for phase in range(1, MOST_PHASES + 1)
+)
 cold_start = stage(
     "cold_start",
     version=1,

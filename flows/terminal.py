@@ -8,8 +8,11 @@ import time
 from collections.abc import Iterable
 from typing import Any, ClassVar, TextIO
 
+from gristmill.model.config import MOST_PHASES
+
 BAR_AFTER_SECONDS = 3.0
 LOG_EVERY_SECONDS = 30.0
+PHASES = range(1, MOST_PHASES + 1)
 KEY_METRICS = {
     "ingest": "documents_out",
     "problems": "test_problems",
@@ -21,6 +24,8 @@ KEY_METRICS = {
     "tokenize": "tokens",
     "mix": "sequences",
     "pretrain": "held_out_bpb",
+    **{f"mix_longer_{phase}": "sequences" for phase in PHASES},
+    **{f"extend_{phase}": "held_out_bpb" for phase in PHASES},
     "cold_start": "loss",
     "rl_zero": "accuracy",
     "rl": "accuracy",

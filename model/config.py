@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from gristmill.model.batch_sizes import BatchSizes
 
 Precision = Literal["float32", "bfloat16", "fp8"]
+MOST_PHASES = 4  # of context extension: each has stages of its own
 
 
 class Config(BaseModel):
@@ -493,6 +494,88 @@ class PretrainConfig(Config):
                 f"lower tokens, or raise steps"
             )
         return self
+
+
+class NeedleConfig(Config):
+    """The needle-in-a-haystack check of a context: numbers hidden in held-out text and asked for behind it."""
+
+    lengths: tuple[int, ...] = Field(
+        default=(),
+        title="Lengths",
+        description="Tokens of the haystacks, needle and question included; empty doubles the first context up to the "
+        "phase's sequence_length.",
+    )
+    depths: int = Field(
+        default=5, ge=2, le=101, title="Depths", description="Evenly spaced places, both ends included."
+    )
+    cases: int = Field(default=8, ge=1, title="Cases", description="Needles of each length and depth.")
+    digits: int = Field(default=5, ge=1, le=18, title="Digits", description="Digits of a hidden number.")
+
+
+class ExtendSection(Config):
+    """One phase of context extension (V3 section 4.3): further training on longer sequences, positions by YaRN."""
+
+    sequence_length: int = Field(default=512, ge=16, title="Sequence", description="The new context, in tokens.")
+    steps: int = Field(default=1000, ge=1, title="Steps", description="Optimizer steps (V3: 1000 a phase).")
+    batch_sequences: int = Field(default=8, ge=1, title="Batch", description="Sequences a step, over all ranks.")
+    attend_across_documents: bool = Field(
+        default=True,
+        title="Attend across documents",
+        description="Let a packed document see those before it (V3 does); otherwise only documents as long as the new "
+        "context train its last positions.",
+    )
+    rope_scaling: RotaryScalingConfig | None = Field(
+        default=None,
+        title="Rotary scaling",
+        description="YaRN of this phase; none: α and β of V3, from the context trained first, its factor the new one "
+        "over that.",
+    )
+    optimizer: OptimizerConfig = Field(
+        default_factory=lambda: OptimizerConfig(muon_learning_rate=0.002, adam_learning_rate=3e-4),
+        title="Optimizer",
+        description="Rates (V3: those that pretraining ended with).",
+    )
+    schedule: ScheduleConfig = Field(
+        default_factory=lambda: ScheduleConfig(warmup_steps=0, decay_fraction=0.0),
+        title="Schedule",
+        description="Rate over steps (V3: constant).",
+    )
+    checkpoint_every: int = Field(default=100, ge=1, title="Checkpoint", description="Steps between checkpoints.")
+    evaluate_every: int = Field(default=100, ge=1, title="Held-out check", description="Steps between held-out losses.")
+    held_out_sequences: int = Field(default=16, ge=1, title="Held-out", description="Held-out sequences of each check.")
+    precision: Precision = Field(
+        default="float32", title="Precision", description="Of the blocks' matrix products, as in pretraining."
+    )
+    spikes: SpikeConfig = Field(
+        default_factory=SpikeConfig, title="Spikes", description="Losses that jump or are no number."
+    )
+    needle: NeedleConfig = Field(
+        default_factory=NeedleConfig, title="Needle", description="Retrieval check before and after the phase."
+    )
+
+    @property
+    def batches(self) -> BatchSizes:
+        """The sequences of each step."""
+        return BatchSizes(self.batch_sequences, self.sequence_length, None)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of the whole phase."""
+        return self.steps * self.batch_sequences
+
+
+class ExtendConfig(ExtendSection):
+    """A phase and the contexts before it, which a recipe takes from `pretrain` and the phases before."""
+
+    first_length: int = Field(ge=8, title="First context", description="Tokens of the sequences of pretraining.")
+    trained_length: int = Field(ge=8, title="Context so far", description="Tokens of those that the base saw last.")
+
+    @property
+    def needle_lengths(self) -> list[int]:
+        """Lengths of the needle check, ascending."""
+        doublings = range((self.sequence_length // self.first_length).bit_length())
+        doubled = {self.first_length << n for n in doublings} | {self.sequence_length}
+        return sorted(set(self.needle.lengths) or doubled)
 
 
 class SFTConfig(Config):

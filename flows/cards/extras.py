@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gristmill.flows.cards import charts, figures
+from gristmill.flows.cards import charts, context_figures, figures
 from gristmill.flows.cards.folder import StageFolder, is_number
 from gristmill.flows.cards.scaling import scaling_parts
+from gristmill.model.config import MOST_PHASES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +32,22 @@ def _picture(title: str, figure: Figure | None, dpi: int = 100) -> list[str]:
 def _experts(stage: StageFolder) -> list[str]:
     drawn = _picture("Load of the experts", figures.expert_loads(stage.rows("expert_load.jsonl")), 90)
     return ["## Load of the experts", *drawn] if drawn else []
+
+
+def _context(stage: StageFolder) -> list[str]:
+    rows, trained = stage.rows("needle.jsonl"), stage.config.get("trained_length")
+    drawn = _picture("Needles by length and depth", context_figures.needle_maps(rows, trained))
+    if not drawn:
+        return []
+    said = (
+        f"A number of {stage.config.get('needle', {}).get('digits', '?')} digits stands somewhere in held-out text and "
+        f"is asked for at its end, {rows[0]['cases']} times for each length and depth. The colour is how often the "
+        f"right digit is the likeliest of the ten, given those before it (by chance one in ten); the number in a cell "
+        f"is the share that greedy decoding retrieves whole. Right of the dashed line: lengths that the base was not "
+        f"trained on."
+    )
+    by_position = context_figures.loss_by_position(stage.rows("loss_by_position.jsonl"), trained)
+    return ["## Needles in a haystack", said, *drawn, "## Loss by position", *_picture("Loss by position", by_position)]
 
 
 def _thinking(stage: StageFolder) -> list[str]:
@@ -59,6 +76,7 @@ def _accuracy(stage: StageFolder) -> list[str]:
 
 EXTRAS: dict[str, tuple[Extra, ...]] = {
     "pretrain": (_experts,),
+    **{f"extend_{phase}": (_context, _experts) for phase in range(1, MOST_PHASES + 1)},
     "rl_zero": (_thinking,),
     "rl": (_thinking,),
     "evaluate": (_accuracy,),

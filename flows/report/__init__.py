@@ -53,14 +53,19 @@ def make_report(
     evaluate: Path,
     export: Path,
     out: Path,
+    extend_1: Path | None = None,
+    extend_2: Path | None = None,
+    extend_3: Path | None = None,
+    extend_4: Path | None = None,
     *,
     progress: Progress,
 ) -> Metrics:
     """Write `out/report.json` (numbers that depend on the inputs' content alone) and `out/view/report.html`.
 
-    `trimmed` is what the filter read: the result of spans, or that of dedup again where the recipe has no spans. Each
-    input is the folder of a finished stage with its manifest.json; what one of them lacks is named on
-    the page and in `report.json` under `absent`. The page shows times, so it lies in view/ and is no content.
+    `trimmed` is what the filter read: the result of spans, or that of dedup again where the recipe has no spans;
+    `extend_…` are the phases of context extension that there are. Each input is the folder of a finished stage with its
+    manifest.json; what one of them lacks is named on the page and in `report.json` under `absent`. The page shows
+    times, so it lies in view/ and is no content.
     """
     from gristmill.flows.report.findings import gather, headline
     from gristmill.flows.report.page import render
@@ -75,6 +80,7 @@ def make_report(
         "mix": mix,
         "problems": problems,
         "pretrain": pretrain,
+        **{f"extend_{n}": path for n, path in enumerate((extend_1, extend_2, extend_3, extend_4), 1) if path},
         "cold_start": cold_start,
         "rl_zero": rl_zero,
         "rl": rl,

@@ -37,6 +37,8 @@ def gather(folders: Folders) -> dict[str, Any]:
         "compute": _compute(folders),
         "stages": _stages(folders),
     }
+    if phases := {name: folder.metrics for name, folder in folders.items() if name.startswith("extend_")}:
+        found["extension"] = phases
     found["absent"] = _absent(found, folders)
     return found
 

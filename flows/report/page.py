@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gristmill.flows.cards import charts, figures, text
+from gristmill.flows.cards import charts, context_figures, figures, text
 from gristmill.flows.cards.charts import MODEL_NAMES
 from gristmill.flows.cards.folder import Row, StageFolder
 from gristmill.flows.report import words
@@ -93,6 +93,11 @@ def _figures(found: Mapping[str, Any], folders: Mapping[str, StageFolder]) -> di
             if sum(table.values()):
                 title = f"{stage}: {name.replace('_', ' ')}"
                 chosen[f"removed-{stage}-{name}"] = figures.counts(table, title)
+    for name in found.get("extension", {}):
+        trained = folders[name].config.get("trained_length")
+        chosen[f"needle-{name}"] = context_figures.needle_maps(folders[name].rows("needle.jsonl"), trained)
+        by_position = folders[name].rows("loss_by_position.jsonl")
+        chosen[f"positions-{name}"] = context_figures.loss_by_position(by_position, trained)
     return {
         name: charts.svg(figure, name.replace("_", "-").replace(" ", "-"))
         for name, figure in chosen.items()
@@ -152,6 +157,10 @@ def _recipe(folders: Mapping[str, StageFolder]) -> str:
     seeds = [f.manifest["seed"] for f in folders.values() if f.manifest.get("seed") is not None]
     recipe: Row = {"seed": seeds[0]} if seeds else {}
     recipe |= {name: folder.config for name, folder in folders.items() if folder.config}
+    phases = [recipe.pop(name) for name in list(recipe) if name.startswith("extend_")]
+    if phases:  # the contexts before it follow from `pretrain`
+        derived = ("first_length", "trained_length")
+        recipe["extend"] = [{k: v for k, v in phase.items() if k not in derived} for phase in phases]
     if "mix" in recipe:  # these two follow from `pretrain`
         recipe["mix"] = {k: v for k, v in recipe["mix"].items() if k not in ("sequence_length", "sequences")}
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)

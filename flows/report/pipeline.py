@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from gristmill.flows.cards import text
 from gristmill.flows.cards.folder import StageFolder
+from gristmill.model.config import MOST_PHASES
 
 # Column and row of each stage; the main line runs through row 1.
 PLACES = {
@@ -26,7 +27,11 @@ PLACES = {
     "evaluate": (9, 1),
     "export": (9, 0),
 }
-LABELS = {"rl_zero": "R1-Zero", "rl": "RL (R1)", "cold_start": "cold start"}
+# Phases of context extension stand behind pretraining, and move what follows it to the right.
+PHASES = [f"extend_{phase}" for phase in range(1, MOST_PHASES + 1)]
+LABELS = {"rl_zero": "R1-Zero", "rl": "RL (R1)", "cold_start": "cold start"} | {
+    name: name.replace("_", " ") for name in PHASES
+}
 TINTS = {"pretrain": "base", "cold_start": "cold-start", "rl_zero": "zero", "rl": "rl"}
 # Everything that reads text needs the tokenizer, and the check for seen problems the documents: those arrows
 # would hide the rest.
@@ -37,8 +42,9 @@ WIDEST = 11  # characters of a label at its full size
 
 def diagram(folders: Mapping[str, StageFolder], earlier: set[str]) -> str:
     """Inline SVG of the stages that have a place; stages of an earlier run are drawn pale."""
-    shown = {name: folder for name, folder in folders.items() if name in PLACES and folder.manifest}
-    width, height = max(column for column, _ in PLACES.values()) * ACROSS + WIDE + 4, 2 * DOWN + HIGH + 4
+    places = _places([name for name in PHASES if name in folders])
+    shown = {name: folder for name, folder in folders.items() if name in places and folder.manifest}
+    width, height = max(column for column, _ in places.values()) * ACROSS + WIDE + 4, 2 * DOWN + HIGH + 4
     parts = [
         f'<svg role="img" aria-label="The pipeline" class="pipeline" viewBox="0 0 {width} {height}">',
         '<defs><marker id="arrow" viewBox="0 0 6 6" refX="5.4" refY="3" markerWidth="6" markerHeight="6" '
@@ -47,29 +53,36 @@ def diagram(folders: Mapping[str, StageFolder], earlier: set[str]) -> str:
     for name, folder in shown.items():
         for given, source in (folder.manifest.get("inputs") or {}).items():
             if source.get("stage") in shown and given not in UNDRAWN and (name, given) != ("evaluate", "documents"):
-                parts.append(_arrow(source["stage"], name))
-    parts += [_box(name, folder, name in earlier) for name, folder in shown.items()]
+                parts.append(_arrow(places[source["stage"]], places[name], faint=source["stage"] == "problems"))
+    parts += [_box(name, places[name], folder, name in earlier) for name, folder in shown.items()]
     return "".join([*parts, "</svg>"])
 
 
-def _corner(name: str) -> tuple[int, int]:
-    column, row = PLACES[name]
+def _places(phases: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Column and row of each stage of a run with these phases of context extension."""
+    base, row = PLACES["pretrain"]
+    moved = {name: (c + len(phases) if c > base else c, r) for name, (c, r) in PLACES.items()}
+    return moved | {name: (base + number, row) for number, name in enumerate(phases, 1)}
+
+
+def _corner(place: tuple[int, int]) -> tuple[int, int]:
+    column, row = place
     return 2 + column * ACROSS, 2 + row * DOWN
 
 
-def _arrow(source: str, target: str) -> str:
+def _arrow(source: tuple[int, int], target: tuple[int, int], faint: bool) -> str:
     (x0, y0), (x1, y1) = _corner(source), _corner(target)
-    faint = ' class="faint"' if source == "problems" else ""
-    if x0 == x1 or (PLACES[source][0] == PLACES[target][0]):
+    kind = ' class="faint"' if faint else ""
+    if x0 == x1:
         start, end = (
             (x0 + WIDE / 2, y0 + (HIGH if y1 > y0 else 0)),
             (x1 + WIDE / 2, y1 + (0 if y1 > y0 else HIGH)),
         )
-        return f'<path{faint} d="M{start[0]:g},{start[1]:g} L{end[0]:g},{end[1]:g}" marker-end="url(#arrow)"/>'
+        return f'<path{kind} d="M{start[0]:g},{start[1]:g} L{end[0]:g},{end[1]:g}" marker-end="url(#arrow)"/>'
     start, end = (x0 + WIDE, y0 + HIGH / 2), (x1, y1 + HIGH / 2)
     bend = min(60, (end[0] - start[0]) * 0.75)
     curve = f"C{start[0] + bend:g},{start[1]:g} {end[0] - bend:g},{end[1]:g} {end[0]:g},{end[1]:g}"
-    return f'<path{faint} d="M{start[0]:g},{start[1]:g} {curve}" marker-end="url(#arrow)"/>'
+    return f'<path{kind} d="M{start[0]:g},{start[1]:g} {curve}" marker-end="url(#arrow)"/>'
 
 
 def _narrow(label: str) -> str:
@@ -77,8 +90,8 @@ def _narrow(label: str) -> str:
     return "" if len(label) <= WIDEST else f' style="font-size: {14 * WIDEST // len(label)}px"'
 
 
-def _box(name: str, folder: StageFolder, earlier: bool) -> str:
-    x, y = _corner(name)
+def _box(name: str, place: tuple[int, int], folder: StageFolder, earlier: bool) -> str:
+    x, y = _corner(place)
     tint = f' style="stroke: var(--{TINTS[name]}); stroke-width: 2"' if name in TINTS else ""
     time, size = text.duration(folder.seconds), text.size(folder.content_bytes)
     kind = "box earlier" if earlier else "box"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gristmill.data.mixture import Mixture
+from gristmill.data.mixture import Mixture, Sequences
 from gristmill.model.batch_sizes import BatchSizes
 from gristmill.model.transformer import Batch
 
@@ -89,6 +89,13 @@ class TokenBatches:
         later = self._positions(step + 1)[self._mine(step + 1, rank, ranks)]
         self.mixture.prefetch(later[later < self.mixture.orders[self.split].total], self.split)
         share, next_share = self._shares(positions, mine, ranks)
+        return self._made(made, share, next_share)
+
+    def at(self, positions: np.ndarray) -> TrainingBatch:
+        """The sequences at these positions, whichever step reads them."""
+        return self._made(self.mixture.batch(positions, self.split, across=self.across), 1.0, 1.0)
+
+    def _made(self, made: Sequences, share: float, next_share: float) -> TrainingBatch:
         token_BS, target_BS, next_BS, document_BS = (
             torch.from_numpy(rows).to(self.device)
             for rows in (made.tokens, made.targets, made.next_targets, made.documents)
@@ -132,9 +139,8 @@ class TokenBatches:
             rates.append(shards.text_bytes(self.split, source) / targets)
         return np.array(rates)
 
-    def text_bytes(self, step: int) -> float:
-        """Bytes of text that the targets of a step stand for, by each source's bytes a target."""
-        positions = self._positions(step)
+    def text_bytes(self, positions: np.ndarray) -> float:
+        """Bytes of text that the targets of these sequences stand for, by each source's bytes a target."""
         sources, _ = self.mixture.orders[self.split].locate(positions)
         targets = self.mixture.predictions(positions, self.split, across=self.across)[:, 0]
         return float((self.bytes_per_target()[sources] * targets).sum())

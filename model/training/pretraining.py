@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from gristmill.data.mixture import Mixture
 from gristmill.data.shards import TokenShards
 from gristmill.model.batch_sizes import BatchSizes
-from gristmill.model.config import LayoutConfig, PretrainConfig
+from gristmill.model.config import ExtendConfig, LayoutConfig, PretrainConfig
 from gristmill.model.stage_types import Metrics, Progress
-from gristmill.model.training.batches import IGNORED, TokenBatches, torch_seed
+from gristmill.model.training.batches import TokenBatches, torch_seed
 from gristmill.model.training.engine import Engine, start_distributed
+from gristmill.model.training.held_out import HeldOut
 from gristmill.model.training.layout import Layout
 from gristmill.model.training.loop import History, Row, Training, train, write_rows
 from gristmill.model.training.precision import apply_precision
@@ -24,101 +24,105 @@ from gristmill.model.transformer import Transformer, flops_per_token, parameter_
 
 HELD_OUT_BATCH = 16
 
+MixtureRun = PretrainConfig | ExtendConfig
+
 
 def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress) -> Metrics:
     """Train the base model of `job["config"]` on `job["tokens"]`, in the order of `job["mixture"]`."""
     config, seed = PretrainConfig.model_validate(job["config"]), int(job["seed"])
     shards = TokenShards(Path(job["tokens"]) / "tokens")
     mixture = Mixture(Path(job["mixture"]), shards)
-    _check_run(config, mixture)
-    rank, ranks = start_distributed(device)
+    check_mixture("pretrain", config, mixture)
     layout = LayoutConfig.model_validate(job["layout"])
-    place = Layout(ranks, layout.expert_parallel, layout.sequence_parallel)
-    config.batches.refuse_ranks(place.data_parallel * layout.micro_batches)
+    start_distributed(device)
     model = Transformer(config.model, shards.vocab_size)
     model.initialise(torch_seed(seed, "initialise"))
     model.to(device)
+    asked = replace(
+        training_of(config, model),
+        keep_every=config.keep_every,
+        keep_best=config.keep_best,
+        ema_decay=config.ema_decay,
+    )
+    held_out = held_out_of(config, mixture, HELD_OUT_BATCH, device)
+    metrics = train_on_mixture(model, config, asked, mixture, held_out, layout, out, progress)
+    unigram = held_out.unigram_bits_per_byte(token_batches(config, mixture, "train", device), shards.vocab_size)
+    dist.barrier()
+    return metrics | {
+        "unigram_bpb": round(unigram, 5),
+        "bpb_vs_unigram": round(metrics["held_out_bpb"] / unigram, 5),
+    }
+
+
+def token_batches(config: MixtureRun, mixture: Mixture, split: str, device: torch.device) -> TokenBatches:
+    """A split's sequences as the run reads them."""
+    sizes = config.batches if split == "train" else BatchSizes(HELD_OUT_BATCH, config.sequence_length, None)
+    across = config.attend_across_documents
+    return TokenBatches(mixture, split, sizes=sizes, across_documents=across, device=device)
+
+
+def held_out_of(config: MixtureRun, mixture: Mixture, at_once: int, device: torch.device) -> HeldOut:
+    """The held-out sequences of a run, so many of them read at once."""
+    return HeldOut(token_batches(config, mixture, "held_out", device), config.held_out_sequences, at_once)
+
+
+def training_of(config: MixtureRun, model: Transformer) -> Training:
+    """What the loop is asked to do, of what every run on a mixture has."""
+    return Training(
+        steps=config.steps,
+        batch_sequences=config.batch_sequences,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        checkpoint_every=config.checkpoint_every,
+        mtp_loss_weight=model.config.mtp_loss_weight if model.config.num_nextn_predict_layers else 0.0,
+        load_every=max(1, config.steps // 40),
+        spikes=config.spikes,
+    )
+
+
+def train_on_mixture(
+    model: Transformer,
+    config: MixtureRun,
+    asked: Training,
+    mixture: Mixture,
+    held_out: HeldOut,
+    layout: LayoutConfig,
+    out: Path,
+    progress: Progress,
+) -> Metrics:
+    """Train `model`, leave it, its curves and its experts' load in `out`; sizes, tokens, operations and last losses.
+
+    Afterwards the module holds what its layout leaves to this rank: the whole model is in `out/model`.
+
+    Raises:
+        FloatingPointError, ValueError: as `train`.
+    """
+    device = model.lm_head.weight.device
+    place = Layout(dist.get_world_size(), layout.expert_parallel, layout.sequence_parallel)
+    place.check(model.config, config.sequence_length, config.batch_sequences)
+    config.batches.refuse_ranks(place.data_parallel * layout.micro_batches)
     products = apply_precision(model, config.precision)
 
-    def batches(split: str, sizes: BatchSizes) -> TokenBatches:
-        across = config.attend_across_documents
-        return TokenBatches(mixture, split, sizes=sizes, across_documents=across, device=device)
-
-    checks = batches("held_out", BatchSizes(HELD_OUT_BATCH, config.sequence_length, None))
-
-    def held_out(step: int, engine: Engine) -> Row:
+    def look(step: int, engine: Engine) -> Row:
         if (step + 1) % config.evaluate_every and step + 1 != config.steps:
             return {}
-        loss, bpb = held_out_loss(engine, checks, config.held_out_sequences)
-        row = {"held_out_loss": loss, "held_out_bpb": bpb}
-        if config.ema_decay:
+        row: Row = dict(held_out.loss(engine))
+        if asked.ema_decay:
             with engine.averaged():
-                row["held_out_bpb_ema"] = held_out_loss(engine, checks, config.held_out_sequences)[1]
+                row["held_out_bpb_ema"] = held_out.loss(engine)["held_out_bpb"]
         return row
 
-    train_batches = batches("train", config.batches)
-    history = train(
-        model,
-        train_batches,
-        Training(
-            steps=config.steps,
-            batch_sequences=config.batch_sequences,
-            optimizer=config.optimizer,
-            schedule=config.schedule,
-            checkpoint_every=config.checkpoint_every,
-            mtp_loss_weight=config.model.mtp_loss_weight if config.model.num_nextn_predict_layers else 0.0,
-            load_every=max(1, config.steps // 40),
-            spikes=config.spikes,
-            keep_every=config.keep_every,
-            keep_best=config.keep_best,
-            ema_decay=config.ema_decay,
-        ),
-        out,
-        progress,
-        held_out,
-        layout,
-    )
-    if rank == 0:
+    batches = token_batches(config, mixture, "train", device)
+    history = train(model, batches, asked, out, progress, look, layout)
+    if dist.get_rank() == 0:
         write_rows(out / "curves.jsonl", history.curves)
         write_rows(out / "expert_load.jsonl", history.loads)
         write_rows(out / "spikes.jsonl", history.spikes)
-    unigram = unigram_bits_per_byte(train_batches, checks, config.held_out_sequences, shards.vocab_size)
     dist.barrier()
-    return _metrics(config, model, history, shards.vocab_size, unigram) | products
+    return _metrics(config, model, history) | products
 
 
-def held_out_loss(engine: Engine, batches: TokenBatches, sequences: int) -> tuple[float, float]:
-    """Held-out cross-entropy in nats a token, and in bits per byte of the text (mixture of the training weights)."""
-    nats = text_bytes = 0.0
-    tokens = 0
-    for step in range(-(-sequences // HELD_OUT_BATCH)):
-        batch = batches.step(step, 0, 1)
-        predicted = int((batch.target_BS != IGNORED).sum())
-        nats += engine.evaluate(batch) * predicted
-        tokens += predicted
-        text_bytes += batches.text_bytes(step)
-    return nats / tokens, nats / math.log(2) / text_bytes
-
-
-def unigram_bits_per_byte(train: TokenBatches, checks: TokenBatches, sequences: int, vocab_size: int) -> float:
-    """What a model that knows only how often each token occurs would need on the same held-out sequences.
-
-    Frequencies are those of the training streams in their parts of the run, each count plus one.
-    """
-    share_V = np.zeros(vocab_size)
-    for source, share in zip(train.mixture.sources(), train.mixture.shares(), strict=True):
-        count_V = train.mixture.token_counts(source) + 1.0
-        share_V += share * count_V / count_V.sum()
-    surprise_V = torch.from_numpy(-np.log2(share_V))
-    bits = text_bytes = 0.0
-    for step in range(-(-sequences // HELD_OUT_BATCH)):
-        target_BS = checks.step(step, 0, 1).target_BS.cpu()
-        bits += float(surprise_V[target_BS[target_BS != IGNORED]].sum())
-        text_bytes += checks.text_bytes(step)
-    return bits / text_bytes
-
-
-def _check_run(config: PretrainConfig, mixture: Mixture) -> None:
+def check_mixture(stage: str, config: MixtureRun, mixture: Mixture) -> None:
     """The mixture was made for this run.
 
     Raises:
@@ -128,30 +132,25 @@ def _check_run(config: PretrainConfig, mixture: Mixture) -> None:
     for name, value in asked.items():
         if value != getattr(mixture, name):
             raise ValueError(
-                f"pretrain asks for {name} {value} (sequences: those of all its steps), and the mixture was made "
-                f"for {getattr(mixture, name)}: let mix.{name} agree"
+                f"{stage} asks for {name} {value} (sequences: those of all its steps), and the mixture was made for "
+                f"{getattr(mixture, name)}: let mix.{name} agree"
             )
 
 
-def _metrics(config: PretrainConfig, model: Transformer, history: History, vocab_size: int, unigram: float) -> Metrics:
-    curves = [row for row in history.curves if "spike" not in row] or history.curves
-    total, active = parameter_counts(config.model, vocab_size)
-    tokens = config.sequences * config.sequence_length
+def _metrics(config: MixtureRun, model: Transformer, history: History) -> Metrics:
+    taken = [row for row in history.curves if "spike" not in row] or history.curves
     last = history.curves[-1]
-    averaged = {name: round(last[name], 5) for name in ("held_out_bpb_ema",) if name in last}
-    each = flops_per_token(config.model, vocab_size, config.sequence_length, mtp=len(model.mtp) > 0)
+    total, active = parameter_counts(model.config, model.vocab_size)
+    tokens = config.sequences * config.sequence_length
+    each = flops_per_token(model.config, model.vocab_size, config.sequence_length, mtp=len(model.mtp) > 0)
     return {
         "parameters": total,
         "active_parameters": active,
         "tokens": tokens,
         "flops": each * tokens,
         "steps": config.steps,
-        "loss": round(curves[-1]["main_loss"], 5),
-        "held_out_loss": round(last["held_out_loss"], 5),
-        "held_out_bpb": round(last["held_out_bpb"], 5),
-        **averaged,
-        "unigram_bpb": round(unigram, 5),
-        "bpb_vs_unigram": round(last["held_out_bpb"] / unigram, 5),
-        "load_violation": round(curves[-1].get("load_violation", 0.0), 5),
+        "loss": round(taken[-1]["main_loss"], 5),
+        **{name: round(value, 5) for name, value in sorted(last.items()) if name.startswith("held_out")},
+        "load_violation": round(taken[-1].get("load_violation", 0.0), 5),
         "steps_left_out": len(history.spikes),
     }

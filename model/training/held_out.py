@@ -1,0 +1,62 @@
+"""What a model makes of held-out text: its loss a token and a byte, of all of it and of each source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from gristmill.model.training.batches import IGNORED, TokenBatches, TrainingBatch
+from gristmill.model.training.engine import Engine
+
+
+class HeldOut:
+    """The first so many held-out sequences of a mixture (in the shares of the training weights), source by source."""
+
+    def __init__(self, batches: TokenBatches, sequences: int, at_once: int) -> None:
+        self.batches, self.at_once = batches, at_once
+        positions = np.arange(sequences)
+        places, _ = batches.mixture.orders[batches.split].locate(positions)
+        names = batches.mixture.sources(batches.split)
+        self.positions = {names[source]: positions[places == source] for source in np.unique(places).tolist()}
+
+    def parts(self) -> Iterator[tuple[str, TrainingBatch, float]]:
+        """(source, a batch of its sequences, the bytes of text that its targets stand for)."""
+        for source, positions in self.positions.items():
+            for first in range(0, len(positions), self.at_once):
+                some = positions[first : first + self.at_once]
+                yield source, self.batches.at(some), self.batches.text_bytes(some)
+
+    def loss(self, engine: Engine) -> dict[str, float]:
+        """`held_out_loss` (nats a token), `held_out_bpb` (bits a byte), and the latter as `held_out_bpb.<source>`."""
+        nats, size, tokens = (dict.fromkeys(self.positions, 0.0) for _ in range(3))
+        for source, batch, text_bytes in self.parts():
+            predicted = int((batch.target_BS != IGNORED).sum())
+            nats[source] += engine.evaluate(batch) * predicted
+            tokens[source] += predicted
+            size[source] += text_bytes
+        whole = sum(nats.values())
+        return {
+            "held_out_loss": whole / sum(tokens.values()),
+            "held_out_bpb": whole / math.log(2) / sum(size.values()),
+            **{f"held_out_bpb.{name}": nats[name] / math.log(2) / size[name] for name in self.positions if size[name]},
+        }
+
+    def unigram_bits_per_byte(self, train: TokenBatches, vocab_size: int) -> float:
+        """What a model that knows only how often each token occurs would need on the same sequences.
+
+        Frequencies are those of the training streams in their parts of the run, each count plus one.
+        """
+        share_V = np.zeros(vocab_size)
+        for source, share in zip(train.mixture.sources(), train.mixture.shares(), strict=True):
+            count_V = train.mixture.token_counts(source) + 1.0
+            share_V += share * count_V / count_V.sum()
+        surprise_V = torch.from_numpy(-np.log2(share_V))
+        bits = text_bytes = 0.0
+        for _, batch, size in self.parts():
+            target_BS = batch.target_BS.cpu()
+            bits += float(surprise_V[target_BS[target_BS != IGNORED]].sum())
+            text_bytes += size
+        return bits / text_bytes
