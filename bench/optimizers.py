@@ -38,8 +38,9 @@ from gristmill.flows.cards import charts
 from gristmill.model.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from gristmill.model.stage_types import silent
 from gristmill.model.training.batches import TrainingBatch, numpy_generator
-from gristmill.model.training.loop import Row, Training, start_distributed, train
-from gristmill.model.transformer import Batch, Routing, Transformer, parameter_counts
+from gristmill.model.training.engine import Engine, start_distributed
+from gristmill.model.training.loop import Row, Training, train
+from gristmill.model.transformer import Batch, Transformer, parameter_counts
 
 BATCH, LENGTH, VOCAB = 8, 128, 256
 HELD_OUT, EVERY = 32, 10  # sequences of a check, and steps between checks
@@ -71,6 +72,9 @@ class Windows:
         starts = numpy_generator(self.seed, "windows", step).integers(0, len(self.text) - LENGTH, BATCH)
         return as_batch(self.text[starts[:, None] + np.arange(LENGTH + 1)])
 
+    def documents(self, step: int) -> list[str]:
+        return []
+
 
 def library() -> tuple[np.ndarray, np.ndarray]:
     """Bytes to train on, and the last twentieth of them, cut into sequences, to hold out."""
@@ -91,14 +95,11 @@ def trained(optimizer: OptimizerConfig, seed: int, steps: int) -> list[Row]:
     seconds = 0.0
 
     @torch.no_grad()
-    def held_out(step: int) -> Row:
+    def held_out(step: int, engine: Engine) -> Row:
         nonlocal seconds
         seconds += time.process_time() - windows.began
         if (step + 1) % EVERY == 0 or step + 1 == steps:
-            model.eval()
-            loss, _ = model.losses(check.inputs, check.target_BS, None, check.weight_BS, Routing())
-            model.train()
-            rows.append({"step": step + 1, "seconds": seconds, "loss": float(loss)})
+            rows.append({"step": step + 1, "seconds": seconds, "loss": engine.evaluate(check)})
         return {}
 
     schedule = ScheduleConfig(warmup_steps=min(20, steps), decay_fraction=0.5, final_ratio=0.1)

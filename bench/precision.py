@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 BATCH, LENGTH, VOCAB, LAST = 8, 128, 256, 50
-ADAM_RATE, CLIP = 2e-3, 1.0
+ADAM_RATE, CLIP = 5e-4, 1.0
 
 
 def windows(steps: int, seed: int) -> Any:
@@ -44,7 +44,8 @@ def run(precision: str, steps: int, seed: int, device: str) -> tuple[list[float]
 
     from gristmill.model.config import ModelConfig, OptimizerConfig, ScheduleConfig
     from gristmill.model.training.batches import TrainingBatch, torch_seed
-    from gristmill.model.training.loop import Training, start_distributed, train
+    from gristmill.model.training.engine import start_distributed
+    from gristmill.model.training.loop import Training, train
     from gristmill.model.training.precision import apply_precision
     from gristmill.model.transformer import Batch, Transformer
 
@@ -60,6 +61,9 @@ def run(precision: str, steps: int, seed: int, device: str) -> tuple[list[float]
     class Given:
         def step(self, step: int, rank: int, ranks: int) -> TrainingBatch:
             return TrainingBatch(Batch(tokens[step][:, :-1], position), tokens[step][:, 1:], None, weight)
+
+        def documents(self, step: int) -> list[str]:
+            return []
 
     seen: list[float] = []
 
@@ -83,9 +87,9 @@ def run(precision: str, steps: int, seed: int, device: str) -> tuple[list[float]
             schedule=ScheduleConfig(),
             checkpoint_every=10**9,
         )
-        curves, _ = train(model, Given(), training, Path(out), said)
+        history = train(model, Given(), training, Path(out), said)
         timings = (Path(out) / "log" / "timings.jsonl").read_text().splitlines()
-    return [row["main_loss"] for row in curves], [json.loads(line)["seconds"] for line in timings]
+    return [row["main_loss"] for row in history.curves], [json.loads(line)["seconds"] for line in timings]
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Tokens a second of a whole training step, ours against `transformers`' DeepseekV3ForCausalLM. JSON at the end.
 
     python -P bench/pretrain.py [--steps 50] [--rounds 3] [--shapes small wide] [--dtypes float32 bfloat16]
+                                [--ours float32 bfloat16 fp8]
                                 [--device cpu]
 
 Both start from the same weights, read the same tokens in the same order and take the same AdamW steps (forward,
@@ -29,7 +30,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gristmill.model.config import Precision
 
 BATCH, LENGTH, VOCAB = 8, 256, 8192
 RATE, CLIP = 3e-4, 1.0
@@ -72,7 +76,7 @@ def prepare(folder: Path, name: str, steps: int) -> None:
     np.save(folder / "tokens.npy", np.resize(token, count).reshape(-1, BATCH, LENGTH + 1))
 
 
-def run_ours(folder: Path, device: str) -> dict[str, Any]:
+def run_ours(folder: Path, device: str, precision: Precision = "float32") -> dict[str, Any]:
     """Our loop, as the stage runs it."""
     import numpy as np
     import torch
@@ -83,6 +87,7 @@ def run_ours(folder: Path, device: str) -> dict[str, Any]:
     from gristmill.model.training.engine import start_distributed
     from gristmill.model.training.loop import Training, train
     from gristmill.model.training.models import load_model
+    from gristmill.model.training.precision import apply_precision
     from gristmill.model.transformer import Batch, flops_per_token
 
     tokens = torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int64)).to(device)
@@ -99,6 +104,7 @@ def run_ours(folder: Path, device: str) -> dict[str, Any]:
 
     start_distributed(torch.device(device))
     model = load_model(folder / "ours", torch.device(device))
+    apply_precision(model, precision)
     with tempfile.TemporaryDirectory() as out:
         (Path(out) / "log").mkdir()
         history = train(
@@ -199,7 +205,7 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     """Both sides at one shape."""
     prepare(folder, name, arguments.steps)
     device = arguments.device
-    sides: dict[str, tuple[str, ...]] = {"ours float32": ("run_ours",)}
+    sides: dict[str, tuple[str, ...]] = {f"ours {precision}": ("run_ours", precision) for precision in arguments.ours}
     for dtype in arguments.dtypes:
         sides[f"theirs {dtype} {arguments.experts}"] = ("run_theirs", dtype, arguments.experts)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
@@ -212,11 +218,12 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
             print(f"{name:6s} {side:28s} {rate:8.0f} tokens/s {last[side]['peak_mib']:6d} MiB", flush=True)
     rate = {side: BATCH * LENGTH / statistics.median(taken) for side, taken in seconds.items()}
     theirs = max((side for side in sides if side.startswith("theirs")), key=rate.__getitem__)
-    ours, same = "ours float32", f"theirs float32 {arguments.experts}"
-    apart = [abs(a - b) / b for a, b in zip(last[ours]["losses"], last[same]["losses"], strict=True)]
+    ours = max((side for side in sides if side.startswith("ours")), key=rate.__getitem__)
+    exact, same = "ours float32", f"theirs float32 {arguments.experts}"
+    apart = [abs(a - b) / b for a, b in zip(last[exact]["losses"], last[same]["losses"], strict=True)]
     return {
         "ratio": rate[ours] / rate[theirs],
-        "ratio_same_dtype": rate[ours] / rate[same],
+        "ratio_same_dtype": rate[exact] / rate[same],
         "memory_ratio": last[ours]["peak_mib"] / last[theirs]["peak_mib"],
         "peak_fraction": rate[ours] * last[ours]["flops"] / matmul_rate(device),
         "tokens_per_second": rate[ours],
@@ -231,6 +238,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--ours", nargs="+", default=["float32"], choices=["float32", "bfloat16", "fp8"])
     parser.add_argument("--experts", default="grouped_mm", help="transformers' implementation of the experts")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

@@ -156,28 +156,28 @@ extend = tuple(
 )
 cold_start = stage(
     "cold_start",
-    version=1,
+    version=2,
     title="Cold start: fine-tuning on chains of thought",
     estimate=estimates.of_fine_tuning,
 )(fine_tune)
 rl_zero = stage(
     "rl_zero",
-    version=1,
+    version=2,
     title="R1-Zero: reinforcement learning from the base",
     estimate=estimates.of_reinforcement,
 )(reinforce)
 rl = stage(
     "rl",
-    version=1,
+    version=2,
     title="Reinforcement learning from the cold start",
     estimate=estimates.of_reinforcement,
 )(reinforce)
 evaluate = stage(
     "evaluate",
-    version=2,
+    version=3,
     title="Evaluation on held-out problems",
     estimate=estimates.of_evaluation,
 )(evaluate_models)
 export = stage("export", version=2, title="Export to Hugging Face", estimate=estimates.of_export)(export_model)
 scaling = stage("scaling", version=1, title="Loss against compute", estimate=estimates.of_scaling)(fit_ladder)
-report = stage("report", version=2, title="Report", estimate=estimates.of_report)(make_report)
+report = stage("report", version=3, title="Report", estimate=estimates.of_report)(make_report)

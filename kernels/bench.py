@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
+from gristmill.kernels.fp8_gemm import bench_rows
 from gristmill.kernels.grouped_gemm import grouped_gemm
 from gristmill.kernels.moe_mlp import moe_mlp
 
@@ -182,6 +183,12 @@ def cross_entropy(device: str, dtype: torch.dtype, rows: int, width: int, vocab:
     )
 
 
+def fp8(device: str, _: torch.dtype) -> Iterator[Case]:
+    """FP8 against our own products in 16 bits; every shape at once."""
+    for row in bench_rows.rows(device):
+        yield Case(row.op, row.shape, row.flops, row.ours, {row.peer: (row.theirs, row.goal)})
+
+
 def limit(device: str, dtype: torch.dtype) -> float:
     """Operations a second of a large square product."""
     size = 8192 if device == "cuda" else 1024
@@ -226,7 +233,7 @@ def said(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--op", choices=["grouped_gemm", "moe_mlp", "cross_entropy"])
+    parser.add_argument("--op", choices=["grouped_gemm", "moe_mlp", "cross_entropy", "fp8_gemm"])
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     asked = parser.parse_args()
     device, dtype = asked.device, torch.bfloat16 if asked.device == "cuda" else torch.float32
@@ -234,17 +241,20 @@ def main() -> None:
         "grouped_gemm": grouped,
         "moe_mlp": experts_mlp,
         "cross_entropy": cross_entropy,
+        "fp8_gemm": fp8,
     }
     shapes: dict[str, list[tuple[int, ...]]] = {
         "grouped_gemm": [(8, 1024, 4, 128, 128), (32, 2048, 4, 256, 256), (64, 2048, 4, 512, 512)],
         "moe_mlp": [(32, 2048, 4, 256, 128), (64, 2048, 4, 512, 256)],
         "cross_entropy": [(2048, 128, 1024), (2048, 256, 32_768)],
+        "fp8_gemm": [()],
     }
     if device == "cuda":
         shapes = {
             "grouped_gemm": [(256, tokens, 8, 7168, 2048) for tokens in (4096, 8192, 32_768)],
             "moe_mlp": [(64, 8192, 6, 2048, 1408)],  # of the 16B model
             "cross_entropy": [(8192, 2048, 32_768), (16_384, 7168, 129_280)],
+            "fp8_gemm": [()],
         }
     best = limit(device, dtype)
     where = (

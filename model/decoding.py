@@ -270,7 +270,7 @@ class Decoder:
         """
         if self.module is None:
             raise ValueError("the model has no MTP module to draft with: load it with its module, or use sample")
-        x_BSD = self.module.joined(hidden_BSD, self.model.embed_tokens(next_BS))
+        x_BSD = self.module.joined(self.model.norm(hidden_BSD), self.model.embed_tokens(next_BS))
         step = Step(self.turn_SR, start_B, next_BS.shape[1], x_BSD.dtype)
         return self.module.norm(self.module_layer(x_BSD, step, cache.latent_LBSC[0]))
 

@@ -373,8 +373,12 @@ class MultiTokenPrediction(nn.Module):
         mask_BSS: Tensor | None,
         routing: Routing | None,
     ) -> Tensor:
-        """The block's output before `norm`, which the next module takes (equations 21 and 22)."""
-        return self.block(self.joined(hidden_BSD, next_BSD), rotary, mask_BSS, routing)
+        """The block's output behind `norm`, which the head and the next module take (equations 21 to 23).
+
+        The paper leaves open on which side of the norm the modules are joined; the released weights are run behind it,
+        as `hidden_BSD` of the first module is behind the model's final norm.
+        """
+        return self.norm(self.block(self.joined(hidden_BSD, next_BSD), rotary, mask_BSS, routing))
 
     def joined(self, hidden_BSD: Tensor, next_BSD: Tensor) -> Tensor:
         """The block's input (equation 21)."""
@@ -450,8 +454,8 @@ class Transformer(nn.Module):
         weights. Module k embeds its predecessor's target (module 1: `target_BS`, token t+1), -100 standing for a
         token that nobody reads, and predicts the token behind it (V3 equations 21–25).
         """
-        hidden_BSD = self.hidden(batch, routing)
-        main = self._loss(self.norm(hidden_BSD), target_BS, weight_BS)
+        hidden_BSD = self.norm(self.hidden(batch, routing))
+        main = self._loss(hidden_BSD, target_BS, weight_BS)
         ahead: list[Tensor] = []
         if next_target_BS is None:
             return main, ahead
@@ -460,7 +464,7 @@ class Transformer(nn.Module):
             assert isinstance(module, MultiTokenPrediction)
             next_BSD = self.embed_tokens(target_BS.clamp_min(0))
             hidden_BSD = module(hidden_BSD, next_BSD, rotary, batch.mask_BSS, routing)
-            ahead.append(self._loss(module.norm(hidden_BSD), next_target_BS, weight_BS))
+            ahead.append(self._loss(hidden_BSD, next_target_BS, weight_BS))
             target_BS, next_target_BS = next_target_BS, token_behind(next_target_BS)
         return main, ahead
 

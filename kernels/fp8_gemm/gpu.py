@@ -22,7 +22,8 @@ from gristmill.kernels.dispatch import require
 from gristmill.kernels.fp8_gemm.reference import BLOCK, most_tiles, tile_ends
 from gristmill.kernels.grouped_gemm.gpu import INTERPRETED, MOST_ROWS, Tiles, _places, _processors, _whole
 
-PRODUCT = Tiles(128, 128, BLOCK, 8, 4)
+PRODUCT, SHORT_PRODUCT = Tiles(128, 128, BLOCK, 8, 3), Tiles(64, 128, BLOCK, 4, 4, programs=2)
+SHORT = 384  # rows of a group, on the mean, below which small tiles hide the writing of one behind the sums of another
 GRADIENT = Tiles(128, 128, BLOCK, 8, 4)
 QUANTISED_ROWS, QUANTISED_COLUMNS = 32, 64  # of a program that quantises rows, columns
 E4M3 = torch.float8_e4m3fn
@@ -229,7 +230,7 @@ def quantise_blocks(w_EMK: Tensor) -> tuple[Tensor, Tensor]:
 
 def fp8_grouped_gemm(
     x_NK: Tensor, x_scale_NC: Tensor, w_EMK: Tensor, w_scale_EBC: Tensor, ends_E: Tensor, dtype: torch.dtype,
-    tiles: Tiles = PRODUCT,
+    tiles: Tiles | None = None,
 ) -> Tensor:  # fmt: skip
     (rows, inner), (groups, outer, _) = x_NK.shape, w_EMK.shape
     require(rows < MOST_ROWS, ValueError, "fp8_grouped_gemm: rows of x_NK", rows, "fewer than 2³⁰")
@@ -238,6 +239,7 @@ def fp8_grouped_gemm(
         return y
     if not inner:
         return y.zero_()
+    tiles = tiles or (SHORT_PRODUCT if rows < SHORT * groups else PRODUCT)
     most = triton.cdiv(rows, tiles.rows) + groups
     table = _table(ends_E, most, tiles.rows)
     x, w = _whole(x_NK.contiguous(), tiles.rows, BLOCK), _whole(w_EMK.contiguous(), 1, tiles.columns, BLOCK)

@@ -25,7 +25,8 @@ SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: a tile of zeros divid
 
 def scale_of(largest: Tensor) -> Tensor:
     """The scale that makes the largest value of a tile 448; not a number if that is infinite or none."""
-    scale = (largest / LARGEST).clamp_min(SMALLEST_SCALE)
+    # By a tensor: torch on CUDA multiplies by the inverse of a plain number, which rounds otherwise.
+    scale = (largest / torch.full_like(largest, LARGEST)).clamp_min(SMALLEST_SCALE)
     return torch.where(largest.isfinite(), scale, torch.nan)
 
 

@@ -86,12 +86,12 @@ class Engine:
         self.objective = Objective(model, mtp_loss_weight)
         if layout.recompute != "none":
             recompute_blocks(model, layout.recompute)
-        self.engine, *_ = deepspeed.initialize(
+        self.engine: Any = deepspeed.initialize(
             model=self.objective,
             optimizer=self.optimizer,
             config=self._described(batch_sequences // self.shares),
             dist_init_required=False,
-        )
+        )[0]
         if layout.zero_stage == 3:
             deepspeed.zero.register_external_parameter(self.objective, model.lm_head.weight)
         tell_optimizer(self.optimizer, self.engine, self.names)

@@ -115,7 +115,8 @@ class Run:
             self._save(step + 1)
             now = time.perf_counter()
             self._record_time(step, now - began, now - worked)
-            progress(step + 1, steps, **{name: row[name] for name in ("main_loss", "grad_norm") if name in row})
+            shown = {"loss": row.get("main_loss"), "grad_norm": row.get("grad_norm")}
+            progress(step + 1, steps, **{name: value for name, value in shown.items() if value is not None})
         if first < steps:
             self._publish()
         self._leave_model()

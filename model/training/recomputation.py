@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from gristmill.model.transformer import Block, Routing, Transformer
 
@@ -46,8 +46,8 @@ def _recomputed(
         own = Routing()  # the second pass decides again, and is not counted
         return forward(x_BSD, rotary, mask_BSS, own), own.load_LE, own.balance_loss
 
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if how == "selective" else {}
-    out_BSD, load_LE, balance_loss = checkpoint(run, x_BSD, use_reentrant=False, **contexts)
+    contexts = partial(create_selective_checkpoint_contexts, _policy) if how == "selective" else noop_context_fn
+    out_BSD, load_LE, balance_loss = checkpoint(run, x_BSD, use_reentrant=False, context_fn=contexts)
     if routing is not None:
         routing.load_LE += load_LE
         routing.balance_loss += balance_loss

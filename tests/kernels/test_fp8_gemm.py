@@ -31,10 +31,11 @@ INTERPRETED = os.environ.get("GRISTMILL_KERNELS") == "gpu"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 EXAMPLES = 2 if INTERPRETED else 8
 EPS = 2.0**-24  # half a step of float32
-# A block's sum: rounded once by the specification, in 128 additions where float32 sums it, and in 14 bits, of which one
-# is the sign, in a Hopper GPU's tensor cores: four instructions of 32 terms, each cut off to a step of 2⁻¹³ of its
-# largest term or of the sum so far.
-BLOCK_SUM = 2.0**-11 if DEVICE == "cuda" else 128 * EPS if INTERPRETED else EPS
+# A block's sum: rounded once by the specification, in 128 additions where float32 sums it. A Hopper GPU's tensor cores
+# take 32 terms an instruction in 14 bits, of which one is the sign: each term and the sum so far are cut off to a step of
+# 2⁻¹³ of the largest among them.
+BLOCK_SUM = 128 * EPS if INTERPRETED or DEVICE == "cuda" else EPS
+CUT, TERMS = 2.0**-13, 32
 # The result's own rounding: half a step, which is 2⁻⁷ of a value; the interpreter cuts off, a whole one.
 RESULT = {torch.float32: 0.0, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8}
 
@@ -63,11 +64,26 @@ def same_bits(got: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -
         assert mine.nan_to_num().equal(theirs.nan_to_num())
 
 
+def cut_off(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """What tensor cores may lose in x · wᵀ; a block's terms have one scale, so that it does not matter here."""
+    lost = torch.zeros(len(x), len(w), dtype=torch.float64, device=x.device)
+    for block in range(0, x.shape[1], 128):
+        so_far = torch.zeros_like(lost)
+        for first in range(block, block + 128, TERMS):
+            term = x[:, None, first : first + TERMS] * w[None, :, first : first + TERMS]
+            largest = torch.maximum(term.abs().amax(-1), so_far.abs())
+            so_far = so_far + term.sum(-1)
+            lost += (TERMS + 1) * CUT * torch.maximum(largest, so_far.abs())
+    return lost
+
+
 def close(got: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
     """got is x · wᵀ but for roundings, each a share of the sum of the terms' sizes."""
     blocks = x.shape[1] // 128
     size = x.abs() @ w.abs().t()
     allowed = (BLOCK_SUM + (blocks + 4) * EPS) * size + RESULT[got.dtype] * (x @ w.t()).abs()
+    if DEVICE == "cuda":
+        allowed += cut_off(x, w)
     worst = (got.double() - x @ w.t()).abs() - allowed
     assert got.numel() == 0 or float(worst.max()) <= 0
 

@@ -18,7 +18,7 @@ from gristmill.model.hugging_face.folders import INDEX, TensorFolder
 from gristmill.model.hugging_face.fp8 import dequantised, quantised
 from gristmill.model.hugging_face.names import layout
 from gristmill.model.training.models import load_model
-from gristmill.model.transformer import Batch, Transformer, parameter_counts
+from gristmill.model.transformer import Batch, Transformer, parameter_counts, rotary_angles
 
 VOCAB = 96
 SMALL = ModelConfig(
@@ -199,7 +199,7 @@ def test_what_transformers_saves_is_read(pair: tuple[Transformer, Any, Path], tm
     assert torch.equal(again(plain(tokens(1, 20))), model(plain(tokens(1, 20))))
 
 
-def test_mtp_modules_travel(tmp_path: Path) -> None:
+def test_mtp_modules_travel_and_transformers_drafts_alike(tmp_path: Path) -> None:
     config = shape(num_nextn_predict_layers=2, first_k_dense_replace=1)
     model = build(config)
     write(model, tmp_path, mtp=True)
@@ -211,6 +211,38 @@ def test_mtp_modules_travel(tmp_path: Path) -> None:
     assert again.config == config
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     assert conversion.load(tmp_path, mtp=False).config.num_nextn_predict_layers == 0
+
+    from transformers.modeling_layers import MtpModel
+
+    # Its own loader knows the modules by the number 61 of the released model's layer, so it is given the tensors here.
+    theirs = transformers_model(tmp_path)
+    drafter = MtpModel(theirs, 2).eval()
+    held = {}
+    for name, tensor in model.mtp.state_dict().items():
+        number, rest = name.split(".", 1)
+        rest = rest.replace("block.", "mtp_block.", 1) if rest.startswith("block.") else rest
+        rest = "post_norm.weight" if rest == "norm.weight" else rest
+        if "shared_experts.gate_up_proj" in rest:
+            for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
+                held[f"layers.{number}.{rest.replace('gate_up_proj', part)}"] = half
+        else:
+            held[f"layers.{number}.{rest}"] = tensor
+    missing, unexpected = drafter.load_state_dict(held, strict=False)
+    assert not unexpected
+    assert all(not name.startswith("layers.") for name in missing)
+    token_BS = tokens(2, 20)
+    position = torch.arange(18)[None].expand(2, -1)
+    mask = torch.full((18, 18), -torch.inf).triu(1)[None, None]
+    with torch.no_grad():
+        expected_BSD = theirs.model(token_BS).last_hidden_state[:, :18]
+        own_BSD = model.norm(model.hidden(plain(token_BS[:, :18])))
+        for depth in (1, 2):
+            inputs = drafter.embed_tokens(token_BS[:, depth : depth + 18])
+            rotary = drafter.rotary_emb(inputs, position)
+            expected_BSD = drafter.layers[depth - 1](inputs, expected_BSD, rotary, mask, position, None)
+            next_BSD = model.embed_tokens(token_BS[:, depth : depth + 18])
+            own_BSD = model.mtp[depth - 1](own_BSD, next_BSD, rotary_angles(config, position), None, None)
+            torch.testing.assert_close(own_BSD, expected_BSD, **CLOSE)
 
 
 def test_fp8_blocks() -> None:

@@ -174,19 +174,24 @@ def test_balance_loss_is_least_when_uniform_and_matches_the_equations() -> None:
 def test_mtp_loss_equals_a_direct_computation(depth: int) -> None:
     config = SHAPES["tiny"].model_copy(update={"num_nextn_predict_layers": depth})
     model = build(config)
-    tokens = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(8))
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():  # norms that are not one: on which side of them a state is taken must show
+        for norm in (model.norm, *(module.norm for module in model.mtp)):
+            norm.weight.copy_(torch.rand(norm.weight.shape, generator=generator) + 0.5)
+    tokens = torch.randint(0, 97, (2, 16), generator=generator)
     batch = plain(tokens[:, :12])
     weight = torch.ones(2, 12)
     main, ahead = model.losses(batch, tokens[:, 1:13], tokens[:, 2:14], weight, Routing())
     logits = model(batch)
     torch.testing.assert_close(main, F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:13].flatten()), **CLOSE)
-    hidden = model.hidden(batch)
+    hidden = model.norm(model.hidden(batch))
     expected = []
     for k, mtp in enumerate(model.mtp, 1):
         joined = torch.cat((mtp.enorm(model.embed_tokens(tokens[:, k : k + 12])), mtp.hnorm(hidden)), -1)
-        hidden = mtp.block(joined @ mtp.eh_proj.weight.T, rotary_angles(config, batch.position_BS), None, None)
+        made = mtp.block(joined @ mtp.eh_proj.weight.T, rotary_angles(config, batch.position_BS), None, None)
+        hidden = mtp.norm(made)
         known = 12 - (k - 1)  # of module k, the target of the last k − 1 positions lies beyond what is given
-        logits = model.lm_head(mtp.norm(hidden[:, :known]))
+        logits = model.lm_head(hidden[:, :known])
         expected.append(F.cross_entropy(logits.flatten(0, 1), tokens[:, k + 1 : k + 1 + known].flatten()))
     torch.testing.assert_close(torch.stack(ahead), torch.stack(expected), **CLOSE)
 
