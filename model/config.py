@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -373,6 +373,11 @@ class LayoutConfig(Config):
         description="Activations that are dropped and computed again: selective keeps products and attention.",
     )
     kept_checkpoints: int = Field(default=2, ge=1, title="Checkpoints", description="How many are kept to resume from.")
+    profile: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(),
+        title="Profile",
+        description="Steps, counted from 0 as in curves.jsonl, whose torch.profiler trace is left in log/.",
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from gristmill.model.training.batches import Batches, TrainingBatch
 from gristmill.model.training.checkpoints import Checkpoint, DamagedCheckpoint
 from gristmill.model.training.ema import WeightAverage
 from gristmill.model.training.expert_parallel import expert_parameters, reduce_expert_gradients, shard_experts
+from gristmill.model.training.gradient_norms import GradientSquares, group_of, norms_by_group
 from gristmill.model.training.layout import Layout, groups
 from gristmill.model.training.objective import Objective
 from gristmill.model.training.optimizers import MuonAdamW, Piece
@@ -48,6 +50,9 @@ def start_distributed(device: torch.device) -> tuple[int, int]:
 
 class Engine:
     """Takes steps: `accumulate` makes the gradient of a step's batch, `step` applies it.
+
+    Of the last step it tells `norm` and `norms` of the gradient (of all, and `grad_norm.<group>`), the `tokens` of all
+    ranks, padding included, their `sequence_length`, and the `data_seconds` that this rank waited for its batches.
 
     Experts that are shared out (`expert_parallel`) are hidden from DeepSpeed, which would average their gradients over
     all ranks: they have an optimizer of their own, and whole moments on each rank that holds them.
@@ -96,6 +101,13 @@ class Engine:
             deepspeed.zero.register_external_parameter(self.objective, model.lm_head.weight)
         tell_optimizer(self.optimizer, self.engine, self.names)
         self.norm: float | None = None
+        self.norms: Row = {}
+        self._squares = [GradientSquares() for _ in self._optimizers()]
+        for optimizer, squares in zip(self._optimizers(), self._squares, strict=True):
+            optimizer.watch = squares.add
+        names = (*self.names.values(), *(piece.name for piece in self.experts.values()))
+        self._present = {group_of(name) for name in names}
+        self.tokens, self.sequence_length, self.data_seconds = 0, 0, 0.0
         updated = dict.fromkeys(tensor for tensor, _ in self._pieces())
         self.average = WeightAverage([*updated, *model.buffers()], ema_decay) if ema_decay else None
 
@@ -149,7 +161,7 @@ class Engine:
         }
 
     def accumulate(self, batches: Batches, step: int) -> Row:
-        """Make the gradient of a step's batch; the parts of its loss, over all ranks, and the seconds spent on data.
+        """Make the gradient of a step's batch; the parts of its loss, over all ranks.
 
         A micro-batch is a share of the batch as a rank's is: `Batches.step` shares out among their product.
         """
@@ -157,10 +169,11 @@ class Engine:
         self.objective.forget()
         found: list[dict[str, Tensor]] = []
         first = self.place.data_rank(self.rank) * self.layout.micro_batches
+        self.tokens, self.data_seconds = 0, 0.0
         for part in range(self.layout.micro_batches):
             if part:
                 self.engine.step()  # not at a boundary: DeepSpeed counts the micro-batch
-            loss, parts = self.engine(self._own_positions(batches.step(step, first + part, self.shares)))
+            loss, parts = self.engine(self._own_positions(self._fetched(batches, step, first + part)))
             self.engine.backward(loss)
             found.append(parts)
         if self.groups is not None:
@@ -170,6 +183,15 @@ class Engine:
             dist.all_reduce(values)
             values /= self.ranks
         return dict(zip(found[0], values.tolist(), strict=True))
+
+    def _fetched(self, batches: Batches, step: int, share: int) -> TrainingBatch:
+        """A micro-batch, with what it adds to the step's tokens and wait noted."""
+        began = time.perf_counter()
+        batch = batches.step(step, share, self.shares)
+        self.data_seconds += time.perf_counter() - began
+        self.tokens += batch.target_BS.numel() * self.place.data_parallel
+        self.sequence_length = batch.target_BS.shape[1]
+        return batch
 
     def _own_positions(self, batch: TrainingBatch) -> TrainingBatch:
         size = self.layout.sequence_parallel
@@ -181,19 +203,31 @@ class Engine:
         It is dropped where it is not `admitted` and where its norm, in `norm` afterwards, is not finite.
         """
         self.norm, self._admitted, self._coefficient = None, admitted, None
+        for squares in self._squares:
+            squares.begin()
         done = self.optimizer.steps_done
         self.optimizer.begin_step(scale)
         self.engine.step()
+        asked = self.norm is not None
         if self.norm is None:  # DeepSpeed found the gradient infinite, and did not ask
             self.norm = math.inf
         if self.expert_optimizer is not None:
             self.expert_optimizer.begin_step(scale)
             self.expert_optimizer.step()
             self.expert_optimizer.zero_grad()
+        self.norms = self._norms_by_group() if asked else {}
         applied = self.optimizer.steps_done > done
         if applied and self.average is not None:
             self.average.update()
         return applied
+
+    def _norms_by_group(self) -> Row:
+        """Norms of the gradient as the optimizers took it up: under ZeRO each rank holds other numbers of it."""
+        copies = [self.ranks if self.layout.zero_stage == 0 else 1]
+        if self.groups is not None and self.expert_optimizer is not None:
+            copies.append(self.groups.expert_replicas.size())
+        held = zip(self._squares, copies, strict=True)
+        return norms_by_group(held, self._present, torch.device(self.engine.device), self.ranks)
 
     def _admit(self) -> float | None:
         """What the gradient is multiplied by; none to drop it."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from gristmill.data.mixture import Mixture
@@ -27,7 +26,14 @@ from gristmill.model.training.engine import start_distributed
 from gristmill.model.training.held_out import HeldOut
 from gristmill.model.training.loop import Row, write_rows
 from gristmill.model.training.models import load_model
-from gristmill.model.training.pretraining import check_mixture, held_out_of, train_on_mixture, training_of
+from gristmill.model.training.pretraining import (
+    check_mixture,
+    held_out_of,
+    tokenizer_of,
+    train_on_mixture,
+    training_of,
+)
+from gristmill.model.training.text_samples import TextSamples
 from gristmill.model.transformer import Transformer
 
 CHECKED_TOKENS = 1 << 14  # of one held-out batch
@@ -43,7 +49,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     shards = TokenShards(Path(job["tokens"]) / "tokens")
     mixture = Mixture(Path(job["mixture"]), shards)
     check_mixture("extend", config, mixture)
-    tokenizer = Tokenizer.from_file(str(Path(job["tokens"]) / "tokenizer" / "tokenizer.json"))
+    tokenizer = tokenizer_of(Path(job["tokens"]))
     needles = needle.Needles(tokenizer, shards, config.needle, seed)
     base = load_model(Path(job["model"]) / "model", device)
     if base.vocab_size != shards.vocab_size:
@@ -77,7 +83,8 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     before = [kept("base", base), kept("yarn", model)]
     del base
     asked = training_of(config, model)
-    metrics = train_on_mixture(model, config, asked, mixture, held_out, layout, out, progress)
+    texts = TextSamples(model, shards, tokenizer, layout, seed)
+    metrics = train_on_mixture(model, config, asked, mixture, held_out, texts, layout, out, progress)
     del model  # a rank may hold a part of it alone
     checks = [*before, checked("extended", load_model(out / "model", device))]
     needle_rows, loss_rows = ([row for found in checks for row in found[kind]] for kind in ("needle", "loss"))

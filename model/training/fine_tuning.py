@@ -45,6 +45,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         optimizer=config.optimizer,
         schedule=config.schedule,
         checkpoint_every=config.checkpoint_every,
+        precision=config.precision,
         spikes=config.spikes,
     )
     history = train(model, batches, training, out, progress, layout=LayoutConfig.model_validate(job["layout"]))

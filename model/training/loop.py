@@ -11,25 +11,30 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gristmill.model.config import LayoutConfig, OptimizerConfig, ScheduleConfig, SpikeConfig
+from gristmill.model.config import LayoutConfig, OptimizerConfig, Precision, ScheduleConfig, SpikeConfig
 from gristmill.model.stage_types import Progress
 from gristmill.model.training.batches import Batches
 from gristmill.model.training.checkpoints import CheckpointWriter, last_checkpoint
 from gristmill.model.training.engine import Engine
 from gristmill.model.training.keeping import KeptModels, write_from
+from gristmill.model.training.profiling import profiled
+from gristmill.model.training.recording import Recorder, Spent
 from gristmill.model.training.schedules import factor
 from gristmill.model.training.spikes import Spikes
 from gristmill.model.transformer import Transformer
 
 Row = dict[str, Any]
 HeldOut = Callable[[int, Engine], Row]
+Texts = Callable[[int], list[Row]]
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,17 @@ class Training:
     keep_every: int = 0
     keep_best: bool = False
     ema_decay: float = 0.0  # of the average of the weights; 0 makes none
+    precision: Precision = "float32"  # that was applied to the model: its speed is held against what that can do
 
 
 @dataclass
 class History:
-    """What a run has to tell: a row a step, the experts' load now and then, and the steps that were left out."""
+    """What a run has to tell: a row a step, the experts' load and texts now and then, the steps that were left out."""
 
     curves: list[Row] = field(default_factory=list)
     loads: list[Row] = field(default_factory=list)
     spikes: list[Row] = field(default_factory=list)
+    samples: list[Row] = field(default_factory=list)
 
 
 def train(
@@ -66,16 +73,18 @@ def train(
     progress: Progress,
     held_out: HeldOut | None = None,
     layout: LayoutConfig | None = None,
+    texts: Texts | None = None,
 ) -> History:
     """Train `model` and leave it in `out/model`; returns what there is to tell.
 
-    `held_out(step, engine)` gives further numbers for the rows of some steps; all ranks call it.
+    `held_out(step, engine)` gives further numbers for the rows of some steps; all ranks call it. `texts(step)` gives
+    samples of the model's text at some steps; the first rank calls it.
 
     Raises:
         FloatingPointError: a loss, a gradient or the weights were not finite and `spikes` says stop, or too often.
         ValueError: the batch does not divide among ranks and micro-batches, or a checkpoint is damaged.
     """
-    return Run(model, batches, training, out, layout or LayoutConfig()).train(progress, held_out)
+    return Run(model, batches, training, out, layout or LayoutConfig()).train(progress, held_out, texts)
 
 
 class Run:
@@ -101,26 +110,53 @@ class Run:
         self.kept = KeptModels(out / "kept", training.keep_every, training.keep_best)
         self.history = History()
 
-    def train(self, progress: Progress, held_out: HeldOut | None) -> History:
+    def train(self, progress: Progress, held_out: HeldOut | None, texts: Texts | None) -> History:
         """All steps, from the last checkpoint where there is one."""
         first, steps = self._resume(), self.training.steps
         self.spikes = Spikes(self.training.spikes, self.history.curves)
+        recorder = self._recorder(first) if self.rank == 0 and first < steps else None
         for step in range(first, steps):
             began = time.perf_counter()
-            row = self._step(step)
+            with self._profiled(step):
+                row = self._step(step)
+            trained = time.perf_counter()
             if held_out is not None:
                 row |= held_out(step, self.engine)
             self.history.curves.append({"step": step, **row})
+            if texts is not None and self.rank == 0:
+                self.history.samples += texts(step)
             worked = time.perf_counter()
             self._save(step + 1)
             now = time.perf_counter()
-            self._record_time(step, now - began, now - worked)
+            if recorder is not None:
+                spent = Spent(now - began, self.engine.data_seconds, worked - trained, now - worked)
+                self._record(recorder, step, spent)
             shown = {"loss": row.get("main_loss"), "grad_norm": row.get("grad_norm")}
             progress(step + 1, steps, **{name: value for name, value in shown.items() if value is not None})
+        if recorder is not None:
+            recorder.close()
         if first < steps:
             self._publish()
         self._leave_model()
         return self.history
+
+    def _recorder(self, first: int) -> Recorder:
+        asked = self.training
+        mtp = asked.mtp_loss_weight > 0
+        return Recorder(self.out, self.model, mtp=mtp, precision=asked.precision, ranks=self.ranks, first=first)
+
+    def _profiled(self, step: int) -> AbstractContextManager[None]:
+        if self.rank or step not in self.engine.layout.profile:
+            return nullcontext()
+        return profiled(step, self.out / "log", torch.device(self.engine.engine.device))
+
+    def _record(self, recorder: Recorder, step: int, spent: Spent) -> None:
+        timings = recorder.step(step, spent, self.engine.tokens, self.engine.sequence_length)
+        recorder.follow("curves", self.history.curves)
+        recorder.follow("spikes", self.history.spikes)
+        loads = recorder.follow("expert_load", self.history.loads)
+        samples = recorder.follow("samples", self.history.samples)
+        recorder.show(step, self.history.curves[-1], timings, loads, samples)
 
     def _step(self, step: int) -> Row:
         """Take a step, or leave it out; its row of the curves."""
@@ -128,13 +164,14 @@ class Run:
         why = self.spikes.judge(row)
         scale = factor(self.training.schedule, step, self.training.steps)
         applied = self.engine.step(scale, admitted=why is None)
-        row |= {"grad_norm": self.engine.norm, "learning_rate": scale * self.training.optimizer.adam_learning_rate}
+        row |= {"grad_norm": self.engine.norm, **self.engine.norms}
+        row |= {"learning_rate": scale * self.training.optimizer.adam_learning_rate}
         if not applied:
             return self._left_out(step, row, why or "gradient")
         self.spikes.taken(row["main_loss"])
         load_LE = self.engine.balance()
         if load_LE is not None:
-            row["load_violation"] = self._record_load(step, load_LE)
+            row |= self._record_load(step, load_LE)
         return row
 
     def _left_out(self, step: int, row: Row, why: str) -> Row:
@@ -163,8 +200,8 @@ class Run:
             self.engine.load(checkpoint)
         return checkpoint.step
 
-    def _record_load(self, step: int, load_LE: Tensor) -> float:
-        """The mean over layers of (max load / mean − 1), noting the shares now and then."""
+    def _record_load(self, step: int, load_LE: Tensor) -> Row:
+        """How even the experts' load is, noting the shares now and then."""
         share_LE = load_LE / load_LE.sum(1, keepdim=True)
         every = self.training.load_every
         if every and (step % every == 0 or step + 1 == self.training.steps):
@@ -172,7 +209,7 @@ class Run:
                 {"step": step, "layer": i, "load": [round(v, 5) for v in row]}
                 for i, row in enumerate(share_LE.tolist())
             ]
-        return float((share_LE.amax(1) * share_LE.shape[1] - 1).mean())
+        return evenness(share_LE)
 
     def _save(self, done: int) -> None:
         """Begin a checkpoint where one is due, and publish the one before it once all ranks have written it."""
@@ -207,7 +244,7 @@ class Run:
             with checkpoint:
                 self.engine.load(checkpoint)
                 state, first = checkpoint.state(), checkpoint.step
-            self.history = History(**{name: state[name] for name in vars(self.history)})
+            self.history = History(**{name: state[name] for name in vars(self.history) if name in state})
             if self.rank == 0:
                 self._keep()
         if self.rank == 0:
@@ -226,11 +263,22 @@ class Run:
                     write_from(checkpoint, self.model, self.out / "model-ema", "average")
         dist.barrier()
 
-    def _record_time(self, step: int, seconds: float, saving: float) -> None:
-        if self.rank == 0:
-            row = {"step": step, "seconds": round(seconds, 5), "saving_seconds": round(saving, 5)}
-            with (self.out / "log" / "timings.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+
+def evenness(share_LE: Tensor) -> dict[str, float]:
+    """How even the load is, given each expert's share of its layer's rows.
+
+    `load_violation`: (largest / mean − 1), the mean over layers (MaxVio of Wang et al. 2024, arXiv 2408.15664);
+    `load_violation_max`: the largest over layers; `load_entropy`: that of the shares over that of even ones, the mean
+    over layers; 1 is even, and so is the load of a single expert.
+    """
+    experts = share_LE.shape[1]
+    violation_L = share_LE.amax(1) * experts - 1
+    entropy_L = -torch.xlogy(share_LE, share_LE).sum(1)
+    return {
+        "load_violation": float(violation_L.mean()),
+        "load_violation_max": float(violation_L.max()),
+        "load_entropy": float(entropy_L.mean() / math.log(experts)) if experts > 1 else 1.0,
+    }
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

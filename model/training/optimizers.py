@@ -50,6 +50,9 @@ def whole(name: str, parameter: Tensor) -> Piece:
 Gather = Callable[[Tensor, Tensor], Callable[[Piece], Tensor]]
 """(updated tensor, numbers that lie as it does) to: of each of its pieces those matrices that the piece touches."""
 
+Watch = Callable[[list[tuple[Tensor, tuple[Piece, ...]]]], None]
+"""Is shown gradients as they are taken up, each with the pieces that lie in it; it only reads them."""
+
 
 def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
     """Newton–Schulz iteration towards U·Vᵀ of matrix = U·S·Vᵀ, for one matrix or a stack of them (…, rows, columns)."""
@@ -79,6 +82,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.config, self.scale, self.steps_done = config, 1.0, 0
         self.gather: Gather = _own_matrices
         self.admit: Callable[[], float | None] = lambda: 1.0
+        self.watch: Watch = lambda gradients: None
         self._asked, self._coefficient = False, None
         muon, decayed, plain = {}, {}, {}
         for name, parameter in named:
@@ -105,6 +109,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if not self._asked:
             self._asked, self._coefficient = True, self.admit()
             self.steps_done += self._coefficient is not None
+        self.watch([(p.grad, g["pieces"][p]) for g in self.param_groups for p in g["params"] if p.grad is not None])
         if self._coefficient is None:
             return
         for group in self.param_groups:

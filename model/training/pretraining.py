@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tokenizers import Tokenizer
 
 from gristmill.data.mixture import Mixture
 from gristmill.data.shards import TokenShards
@@ -20,6 +21,7 @@ from gristmill.model.training.held_out import HeldOut
 from gristmill.model.training.layout import Layout
 from gristmill.model.training.loop import History, Row, Training, train, write_rows
 from gristmill.model.training.precision import apply_precision
+from gristmill.model.training.text_samples import TextSamples, shown
 from gristmill.model.transformer import Transformer, flops_per_token, parameter_counts
 
 HELD_OUT_BATCH = 16
@@ -45,13 +47,19 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         ema_decay=config.ema_decay,
     )
     held_out = held_out_of(config, mixture, HELD_OUT_BATCH, device)
-    metrics = train_on_mixture(model, config, asked, mixture, held_out, layout, out, progress)
+    texts = TextSamples(model, shards, tokenizer_of(Path(job["tokens"])), layout, seed)
+    metrics = train_on_mixture(model, config, asked, mixture, held_out, texts, layout, out, progress)
     unigram = held_out.unigram_bits_per_byte(token_batches(config, mixture, "train", device), shards.vocab_size)
     dist.barrier()
     return metrics | {
         "unigram_bpb": round(unigram, 5),
         "bpb_vs_unigram": round(metrics["held_out_bpb"] / unigram, 5),
     }
+
+
+def tokenizer_of(tokens: Path) -> Tokenizer:
+    """The tokenizer in the folder of a tokenize stage."""
+    return Tokenizer.from_file(str(tokens / "tokenizer" / "tokenizer.json"))
 
 
 def token_batches(config: MixtureRun, mixture: Mixture, split: str, device: torch.device) -> TokenBatches:
@@ -77,6 +85,7 @@ def training_of(config: MixtureRun, model: Transformer) -> Training:
         mtp_loss_weight=model.config.mtp_loss_weight if model.config.num_nextn_predict_layers else 0.0,
         load_every=max(1, config.steps // 40),
         spikes=config.spikes,
+        precision=config.precision,
     )
 
 
@@ -86,11 +95,12 @@ def train_on_mixture(
     asked: Training,
     mixture: Mixture,
     held_out: HeldOut,
+    texts: TextSamples,
     layout: LayoutConfig,
     out: Path,
     progress: Progress,
 ) -> Metrics:
-    """Train `model`, leave it, its curves and its experts' load in `out`; sizes, tokens, operations and last losses.
+    """Train `model`, leave it, its curves, load and texts in `out`; sizes, tokens, operations and last losses.
 
     Afterwards the module holds what its layout leaves to this rank: the whole model is in `out/model`.
 
@@ -103,8 +113,11 @@ def train_on_mixture(
     config.batches.refuse_ranks(place.data_parallel * layout.micro_batches)
     products = apply_precision(model, config.precision)
 
+    def due(step: int) -> bool:
+        return (step + 1) % config.evaluate_every == 0 or step + 1 == config.steps
+
     def look(step: int, engine: Engine) -> Row:
-        if (step + 1) % config.evaluate_every and step + 1 != config.steps:
+        if not due(step):
             return {}
         row: Row = dict(held_out.loss(engine))
         if asked.ema_decay:
@@ -112,12 +125,16 @@ def train_on_mixture(
                 row["held_out_bpb_ema"] = held_out.loss(engine)["held_out_bpb"]
         return row
 
+    def write(step: int) -> list[Row]:
+        return texts.rows(step) if due(step) else []
+
     batches = token_batches(config, mixture, "train", device)
-    history = train(model, batches, asked, out, progress, look, layout)
+    history = train(model, batches, asked, out, progress, look, layout, write)
     if dist.get_rank() == 0:
         write_rows(out / "curves.jsonl", history.curves)
         write_rows(out / "expert_load.jsonl", history.loads)
         write_rows(out / "spikes.jsonl", history.spikes)
+        write_rows(out / "samples.jsonl", shown(history.samples))
     dist.barrier()
     return _metrics(config, model, history) | products
 

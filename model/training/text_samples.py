@@ -1,0 +1,93 @@
+"""What the model writes as training goes on: the same few prompts, and the same draws, at each held-out check."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+
+from gristmill.data.shards import BOS_ID, EOS_ID, PAD_ID, TokenShards
+from gristmill.kernels.moe_mlp import moe_mlp
+from gristmill.model.config import LayoutConfig
+from gristmill.model.generate import Sampling, sample
+from gristmill.model.training.batches import torch_seed
+from gristmill.model.transformer import Experts, Linear, Transformer
+
+Row = dict[str, Any]
+
+DOCUMENTS, PROMPT_TOKENS, NEW_TOKENS = 3, 16, 48
+TEMPERATURE = 0.7  # the likeliest token alone goes round in circles in a young model
+CHECKS = 12  # of which samples are kept in the end
+
+log = logging.getLogger("gristmill.text_samples")
+
+
+class TextSamples:
+    """Continues the beginning of nothing and of one held-out document of each of the first sources.
+
+    Only where a rank holds the whole model: elsewhere no text is sampled, and the log says so.
+    """
+
+    def __init__(
+        self, model: Transformer, shards: TokenShards, tokenizer: Tokenizer, layout: LayoutConfig, seed: int
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.prompts = [[BOS_ID], *_beginnings(shards)]
+        self.seeds = [torch_seed(seed, "text", i) for i in range(len(self.prompts))]
+        room = model.config.max_position_embeddings - max(map(len, self.prompts))
+        self.sampling = Sampling(max(1, min(NEW_TOKENS, room)), TEMPERATURE)
+        self.why_not = _why_not(layout)
+        if self.why_not and dist.get_rank() == 0:
+            log.warning("no text is sampled as training goes on: %s", self.why_not)
+
+    def rows(self, step: int) -> list[Row]:
+        """A row a prompt: `step`, `prompt` and how it goes on (`text`), special tokens left out."""
+        if self.why_not:
+            return []
+        with _float32_products(self.model):
+            found = sample(self.model, self.prompts, self.seeds, self.sampling, eos=EOS_ID, pad=PAD_ID)
+        return [
+            {"step": step, "prompt": self.tokenizer.decode(prompt), "text": self.tokenizer.decode(said.tokens)}
+            for prompt, said in zip(self.prompts, found, strict=True)
+        ]
+
+
+def shown(rows: list[Row]) -> list[Row]:
+    """The samples of the last, the first and evenly chosen checks between, `CHECKS` at most, the newest first."""
+    steps = sorted({row["step"] for row in rows}, reverse=True)
+    if len(steps) > CHECKS:
+        steps = [steps[i * (len(steps) - 1) // (CHECKS - 1)] for i in range(CHECKS)]
+    return [row for step in steps for row in rows if row["step"] == step]
+
+
+def _beginnings(shards: TokenShards) -> Iterator[list[int]]:
+    for source in shards.streams("held_out")[:DOCUMENTS]:
+        stream = shards.stream("held_out", source)
+        if len(stream):
+            token_S, document_S = stream.read(0, min(PROMPT_TOKENS, len(stream)))
+            yield [token for token in token_S[document_S == document_S[0]].tolist() if token != EOS_ID]
+
+
+def _why_not(layout: LayoutConfig) -> str:
+    parts = {"zero_stage": layout.zero_stage > 2}
+    parts |= {name: getattr(layout, name) > 1 for name in ("expert_parallel", "sequence_parallel")}
+    split = [f"{name} {getattr(layout, name)}" for name, is_so in parts.items() if is_so]
+    return f"no rank holds the whole model ({', '.join(split)})" if split else ""
+
+
+@contextmanager
+def _float32_products(model: Transformer) -> Iterator[None]:
+    """Within it the model decodes in the one dtype that decoding takes, that of its weights."""
+    changed = [(m, m.product) for m in model.modules() if isinstance(m, Linear | Experts)]
+    for module, _ in changed:
+        module.product = F.linear if isinstance(module, Linear) else moe_mlp
+    try:
+        yield
+    finally:
+        for module, product in changed:
+            module.product = product
