@@ -10,6 +10,7 @@ from typing import Any
 
 from gristmill.flows import server
 from gristmill.flows.execution import Execution
+from gristmill.flows.live_card import LiveCard, artifact_key, show_card
 from gristmill.flows.runners import Pipeline, Plain, Planned, PlanResult, Watcher
 from gristmill.flows.stage import RUNNER, Artifact, Call
 from gristmill.flows.store import Store
@@ -31,7 +32,7 @@ class Orchestrated(Plain):
         strict: bool = False,
     ) -> None:
         super().__init__(store, execution, watcher, wait=wait, strict=strict)
-        self.watcher = _Reporting(self.watcher)
+        self.watcher: _Reporting = _Reporting(self.watcher)
         self.attempts = 1  # retries are the Prefect task's
 
     def run(
@@ -88,7 +89,7 @@ class Orchestrated(Plain):
         def cached() -> Any:
             Plain.call(self, call)
             assert planned.manifest is not None
-            self._card(call, planned.manifest)
+            show_card(call.stage.name, call.stage.title, self._card(call, planned.manifest))
             return Completed(name="Cached", message=planned.reason)
 
         self._task(call, cached, 0)()
@@ -98,8 +99,10 @@ class Orchestrated(Plain):
         made: dict[str, Any] = {}
 
         def work() -> None:
+            live = LiveCard(call.stage.name, call.stage.title, self.store.folder(call.stage.name, call.key))
+            self.watcher.live = live
             made.update(Plain.perform(self, call, planned))
-            self._card(call, made)
+            live.finish(self._card(call, made))
 
         self._task(call, work, self.execution.retries)()
         return made
@@ -120,13 +123,10 @@ class Orchestrated(Plain):
             log_prints=False,
         )
 
-    def _card(self, call: Call, manifest: dict[str, Any]) -> None:
-        from prefect.artifacts import create_markdown_artifact
-
+    def _card(self, call: Call, manifest: dict[str, Any]) -> str:
         from gristmill.flows.cards import card_markdown
 
-        card = card_markdown(manifest, self.store.folder(call.stage.name, call.key))
-        create_markdown_artifact(card, key=artifact_key(call.stage.name), description=call.stage.title)
+        return card_markdown(manifest, self.store.folder(call.stage.name, call.key))
 
 
 class _Reporting:
@@ -134,6 +134,7 @@ class _Reporting:
 
     def __init__(self, inner: Watcher) -> None:
         self.inner = inner
+        self.live: LiveCard | None = None
         self.artifact: Any = None
         self.named, self.last = "", 0.0
 
@@ -148,6 +149,8 @@ class _Reporting:
         if _inside_flow() and time.monotonic() - self.last >= PROGRESS_SECONDS and total:
             self.last = time.monotonic()
             self._show(name, 100.0 * done / total)
+            if self.live is not None and (trouble := self.live.refresh()):
+                self.say(f"the card of {name} is not refreshed while it runs: {trouble}")
 
     def _show(self, name: str, percent: float) -> None:
         if self.named != name:
@@ -175,11 +178,6 @@ class _Reporting:
             from prefect import get_run_logger
 
             get_run_logger().info(text)
-
-
-def artifact_key(stage: str) -> str:
-    """Prefect's keys are lower case with dashes."""
-    return stage.replace("_", "-")
 
 
 def plan_markdown(plan: PlanResult) -> str:

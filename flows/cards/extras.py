@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gristmill.flows.cards import charts, context_figures, figures
 from gristmill.flows.cards.folder import StageFolder, is_number
 from gristmill.flows.cards.scaling import scaling_parts
+from gristmill.flows.cards.training import training_parts
 from gristmill.model.config import MOST_PHASES
 
 if TYPE_CHECKING:
@@ -75,8 +76,9 @@ def _accuracy(stage: StageFolder) -> list[str]:
 
 
 EXTRAS: dict[str, tuple[Extra, ...]] = {
-    "pretrain": (_experts,),
-    **{f"extend_{phase}": (_context, _experts) for phase in range(1, MOST_PHASES + 1)},
+    "pretrain": (training_parts, _experts),
+    "cold_start": (training_parts,),
+    **{f"extend_{phase}": (_context, training_parts, _experts) for phase in range(1, MOST_PHASES + 1)},
     "rl_zero": (_thinking,),
     "rl": (_thinking,),
     "evaluate": (_accuracy,),

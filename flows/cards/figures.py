@@ -186,9 +186,10 @@ def counts(table: dict[str, float], title: str) -> Figure | None:
     return figure
 
 
-def small_multiples(rows: Sequence[Row], most: int = 9) -> Figure | None:
-    """Every number of a stage's `curves.jsonl` in a small panel of its own."""
-    names = [n for n in dict.fromkeys(k for row in rows for k in row) if n != "step" and curve(list(rows), n)[0]]
+def small_multiples(rows: Sequence[Row], most: int = 12) -> Figure | None:
+    """Every number of a stage's `curves.jsonl` in a small panel of its own, but parts of another (`loss.of_this`)."""
+    every = [name for name in dict.fromkeys(k for row in rows for k in row) if name != "step" and "." not in name]
+    names = [name for name in every if curve(list(rows), name)[0]]
     if not names:
         return None
     with charts.house_style():

@@ -114,7 +114,7 @@ class Recorder:
 
 
 def load_picture(rows: list[Row]) -> np.ndarray:
-    """Experts (across) by layers (down) as grey (H, W) uint8: black none, mid-grey a fair share, white twice and more."""
+    """Experts (across) by layers (down), grey, (H, W) uint8: black is none, mid-grey a fair share, white twice that."""
     share_LE = np.array([row["load"] for row in sorted(rows, key=lambda row: row["layer"])])
     grey_LE = np.clip(share_LE * share_LE.shape[1] / 2, 0, 1) * 255
     return np.kron(grey_LE, np.ones((CELL, CELL))).astype(np.uint8)
