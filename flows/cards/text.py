@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 CELL = 240  # characters of a table's cell; longer ones are cut, with a mark
 OPENS, CLOSES = "⟦", "⟧"  # around what is to be seen in a sample's text
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # a young model writes them; not every database takes them
 HAIR = "\u200a"  # a space beside a mark of bold, without which Markdown reads it as stars in some places
 
 
@@ -108,6 +110,7 @@ def escaped(text: str, characters: int) -> str:
     """A text on one line, cut after so many characters, that Markdown shows as it is."""
     if len(text) > characters:
         text = text[: characters - 1] + "…"
+    text = CONTROL.sub("�", text)
     for mark in "\\`*_[]|~#":
         text = text.replace(mark, "\\" + mark)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", " ⏎ ")

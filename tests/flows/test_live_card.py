@@ -61,7 +61,7 @@ def running(tmp_path: Path) -> Path:
         {"step": s, "layer": i, "load": [0.4, 0.3, 0.2, 0.1]} for s in range(0, 40, 10) for i in range(2)
     ]  # fmt: skip
     write(log / "expert_load.jsonl", loads)
-    samples = [{"step": s, "prompt": p, "text": f"said | after {s}"} for s in (9, 39) for p in ("", "def f")]
+    samples = [{"step": s, "prompt": p, "text": f"said \0| after {s}"} for s in (9, 39) for p in ("", "def f")]
     write(log / "samples.jsonl", samples)
     (log / "peak.json").write_text(json.dumps(PEAK), encoding="utf-8")
     return tmp_path
@@ -76,7 +76,7 @@ def test_a_running_stage_has_a_card(running: Path) -> None:
     assert card.count("data:image/png;base64,") == 5  # curves, speed, held-out, gradient, experts
     assert "after 39" in card
     assert "after 9" not in card
-    assert "said \\| after" in card
+    assert "said �\\| after" in card
 
 
 def test_a_stage_that_told_nothing_yet_has_none(tmp_path: Path) -> None:
