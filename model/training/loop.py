@@ -115,8 +115,8 @@ class Run:
         first, steps = self._resume(), self.training.steps
         self.spikes = Spikes(self.training.spikes, self.history.curves)
         recorder = self._recorder(first) if self.rank == 0 and first < steps else None
+        began = time.perf_counter()
         for step in range(first, steps):
-            began = time.perf_counter()
             with self._profiled(step):
                 row = self._step(step)
             trained = time.perf_counter()
@@ -130,6 +130,7 @@ class Run:
             now = time.perf_counter()
             if recorder is not None:
                 spent = Spent(now - began, self.engine.data_seconds, worked - trained, now - worked)
+                began = now  # to write this down is part of the next step
                 self._record(recorder, step, spent)
             shown = {"loss": row.get("main_loss"), "grad_norm": row.get("grad_norm")}
             progress(step + 1, steps, **{name: value for name, value in shown.items() if value is not None})

@@ -100,9 +100,9 @@ class _Slices:
 
 def _from_all(numbers: Tensor, group: Any) -> Tensor:
     """The ranks' tensors of equal size, one a row."""
-    every = numbers.new_empty(dist.get_world_size(group), numbers.numel())
+    every = numbers.new_empty(dist.get_world_size(group) * numbers.numel())  # flat: gloo takes no other shape
     dist.all_gather_into_tensor(every, numbers.contiguous().view(-1), group=group)
-    return every
+    return every.view(-1, numbers.numel())
 
 
 def _matrices(flat: Tensor, piece: Piece) -> Tensor:

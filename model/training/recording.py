@@ -63,7 +63,9 @@ class Recorder:
     def follow(self, name: str, rows: list[Row]) -> list[Row]:
         """Bring `name`.jsonl up to these rows, which only grow; those that are new."""
         known = self.written.get(name)
-        new = rows[known:]
+        new = rows[known:]  # all of them at first: what an earlier attempt left is of steps that are taken again
+        if known is not None and not new:
+            return []
         with (self.log / f"{name}.jsonl").open("w" if known is None else "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in new)
         self.written[name] = len(rows)

@@ -201,7 +201,7 @@ def test_groups_are_the_same_over_two_ranks(
 
 
 def test_every_parameter_has_its_group() -> None:
-    model = Transformer(SMALL.model_copy(update={"n_shared_experts": 1}), 64)
+    model = Transformer(SMALL.model_copy(update={"n_shared_experts": 1, "first_k_dense_replace": 1}), 64)
     found = {name: group_of(name) for name, _ in model.named_parameters()}
     assert set(found.values()) == set(GROUPS)
     expected = {
