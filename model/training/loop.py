@@ -75,22 +75,30 @@ def train(
         FloatingPointError: a loss, a gradient or the weights were not finite and `spikes` says stop, or too often.
         ValueError: the batch does not divide among ranks and micro-batches, or a checkpoint is damaged.
     """
-    return Run(model, batches, training, out, layout or LayoutConfig()).train(progress, held_out)
+    return Run(model, batches, training, out, layout or LayoutConfig(), progress).train(held_out)
 
 
 class Run:
     """One start of a training run."""
 
     def __init__(
-        self, model: Transformer, batches: Batches, training: Training, out: Path, layout: LayoutConfig
+        self,
+        model: Transformer,
+        batches: Batches,
+        training: Training,
+        out: Path,
+        layout: LayoutConfig,
+        progress: Progress,
     ) -> None:
         self.model, self.batches, self.training, self.out = model, batches, training, out
+        self.progress, self.at = progress, 0
         self.engine = Engine(
             model,
             training.optimizer,
             mtp_loss_weight=training.mtp_loss_weight,
             batch_sequences=training.batch_sequences,
             layout=layout,
+            alive=lambda: progress(self.at, training.steps),
             ema_decay=training.ema_decay,
         )
         self.rank, self.ranks = self.engine.rank, self.engine.ranks
@@ -101,12 +109,12 @@ class Run:
         self.kept = KeptModels(out / "kept", training.keep_every, training.keep_best)
         self.history = History()
 
-    def train(self, progress: Progress, held_out: HeldOut | None) -> History:
+    def train(self, held_out: HeldOut | None) -> History:
         """All steps, from the last checkpoint where there is one."""
         first, steps = self._resume(), self.training.steps
         self.spikes = Spikes(self.training.spikes, self.history.curves)
         for step in range(first, steps):
-            began = time.perf_counter()
+            began, self.at = time.perf_counter(), step
             row = self._step(step)
             if held_out is not None:
                 row |= held_out(step, self.engine)
@@ -116,7 +124,7 @@ class Run:
             now = time.perf_counter()
             self._record_time(step, now - began, now - worked)
             shown = {"loss": row.get("main_loss"), "grad_norm": row.get("grad_norm")}
-            progress(step + 1, steps, **{name: value for name, value in shown.items() if value is not None})
+            self.progress(step + 1, steps, **{name: value for name, value in shown.items() if value is not None})
         if first < steps:
             self._publish()
         self._leave_model()
@@ -186,7 +194,9 @@ class Run:
             )
 
     def _publish(self) -> None:
-        self.writer.wait()
+        while not self.writer.written():
+            self.engine.alive()
+            time.sleep(0.01)
         dist.barrier()
         self.writer.publish()
         if self.rank == 0 and (self.training.keep_every or self.training.keep_best):
