@@ -169,3 +169,18 @@ def test_lacking_numbers_are_refused(tmp_path: Path) -> None:
         pytest.raises(DamagedCheckpoint, match="lacks the numbers from 12 to 13"),
     ):
         found.read("parameter", "w", 6, 13)
+
+
+def test_the_command_line_verifies_a_checkpoint(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from gristmill.flows.cli import app
+
+    folder = save(tmp_path, 2, ranks=2)
+    result = CliRunner().invoke(app, ["checkpoint", "verify", str(folder)])
+    assert result.exit_code == 0
+    assert "whole; checkpoint of step 2 by 2 ranks, 1 tensors, 12 numbers" in result.output
+    spoil(folder, "a bit flipped")
+    result = CliRunner().invoke(app, ["checkpoint", "verify", str(folder)])
+    assert result.exit_code == 1
+    assert "rank-00000.safetensors has another hash" in " ".join(result.output.split())
