@@ -21,7 +21,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON in place of lines for
 
 @checkpoint_app.command()
 def verify(folder: Folder, as_json: AsJson = False) -> None:
-    """Read every tensor: is each there, of its shape, and finite? Exit code 1 if not."""
+    """Read every tensor: is each there, of its shape, and finite? Exit code 1 if not.
+
+    Of a checkpoint of a training run (`work/checkpoint-…`): is every file as it was written?
+    """
     from gristmill.model.model_folders import verify as work
 
     try:
@@ -33,7 +36,7 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
         print(json.dumps(found))
         return
     print(
-        f"{folder}: whole; {found['form']} form, {found['tensors']:,} tensors, {found['parameters']:,} numbers, "
+        f"{folder}: whole; {found['form']}, {found['tensors']:,} tensors, {found['parameters']:,} numbers, "
         f"{size(found['bytes'])}"
     )
 

@@ -96,7 +96,7 @@ def of_extension(config: Any, recipe: Recipe) -> Estimate:
     attended = model.num_hidden_layers * model.num_attention_heads * (model.head_width + values) * length / 2
     more = 1 + attended / parameters(model, recipe.tokenize.vocab_size)
     flops = TRAINED_FLOPS * config.steps * tokens + FORWARD_FLOPS * checked
-    return _of_steps(recipe, flops * more, tokens // recipe.execution.ranks)
+    return _of_steps(recipe, model, flops * more, tokens // recipe.execution.ranks)
 
 
 def of_reinforcement(config: Any, recipe: Recipe) -> Estimate:

@@ -24,6 +24,7 @@ from gristmill.flows.errors import UsageError
 from gristmill.flows.execution import Execution
 from gristmill.flows.identity import flattened
 from gristmill.flows.report import ReportConfig
+from gristmill.model.batch_sizes import BatchSizes
 from gristmill.model.config import (
     MOST_PHASES,
     EvaluateConfig,
@@ -113,22 +114,16 @@ class Recipe(BaseModel):
                         f"mix.{field} names {name!r}, which is no source of ingest.sources ({', '.join(sources)}): "
                         f"{_near(name, sources)}name those, or give {{}} to take them by size"
                     )
-        ranks = self.execution.ranks
+        layout = self.execution.layout
+        place = Layout(self.execution.ranks, layout.expert_parallel, layout.sequence_parallel)
         trained = {"pretrain": self.pretrain, "cold_start": self.cold_start}
         trained |= {f"extend.{number}": phase for number, phase in enumerate(self.extend)}
         for name, run in trained.items():
-            sequences = run.batch_sequences
-            if sequences % ranks:
-                raise ValueError(
-                    f"{name}.batch_sequences {sequences} does not divide among execution.ranks {ranks}: "
-                    f"choose a multiple of {ranks}"
-                )
-        layout = self.execution.layout
-        place = Layout(ranks, layout.expert_parallel, layout.sequence_parallel)
-        for name in ("pretrain", "cold_start"):
-            section = getattr(self, name)
             try:
-                place.check(self.pretrain.model, section.sequence_length, section.batch_sequences)
+                place.check(self.pretrain.model, run.sequence_length, run.batch_sequences)
+                BatchSizes(run.batch_sequences, run.sequence_length, None).refuse_ranks(
+                    place.data_parallel * layout.micro_batches
+                )
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         self.pretrain.batches.refuse_ranks(place.data_parallel * layout.micro_batches)

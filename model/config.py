@@ -372,6 +372,22 @@ class LayoutConfig(Config):
         title="Recompute",
         description="Activations that are dropped and computed again: selective keeps products and attention.",
     )
+    nodes: int = Field(
+        default=1, ge=1, title="Nodes", description="Machines that share the ranks evenly; their store is one folder."
+    )
+    hostfile: str | None = Field(
+        default=None,
+        title="Host file",
+        description="Of DeepSpeed's launcher, a line a machine (`name slots=8`); none: the nodes are those of the "
+        "Slurm job that the run was started in.",
+    )
+    hang_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        title="Hang",
+        description="Without a sign of life from a rank for so long the job is stopped, and tried again as often as "
+        "`retries` says; more than the longest micro-batch or held-out batch takes.",
+    )
     kept_checkpoints: int = Field(default=2, ge=1, title="Checkpoints", description="How many are kept to resume from.")
     profile: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=(),
@@ -387,6 +403,8 @@ class LayoutConfig(Config):
                 f"offload {self.offload} with zero_stage {self.zero_stage}: DeepSpeed offloads what ZeRO shares out, "
                 f"so raise zero_stage to {least} or more"
             )
+        if self.hostfile is not None and self.nodes == 1:
+            raise ValueError(f"hostfile {self.hostfile!r} with nodes 1: say how many of its machines to use")
         return self
 
 

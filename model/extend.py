@@ -52,6 +52,7 @@ def extend(
         device=device,
         progress=progress,
         ranks=ranks,
+        layout=layout,
     )
 
 

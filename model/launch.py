@@ -7,23 +7,35 @@ nothing with it. A job whose launcher is gone ends itself (`gristmill.model.work
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from gristmill.model.config import LayoutConfig
 from gristmill.model.stage_types import Metrics, Progress
 
 POLL_SECONDS = 0.2
+MEETING_PORT = 29_400  # of the first node, where torchrun's agents find each other
 
 
 class JobFailed(RuntimeError):
     """A job's process ended badly; the message is the job's own sentence and where its log lies."""
+
+
+class JobHung(JobFailed):
+    """A rank of a job showed no sign of life for too long, and the whole job was stopped."""
 
 
 def launch(
@@ -35,14 +47,16 @@ def launch(
     device: str,
     progress: Progress,
     ranks: int | None = None,
+    layout: LayoutConfig | None = None,
 ) -> Metrics:
     """Run `entry` ("module:function" of gristmill.model) on `job`, remove out/work and return the metrics it wrote.
 
-    With `ranks` the job is started by torchrun with that many processes, otherwise as one plain process. A job that
-    had ended when its launcher was killed is not run again.
+    With `ranks` the job is started by torchrun with that many processes, on the nodes of `layout`; otherwise as one
+    plain process. A job that had ended when its launcher was killed is not run again.
 
     Raises:
         JobFailed: the process ended with an error.
+        JobHung: a rank showed no sign of life for `layout.hang_seconds`.
         KeyboardInterrupt: Ctrl-C, also where only the job's process was told of it.
     """
     log, work = out / "log", out / "work"
@@ -51,20 +65,20 @@ def launch(
     told, failure, metrics = log / "progress.jsonl", log / "error.json", work / "metrics.json"
     if (ended := _ended(metrics)) is not None:
         return _cleared(work, metrics, ended)
-    for stale in (told, failure, metrics):
+    for stale in (told, failure, metrics, *log.glob("alive-*")):
         stale.unlink(missing_ok=True)
     described = {"entry": entry, "job": job, "out": str(out), "threads": threads, "device": device}
     (log / "job.json").write_text(json.dumps(described, indent=1, sort_keys=True), encoding="utf-8")
     with (log / "output.log").open("ab") as output:
         process = subprocess.Popen(
-            _command(log / "job.json", ranks),
+            command(log / "job.json", ranks, layout or LayoutConfig(), os.environ),
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=_environment(threads, device),
+            env=_environment(threads, device, layout.nodes if layout else 1),
         )
         try:
-            code = _follow(process, told, progress)
+            code = _follow(process, told, progress, SignsOfLife(log, layout.hang_seconds if layout else math.inf))
         finally:
             _end(process)
     if code and _was_interrupted(log / "output.log", code):
@@ -100,15 +114,45 @@ def _cleared(work: Path, metrics: Path, ended: Metrics) -> Metrics:
     return ended
 
 
-def _command(described: Path, ranks: int | None) -> list[str]:
+def command(described: Path, ranks: int | None, layout: LayoutConfig, environment: Mapping[str, str]) -> list[str]:
+    """What starts a job: a plain process, torchrun here or by Slurm on several nodes, or DeepSpeed's launcher.
+
+    Raises:
+        ValueError: there are several nodes and neither a host file nor a Slurm job; or ranks do not divide among them.
+    """
     python = [sys.executable, "-P", "-m"]
     worker = ["gristmill.model.worker", str(described)]
     if ranks is None:
         return [*python, *worker]
-    return [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", *worker]
+    nodes = layout.nodes
+    if nodes == 1:
+        return [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", *worker]
+    if ranks % nodes:
+        raise ValueError(f"ranks {ranks} do not divide among {nodes} nodes: choose a multiple of {nodes}")
+    if layout.hostfile is not None:
+        several = [f"--hostfile={layout.hostfile}", f"--num_nodes={nodes}", f"--num_gpus={ranks // nodes}"]
+        return [*python, "deepspeed.launcher.runner", *several, "--module", *worker]
+    if "SLURM_JOB_ID" not in environment:
+        raise ValueError(
+            f"layout.nodes is {nodes}, and this is no Slurm job: start the run by sbatch on that many nodes, or name a "
+            f"layout.hostfile"
+        )
+    meeting = f"{_first_host(environment['SLURM_JOB_NODELIST'])}:{MEETING_PORT}"
+    several = [f"--nnodes={nodes}", f"--nproc-per-node={ranks // nodes}", "--rdzv-backend=c10d"]
+    several += [f"--rdzv-endpoint={meeting}", f"--rdzv-id={environment['SLURM_JOB_ID']}"]
+    srun = ["srun", f"--nodes={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    return [*srun, *python, "torch.distributed.run", *several, "-m", *worker]
 
 
-def _environment(threads: int, device: str) -> dict[str, str]:
+def _first_host(nodes: str) -> str:
+    """The first name of Slurm's list: `node[07-09,12],other3` begins with node07."""
+    name, bracket, rest = nodes.partition("[")
+    if not bracket or "," in name:
+        return nodes.partition(",")[0]
+    return name + re.split("[-,\\]]", rest, maxsplit=1)[0]
+
+
+def _environment(threads: int, device: str, nodes: int) -> dict[str, str]:
     fixed = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -116,13 +160,43 @@ def _environment(threads: int, device: str) -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "GRISTMILL_LAUNCHER": str(os.getpid()),
-        "GLOO_SOCKET_IFNAME": "lo",
     }
+    if nodes == 1:
+        fixed |= {"GRISTMILL_LAUNCHER": str(os.getpid()), "GLOO_SOCKET_IFNAME": "lo"}
     return {**os.environ, **fixed, **({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})}
 
 
-def _follow(process: subprocess.Popen[bytes], told: Path, progress: Progress) -> int:
+class SignsOfLife:
+    """Notes when each rank's file last changed, by this machine's clock: those of several nodes may differ."""
+
+    def __init__(self, log: Path, seconds: float) -> None:
+        self.log, self.seconds = log, seconds
+        self._seen: dict[str, tuple[int, float]] = {}
+
+    def look(self) -> None:
+        """Raise JobHung if a rank that once showed life has shown none for too long.
+
+        The others wait for it in a sum, and so stop a moment later: it is the one that stopped first.
+        """
+        now, before = time.monotonic(), self._seen
+        self._seen = {}
+        for path in self.log.glob("alive-*"):
+            with suppress(FileNotFoundError):  # a rank that is through its steps removes its own
+                changed = path.stat().st_mtime_ns
+                known, since = before.get(path.name, (0, now))
+                self._seen[path.name] = (changed, since if known == changed else now)
+        if not self._seen:
+            return
+        name, (_, last) = min(self._seen.items(), key=lambda item: item[1])
+        if now - last > self.seconds:
+            raise JobHung(
+                f"rank {int(name.removeprefix('alive-'))} showed no sign of life for {self.seconds:g} s, so the job "
+                f"was stopped; started again it goes on from its last checkpoint. If a batch takes longer, raise "
+                f"execution.layout.hang_seconds"
+            )
+
+
+def _follow(process: subprocess.Popen[bytes], told: Path, progress: Progress, signs: SignsOfLife) -> int:
     """Pass on what the job tells of its progress until it ends; the exit code."""
     position = 0
     while True:
@@ -138,18 +212,24 @@ def _follow(process: subprocess.Popen[bytes], told: Path, progress: Progress) ->
                 progress(row["done"], row["total"], **row["values"])
         if code is not None:
             return code
+        signs.look()
         time.sleep(POLL_SECONDS)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Leave no process behind, whatever ended the following of it."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    """Leave no process behind, whatever ended the following of it: a rank that hangs does not hear a signal."""
+    if process.poll() is not None:
+        return
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for one in below:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
 
 
 def _sentence(failure: Path, output: Path, code: int) -> str:

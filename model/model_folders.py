@@ -30,6 +30,7 @@ from gristmill.model.hugging_face.conversion import (
 )
 from gristmill.model.hugging_face.folders import Entry, TensorFolder, write_folder
 from gristmill.model.hugging_face.names import layout
+from gristmill.model.training.checkpoints import MANIFEST, Checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BESIDE = ("generation_config.json", *TOKENIZER_FILES)
@@ -73,9 +74,14 @@ def describe(folder: Path) -> Described:
 def verify(folder: Path) -> dict[str, Any]:
     """Read every tensor; how many there are, their numbers and the bytes they are stored in.
 
+    A checkpoint of a training run is held against its manifest.
+
     Raises:
-        ValueError: tensors are missing, left over, misshapen or not finite; all of them are named.
+        ValueError: tensors are missing, left over, misshapen or not finite; all of them are named. Of a checkpoint, the
+            first file that is missing, was cut or changed.
     """
+    if (folder / MANIFEST).exists():
+        return Checkpoint(folder).sizes()
     described = describe(folder)
     numbers = size = count = 0
     spoilt = []
@@ -88,7 +94,7 @@ def verify(folder: Path) -> dict[str, Any]:
             count, numbers, size = count + 1, numbers + math.prod(found.shape(name)), size + found.size(name)
     if spoilt:
         raise ValueError(f"{folder} holds numbers that are not finite in {len(spoilt)} tensors: {', '.join(spoilt)}")
-    form = "Hugging Face" if described.hugging_face else "Gristmill"
+    form = "Hugging Face form" if described.hugging_face else "Gristmill form"
     return {"form": form, "tensors": count, "parameters": numbers, "bytes": size}
 
 

@@ -40,4 +40,5 @@ def pretrain(
         device=device,
         progress=progress,
         ranks=ranks,
+        layout=layout,
     )

@@ -44,4 +44,5 @@ def fine_tune(
         device=device,
         progress=progress,
         ranks=ranks,
+        layout=layout,
     )

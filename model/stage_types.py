@@ -8,7 +8,10 @@ Metrics = dict[str, Any]
 
 
 class Progress(Protocol):
-    """Called often and cheaply by a stage: `done` of `total` units, and the numbers to show beside them."""
+    """Called often and cheaply by a stage: `done` of `total` units, and the numbers to show beside them.
+
+    A call that tells nothing new says that the stage is alive.
+    """
 
     def __call__(self, done: int, total: int, **values: float) -> None: ...
 

@@ -20,15 +20,27 @@ TELL_SECONDS = 0.2
 
 
 class Teller:
-    """Progress as lines in a file, at most a few a second, from the first rank alone."""
+    """Progress as lines in a file, at most a few a second, from the first rank alone; and each rank's sign of life.
 
-    def __init__(self, path: Path, speaks: bool) -> None:
-        self.path, self.speaks, self.last = path, speaks, 0.0
+    A call that tells nothing new is a sign of life and no more; the last one ends the watch, since what is left to do
+    (a model to write, say) tells nothing.
+    """
+
+    def __init__(self, log: Path, rank: int) -> None:
+        self.path, self.alive, self.rank = log / "progress.jsonl", log / f"alive-{rank:05d}", rank
+        self.told = self.shown = 0.0
+        self.done = -1
 
     def __call__(self, done: int, total: int, **values: float) -> None:
         now = time.monotonic()
-        if self.speaks and (now - self.last > TELL_SECONDS or done == total):
-            self.last = now
+        if now - self.shown > TELL_SECONDS:
+            self.shown = now
+            self.alive.touch()
+        if done == total:
+            self.alive.unlink(missing_ok=True)
+        new = done != self.done or values
+        if self.rank == 0 and new and (now - self.told > TELL_SECONDS or done == total):
+            self.told, self.done = now, done
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"done": done, "total": total, "values": values}) + "\n")
 
@@ -71,7 +83,7 @@ def main(described: Path) -> int:
     module, _, function = job["entry"].partition(":")
     try:
         run = getattr(importlib.import_module(module), function)
-        metrics = run(job["job"], out, chosen_device(job["device"]), Teller(out / "log" / "progress.jsonl", rank == 0))
+        metrics = run(job["job"], out, chosen_device(job["device"]), Teller(out / "log", rank))
     except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
         (out / "log" / "error.json").write_text(json.dumps({"error": str(error), "kind": type(error).__name__}))
         raise

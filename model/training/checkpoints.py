@@ -212,6 +212,13 @@ class Checkpoint:
             if own.get(field) != owner.get(field):
                 raise self._damaged(f"it is of another run: {field} is {own.get(field)}, wanted {owner.get(field)}")
 
+    def sizes(self) -> dict[str, Any]:
+        """How many tensors of all kinds there are, their numbers, and the bytes of the files."""
+        numbers = sum(end - first for stretches in self._where.values() for first, end, *_ in stretches)
+        size = sum(told["bytes"] for told in self.manifest["files"].values())
+        form = f"checkpoint of step {self.step} by {self.manifest['ranks']} ranks"
+        return {"form": form, "tensors": len(self._where), "parameters": numbers, "bytes": size}
+
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of a kind."""
         return sorted(name for found, name in self._where if found == kind)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,11 +69,13 @@ class Engine:
         mtp_loss_weight: float,
         batch_sequences: int,
         layout: LayoutConfig,
+        alive: Callable[[], None],
         ema_decay: float = 0.0,
     ) -> None:
+        """`alive` is called at every batch, so that a rank that hangs can be told from one that works."""
         import deepspeed
 
-        self.model, self.layout, self.clip = model, layout, optimizer.gradient_clip
+        self.model, self.layout, self.clip, self.alive = model, layout, optimizer.gradient_clip, alive
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.place = Layout(self.ranks, layout.expert_parallel, layout.sequence_parallel)
         self.shares = self.place.data_parallel * layout.micro_batches
@@ -176,6 +178,7 @@ class Engine:
             loss, parts = self.engine(self._own_positions(self._fetched(batches, step, first + part)))
             self.engine.backward(loss)
             found.append(parts)
+            self.alive()
         if self.groups is not None:
             reduce_expert_gradients(self.experts, self.groups.expert_replicas)
         values = torch.stack([torch.stack([p.float() for p in parts.values()]) for parts in found]).mean(0)
@@ -249,6 +252,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: TrainingBatch) -> float:
         """Mean cross-entropy of a batch that every rank has; all ranks call it."""
+        self.alive()
         self.engine.eval()
         _, parts = self.engine(self._own_positions(batch))
         self.engine.train()

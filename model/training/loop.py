@@ -84,22 +84,30 @@ def train(
         FloatingPointError: a loss, a gradient or the weights were not finite and `spikes` says stop, or too often.
         ValueError: the batch does not divide among ranks and micro-batches, or a checkpoint is damaged.
     """
-    return Run(model, batches, training, out, layout or LayoutConfig()).train(progress, held_out, texts)
+    return Run(model, batches, training, out, layout or LayoutConfig(), progress).train(held_out, texts)
 
 
 class Run:
     """One start of a training run."""
 
     def __init__(
-        self, model: Transformer, batches: Batches, training: Training, out: Path, layout: LayoutConfig
+        self,
+        model: Transformer,
+        batches: Batches,
+        training: Training,
+        out: Path,
+        layout: LayoutConfig,
+        progress: Progress,
     ) -> None:
         self.model, self.batches, self.training, self.out = model, batches, training, out
+        self.progress, self.at = progress, 0
         self.engine = Engine(
             model,
             training.optimizer,
             mtp_loss_weight=training.mtp_loss_weight,
             batch_sequences=training.batch_sequences,
             layout=layout,
+            alive=lambda: progress(self.at, training.steps),
             ema_decay=training.ema_decay,
         )
         self.rank, self.ranks = self.engine.rank, self.engine.ranks
@@ -110,13 +118,14 @@ class Run:
         self.kept = KeptModels(out / "kept", training.keep_every, training.keep_best)
         self.history = History()
 
-    def train(self, progress: Progress, held_out: HeldOut | None, texts: Texts | None) -> History:
+    def train(self, held_out: HeldOut | None, texts: Texts | None) -> History:
         """All steps, from the last checkpoint where there is one."""
         first, steps = self._resume(), self.training.steps
         self.spikes = Spikes(self.training.spikes, self.history.curves)
         recorder = self._recorder(first) if self.rank == 0 and first < steps else None
         began = time.perf_counter()
         for step in range(first, steps):
+            self.at = step
             with self._profiled(step):
                 row = self._step(step)
             trained = time.perf_counter()
@@ -133,7 +142,7 @@ class Run:
                 began = now  # to write this down is part of the next step
                 self._record(recorder, step, spent)
             shown = {"loss": row.get("main_loss"), "grad_norm": row.get("grad_norm")}
-            progress(step + 1, steps, **{name: value for name, value in shown.items() if value is not None})
+            self.progress(step + 1, steps, **{name: value for name, value in shown.items() if value is not None})
         if recorder is not None:
             recorder.close()
         if first < steps:
@@ -142,9 +151,15 @@ class Run:
         return self.history
 
     def _recorder(self, first: int) -> Recorder:
-        asked = self.training
-        mtp = asked.mtp_loss_weight > 0
-        return Recorder(self.out, self.model, mtp=mtp, precision=asked.precision, ranks=self.ranks, first=first)
+        return Recorder(
+            self.out,
+            self.model,
+            torch.device(self.engine.engine.device),
+            mtp=self.training.mtp_loss_weight > 0,
+            precision=self.training.precision,
+            ranks=self.ranks,
+            first=first,
+        )
 
     def _profiled(self, step: int) -> AbstractContextManager[None]:
         if self.rank or step not in self.engine.layout.profile:
@@ -224,7 +239,9 @@ class Run:
             )
 
     def _publish(self) -> None:
-        self.writer.wait()
+        while not self.writer.written():
+            self.engine.alive()
+            time.sleep(0.01)
         dist.barrier()
         self.writer.publish()
         if self.rank == 0 and (self.training.keep_every or self.training.keep_best):

@@ -51,11 +51,18 @@ class Recorder:
     """
 
     def __init__(
-        self, out: Path, model: Transformer, *, mtp: bool, precision: Precision, ranks: int, first: int
+        self,
+        out: Path,
+        model: Transformer,
+        device: torch.device,
+        *,
+        mtp: bool,
+        precision: Precision,
+        ranks: int,
+        first: int,
     ) -> None:
-        self.log, self.model, self.mtp, self.ranks = out / "log", model, mtp, ranks
-        self.device = model.lm_head.weight.device
-        self.peak = measured_peak(self.device, precision)
+        self.log, self.model, self.device, self.mtp, self.ranks = out / "log", model, device, mtp, ranks
+        self.peak = measured_peak(device, precision)
         self.flops_per_token: int | None = None
         self.written: dict[str, int] = {}
         self.board = _board(self.log / "tensorboard", first)

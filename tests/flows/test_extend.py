@@ -25,7 +25,7 @@ from gristmill.flows.stage import Artifact
 from gristmill.flows.stage import stage as declared
 from gristmill.flows.store import Store
 from gristmill.model.config import PretrainConfig
-from gristmill.model.training.checkpoints import save_model
+from gristmill.model.training.models import save_model
 from gristmill.model.transformer import Transformer
 from tests.flows.toys import Frozen, go
 
@@ -102,7 +102,7 @@ def test_the_shipped_recipe_extends_twice(tmp_path: Path) -> None:
             "[{sequence_length: 128, rope_scaling: {factor: 1.5, original_max_position_embeddings: 64}}]",
             r"extend\.0: rope_scaling\.factor 1\.5 stretches 64 tokens to 96",
         ),
-        ("[{sequence_length: 128, batch_sequences: 3}]", r"extend\.0\.batch_sequences 3 does not divide"),
+        ("[{sequence_length: 128, batch_sequences: 3}]", r"extend\.0: batch_sequences 3 does not divide"),
         ("[{sequence_length: 128, lenght: 3}]", r"extend\.0\.lenght is no field"),
     ],
 )

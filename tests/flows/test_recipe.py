@@ -79,7 +79,13 @@ RECIPE_ERRORS = {
     "no sources": ("ingest: {sources: []}", r"ingest\.sources is \[\], which will not do"),
     "key twice": ("rl: {steps: 1}\nrl: {steps: 2}", "the key 'rl' stands twice"),
     "not yaml": ("rl: [", "is not valid YAML"),
-    "batch among ranks": ("execution: {ranks: 3}", "does not divide among execution.ranks 3"),
+    "batch among ranks": ("execution: {ranks: 3}", "batch_sequences 16 does not divide among 3 data-parallel ranks"),
+    "experts among ranks": (
+        "execution: {ranks: 2, layout: {expert_parallel: 3}}",
+        "expert_parallel 3 does not divide ranks 2",
+    ),
+    "micro-batches": ("execution: {layout: {micro_batches: 3}}", "a batch of 16 sequences"),
+    "offload without ZeRO": ("execution: {layout: {offload: optimizer}}", "raise zero_stage to 1 or more"),
     "more problems than there are": ("evaluate: {problems: 701}", "evaluate.problems 701 is more than the 700"),
 }
 

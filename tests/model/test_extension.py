@@ -27,6 +27,7 @@ from gristmill.data.stage_types import silent as quiet
 from gristmill.data.tokenize import TokenizeConfig, tokenize
 from gristmill.model.config import (
     ExtendConfig,
+    LayoutConfig,
     ModelConfig,
     NeedleConfig,
     RotaryScalingConfig,
@@ -36,8 +37,8 @@ from gristmill.model.launch import JobFailed
 from gristmill.model.needle import SENTENCE, WORDS, Needles, depths, predicted
 from gristmill.model.stage_types import silent
 from gristmill.model.training.batches import IGNORED, TokenBatches
-from gristmill.model.training.checkpoints import load_model, save_model
 from gristmill.model.training.extension import loss_by_position, run, with_config
+from gristmill.model.training.models import load_model, save_model
 from gristmill.model.transformer import Batch, Transformer, rotary_frequencies, score_scale
 
 CPU = torch.device("cpu")
@@ -247,7 +248,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def lengthened(base: Path, tokens: Path, out: Path) -> dict[str, Any]:
     mixture = mixed(tokens, PHASE)
-    return extend(PHASE, base, tokens, mixture, out, 0, threads=1, ranks=1, device="cpu", progress=silent)
+    return extend(
+        PHASE, base, tokens, mixture, out, 0, threads=1, ranks=1, device="cpu", layout=LayoutConfig(), progress=silent
+    )
 
 
 @pytest.fixture(scope="module")
@@ -298,9 +301,10 @@ def test_loss_by_position_sums_to_the_loss(base: Path, tokens: Path, shards: Tok
     model = with_config(load_model(base / "model", CPU), extended(SMALL, PHASE))
     mixture = Mixture(mixed(tokens, PHASE), shards)
     for across in (True, False):
-        batches = TokenBatches(mixture, "held_out", sequences=2, across_documents=across, device=CPU)
-        total, count = loss_by_position(model, batches, 1, [0, 5, 64, 160])
-        batch = batches.step(1, 0, 1)
+        batch = TokenBatches(mixture, "held_out", sizes=PHASE.batches, across_documents=across, device=CPU).step(
+            1, 0, 1
+        )
+        total, count = loss_by_position(model, batch, [0, 5, 64, 160])
         logits_BSV = model(batch.inputs)
         whole = torch.nn.functional.cross_entropy(logits_BSV.detach().flatten(0, 1), batch.target_BS.flatten())
         assert float(total.sum() / count.sum()) == pytest.approx(float(whole), rel=1e-5)  # float32 sums of 320 terms

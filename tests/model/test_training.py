@@ -179,6 +179,22 @@ def test_killed_with_a_growing_batch_and_averaged_weights_it_ends_in_the_same_by
     assert not (base / "model-ema").exists()
 
 
+def test_models_are_kept_on_the_way(base: Path, tokens: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"keep_every": 4, "keep_best": True, "evaluate_every": 2})
+    trained(tokens, tmp_path / "out", config)
+    kept = tmp_path / "out" / "kept"
+    assert sorted(p.name for p in kept.iterdir()) == ["best", "step-00000004", "step-00000008"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "curves.jsonl").read_text().splitlines()]
+    losses = {row["step"] + 1: row["held_out_bpb"] for row in rows if "held_out_bpb" in row}
+    models = {p.name: load_file(p / "model.safetensors") for p in (*kept.iterdir(), tmp_path / "out" / "model")}
+    assert min(losses, key=losses.__getitem__) == 10  # it learns throughout, so that the best is the last
+    assert all(torch.equal(models["best"][n], t) for n, t in models["model"].items())
+    assert any(not torch.equal(models["step-00000004"][n], t) for n, t in models["step-00000008"].items())
+    assert (tmp_path / "out" / "model" / "model.safetensors").read_bytes() == (
+        base / "model" / "model.safetensors"
+    ).read_bytes()
+
+
 def test_averaging_leaves_the_training_alone(base: Path, tokens: Path, tmp_path: Path) -> None:
     trained(tokens, tmp_path / "out", CONFIG.model_copy(update={"ema_decay": 0.9}))
     for name in ("model.safetensors", "config.json"):

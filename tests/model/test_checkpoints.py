@@ -1,0 +1,186 @@
+"""Checkpoints on their own: pieces, atomic publication, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gristmill.model.training.checkpoints import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointWriter,
+    DamagedCheckpoint,
+    checkpoints,
+    last_checkpoint,
+)
+
+OWNER = {"hidden_size": 32, "vocab_size": 64}
+
+
+def save(work: Path, step: int, ranks: int = 1, keep: int = 2, value: float = 1.0) -> Path:
+    """One tensor of twelve numbers, in as many pieces as there are ranks."""
+    writers = [CheckpointWriter(work, OWNER, rank=rank, ranks=ranks, keep=keep) for rank in range(ranks)]
+    size = 12 // ranks
+    for rank, writer in enumerate(writers):
+        numbers = torch.arange(rank * size, (rank + 1) * size) * value
+        writer.begin(step, {f"parameter/w@{rank * size}": numbers}, {"curves": [step]})
+    for writer in writers:
+        writer.wait()
+    for writer in reversed(writers):
+        writer.publish()
+    return work / f"checkpoint-{step:08d}"
+
+
+@given(ranks=st.sampled_from([1, 2, 3, 4, 6]), ends=st.tuples(st.integers(0, 12), st.integers(0, 12)))
+@settings(max_examples=30, deadline=None)
+def test_any_stretch_is_read_whoever_wrote_it(tmp_path_factory, ranks: int, ends: tuple[int, int]) -> None:
+    start, stop = min(ends), max(ends) + 1
+    stop = min(stop, 12)
+    if start >= stop:
+        return
+    with Checkpoint(save(tmp_path_factory.mktemp("work"), 4, ranks)) as found:
+        read = found.read("parameter", "w", start, stop)
+        assert read is not None
+        assert read.tolist() == list(range(start, stop))
+        assert found.read("parameter", "other", 0, 1) is None
+        assert (found.step, found.state()["curves"]) == (4, [4])
+
+
+def test_nothing_counts_before_it_is_published(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, OWNER)
+    writer.begin(2, {"parameter/w@0": torch.ones(3)}, {})
+    writer.wait()
+    assert checkpoints(tmp_path) == []
+    with pytest.raises(RuntimeError, match="step 2 is still being written"):
+        writer.begin(4, {"parameter/w@0": torch.ones(3)}, {})
+    writer.publish()
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-00000002"]
+    assert sorted(p.name for p in checkpoints(tmp_path)[0].iterdir()) == [
+        "manifest.json", "rank-00000.safetensors", "state.json",
+    ]  # fmt: skip
+
+
+def test_what_is_saved_is_a_copy(tmp_path: Path) -> None:
+    """Training goes on in the tensors while they are being written."""
+    tensor, writer = torch.ones(1000), CheckpointWriter(tmp_path, OWNER)
+    writer.begin(1, {"parameter/w@0": tensor}, {})
+    tensor.zero_()
+    writer.wait()
+    writer.publish()
+    with Checkpoint(tmp_path / "checkpoint-00000001") as found:
+        read = found.read("parameter", "w", 0, 1000)
+        assert read is not None
+        assert bool((read == 1).all())
+
+
+def test_the_last_ones_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, keep=3)
+    assert [p.name[-1] for p in checkpoints(tmp_path)] == ["2", "3", "4"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_an_earlier_attempt_left_does_not_count(tmp_path: Path) -> None:
+    """Killed with four ranks in the middle of a save, then saved by two at the same step."""
+    for rank in range(4):
+        writer = CheckpointWriter(tmp_path, OWNER, rank=rank, ranks=4)
+        writer.begin(4, {f"parameter/w@{rank * 3}": torch.full((3,), -1.0)}, {})
+        writer.wait()
+    with Checkpoint(save(tmp_path, 4, ranks=2)) as found:
+        read = found.read("parameter", "w", 0, 12)
+        assert read is not None
+        assert read.tolist() == list(range(12))
+
+
+def test_numbers_that_are_none_are_not_saved(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    writer = CheckpointWriter(tmp_path, OWNER)
+    writer.begin(2, {"parameter/lm_head.weight@0": torch.tensor([1.0, float("nan")])}, {})
+    with pytest.raises(FloatingPointError, match=r"lm_head.weight@0 .*is not finite"):
+        writer.wait()
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-00000001"]
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gristmill.model.training.checkpoints.save_file", full)
+    writer = CheckpointWriter(tmp_path, OWNER)
+    writer.begin(2, {"parameter/w@0": torch.ones(3)}, {})
+    with pytest.raises(OSError, match="No space left"):
+        writer.wait()
+    found = last_checkpoint(tmp_path, OWNER)
+    assert found is not None
+    assert found.step == 1
+
+
+def spoil(folder: Path, how: str) -> None:
+    file, manifest = folder / "rank-00000.safetensors", folder / MANIFEST
+    told = json.loads(manifest.read_text())
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-4])
+    elif how == "a bit flipped":
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(bytes(data))
+    elif how == "missing":
+        file.unlink()
+    elif how == "of a later version":
+        manifest.write_text(json.dumps({**told, "format": 99}))
+    elif how == "no JSON":
+        manifest.write_text("{")
+    else:
+        manifest.write_text(json.dumps({**told, "owner": {**OWNER, "hidden_size": 48}}))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("truncated", r"rank-00000.safetensors has \d+ bytes, and \d+ were written"),
+        ("a bit flipped", "rank-00000.safetensors has another hash than what was written"),
+        ("missing", "rank-00000.safetensors is missing"),
+        ("of a later version", "manifest.json has format 99, and this version of Gristmill reads 1"),
+        ("no JSON", "manifest.json cannot be read"),
+        ("of another model", "it is of another run: hidden_size is 48, wanted 32"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_named(how: str, said: str, tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    save(tmp_path, 4)
+    spoil(tmp_path / "checkpoint-00000004", how)
+    with pytest.raises(DamagedCheckpoint, match=f"{said}.*the last good one is checkpoint-00000002: remove"):
+        last_checkpoint(tmp_path, OWNER)
+    spoil(tmp_path / "checkpoint-00000002", "truncated")
+    with pytest.raises(DamagedCheckpoint, match="there is no other"):
+        last_checkpoint(tmp_path, OWNER)
+
+
+def test_lacking_numbers_are_refused(tmp_path: Path) -> None:
+    with (
+        Checkpoint(save(tmp_path, 2)) as found,
+        pytest.raises(DamagedCheckpoint, match="lacks the numbers from 12 to 13"),
+    ):
+        found.read("parameter", "w", 6, 13)
+
+
+def test_the_command_line_verifies_a_checkpoint(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from gristmill.flows.cli import app
+
+    folder = save(tmp_path, 2, ranks=2)
+    result = CliRunner().invoke(app, ["checkpoint", "verify", str(folder)])
+    assert result.exit_code == 0
+    assert "whole; checkpoint of step 2 by 2 ranks, 1 tensors, 12 numbers" in result.output
+    spoil(folder, "a bit flipped")
+    result = CliRunner().invoke(app, ["checkpoint", "verify", str(folder)])
+    assert result.exit_code == 1
+    assert "rank-00000.safetensors has another hash" in " ".join(result.output.split())

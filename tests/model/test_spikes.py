@@ -1,0 +1,134 @@
+"""Losses that jump or are no number: judged, left out, rolled back, and told."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gristmill.model.config import ModelConfig, OptimizerConfig, ScheduleConfig, SpikeConfig
+from gristmill.model.stage_types import silent
+from gristmill.model.training.batches import TrainingBatch
+from gristmill.model.training.engine import start_distributed
+from gristmill.model.training.loop import Training, train
+from gristmill.model.training.models import load_model
+from gristmill.model.training.spikes import LEAST, Spikes
+from gristmill.model.transformer import Batch, Transformer
+
+MODEL = ModelConfig(
+    hidden_size=16, num_hidden_layers=1, first_k_dense_replace=0, num_attention_heads=2, kv_lora_rank=8,
+    qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8, intermediate_size=16, n_routed_experts=2,
+    num_experts_per_tok=1, moe_intermediate_size=8, num_nextn_predict_layers=0, max_position_embeddings=16,
+)  # fmt: skip
+STEPS, VOCAB, LENGTH = 40, 32, 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}.items():
+            patched.setenv(name, value)
+        store = tmp_path_factory.mktemp("meeting") / "store"
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+        start_distributed(torch.device("cpu"))
+        yield
+        dist.destroy_process_group()
+
+
+class Windows:
+    """The same few sequences again and again; at some steps their weights make the loss jump, or no number of it."""
+
+    def __init__(self, spoilt: dict[int, float]) -> None:
+        self.spoilt = spoilt
+
+    def step(self, step: int, rank: int, ranks: int) -> TrainingBatch:
+        generator = torch.Generator().manual_seed(step % 4)
+        token = torch.randint(0, VOCAB // 4, (4, LENGTH + 1), generator=generator)
+        share = self.spoilt.get(step, 1.0)
+        if step in self.spoilt and math.isfinite(share):  # tokens that it has not seen
+            token, share = token + VOCAB // 2, 1.0
+        position = torch.arange(LENGTH).expand(4, -1)
+        return TrainingBatch(Batch(token[:, :-1], position), token[:, 1:], None, torch.ones(4, LENGTH), share)
+
+    def documents(self, step: int) -> list[str]:
+        return [f"document {step}"]
+
+
+def run(out: Path, spoilt: dict[int, float], **how: Any) -> tuple[list[dict], list[dict]]:
+    (out / "log").mkdir(parents=True, exist_ok=True)
+    model = Transformer(MODEL, VOCAB)
+    model.initialise(0)
+    asked = Training(
+        steps=STEPS,
+        batch_sequences=4,
+        optimizer=OptimizerConfig(muon_learning_rate=0.0, adam_learning_rate=1e-2),
+        schedule=ScheduleConfig(warmup_steps=2, decay_fraction=0.0),
+        checkpoint_every=8,
+        spikes=SpikeConfig(threshold=4.0, **how),
+    )
+    history = train(model, Windows(spoilt), asked, out, silent)
+    return history.curves, history.spikes
+
+
+def test_the_score_is_robust() -> None:
+    rows = [{"main_loss": 2.0 + 0.01 * (i % 5)} for i in range(64)]
+    spikes = Spikes(SpikeConfig(), rows)
+    spread = 1.4826 * 0.01  # the median deviation of 0, 1, 2, 3, 4 hundredths is one hundredth
+    assert spikes.score(2.02 + 5 * spread) == pytest.approx(5, rel=1e-6)
+    rows[3] = {"main_loss": 1e6}  # one wild loss in the window moves nothing much
+    assert Spikes(SpikeConfig(), rows).score(2.02 + 5 * spread) == pytest.approx(5, rel=0.2)
+    assert Spikes(SpikeConfig(), rows[: LEAST - 1]).score(1e9) == 0
+    flat = Spikes(SpikeConfig(), [{"main_loss": 2.0}] * 20)
+    assert flat.score(2.002) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 1.0])
+def test_a_batch_that_spoils_the_loss_is_left_out(wrong: float, tmp_path: Path) -> None:
+    """Weights and moments are those of a run in which the step moved nothing."""
+    curves, spikes = run(tmp_path, {30: wrong})
+    assert [row["step"] for row in spikes] == [30]
+    told = spikes[0]
+    assert told["documents"] == ["document 30"]
+    assert told["policy"] == "skip"
+    assert told["why"] == ("spike" if wrong == 1.0 else "loss")
+    assert (told["score"] or 0) > (4 if wrong == 1.0 else -1)
+    assert [row["step"] for row in curves] == list(range(STEPS))
+    assert [row["step"] for row in curves if "spike" in row] == [30]
+    json.dumps(curves, allow_nan=False)
+    json.dumps(spikes, allow_nan=False)
+    assert curves[31]["main_loss"] == pytest.approx(curves[27]["main_loss"], rel=0.2)
+    model = load_model(tmp_path / "model", torch.device("cpu"))
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_rolled_back_it_goes_on_with_the_data_behind(tmp_path: Path) -> None:
+    curves, spikes = run(tmp_path, {30: 1.0}, policy="rollback")
+    assert spikes[0]["weights_of_step"] == 24
+    assert [row["step"] for row in curves] == list(range(STEPS))
+    # To the bit what comes of leaving out everything from step 24 to step 30.
+    run(tmp_path / "left-out", {step: math.nan for step in range(24, 31)})
+    ours, theirs = (load_model(out / "model", torch.device("cpu")) for out in (tmp_path, tmp_path / "left-out"))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_it_ends_by_policy_or_when_it_happens_too_often(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"at step 20 \("):
+        run(tmp_path / "stop", {20: math.nan}, policy="stop")
+    with pytest.raises(FloatingPointError, match=r"at step 26 \(the 3th time, and spikes.at_most allows 2\)"):
+        run(tmp_path / "often", {20: math.nan, 23: 1.0, 26: math.nan}, at_most=2)
+    with pytest.raises(FloatingPointError, match="there is no checkpoint to roll back to yet"):
+        run(tmp_path / "early", {3: math.nan}, policy="rollback")
+
+
+def test_a_resumed_run_judges_alike(tmp_path: Path) -> None:
+    """Its window comes from the curves that the checkpoint holds, those of steps left out among them."""
+    straight = run(tmp_path / "straight", {18: math.nan, 30: 1.0})
+    out = tmp_path / "out"
+    with pytest.raises(FloatingPointError):
+        run(out, {18: math.nan, 30: 1.0, 33: math.nan, 34: math.nan}, at_most=3)
+    assert run(out, {18: math.nan, 30: 1.0}) == straight
