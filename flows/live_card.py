@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -61,7 +61,8 @@ def show_card(stage: str, title: str, card: str) -> UUID:
     """Make the artifact of a stage in the flow run in force; its id."""
     from prefect.artifacts import create_markdown_artifact
 
-    return create_markdown_artifact(card, key=artifact_key(stage), description=title)
+    made: Any = create_markdown_artifact(card, key=artifact_key(stage), description=title)
+    return made
 
 
 def artifact_key(stage: str) -> str:

@@ -105,8 +105,8 @@ class Engine:
         self.norm: float | None = None
         self.norms: Row = {}
         self._squares = [GradientSquares() for _ in self._optimizers()]
-        for optimizer, squares in zip(self._optimizers(), self._squares, strict=True):
-            optimizer.watch = squares.add
+        for watched, squares in zip(self._optimizers(), self._squares, strict=True):
+            watched.watch = squares.add
         names = (*self.names.values(), *(piece.name for piece in self.experts.values()))
         self._present = {group_of(name) for name in names}
         self.tokens, self.sequence_length, self.data_seconds = 0, 0, 0.0

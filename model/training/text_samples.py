@@ -83,7 +83,7 @@ def _why_not(layout: LayoutConfig) -> str:
 @contextmanager
 def _float32_products(model: Transformer) -> Iterator[None]:
     """Within it the model decodes in the one dtype that decoding takes, that of its weights."""
-    changed = [(m, m.product) for m in model.modules() if isinstance(m, Linear | Experts)]
+    changed: list[tuple[Any, Any]] = [(m, m.product) for m in model.modules() if isinstance(m, Linear | Experts)]
     for module, _ in changed:
         module.product = F.linear if isinstance(module, Linear) else moe_mlp
     try:
