@@ -208,7 +208,7 @@ def test_every_parameter_has_its_group() -> None:
         "embed_tokens.weight": "embedding",
         "layers.0.self_attn.q_proj.weight": "attention",
         "layers.0.self_attn.kv_a_layernorm.weight": "norms",
-        "layers.0.mlp.gate_proj.weight": "feed_forward",
+        "layers.0.mlp.gate_up_proj.weight": "feed_forward",
         "layers.1.mlp.gate.weight": "gates",
         "layers.1.mlp.experts.down_proj": "experts",
         "layers.1.mlp.shared_experts.down_proj.weight": "feed_forward",
