@@ -174,9 +174,10 @@ class SignsOfLife:
         self._seen: dict[str, tuple[int, float]] = {}
 
     def look(self) -> None:
-        """Raise JobHung if a rank that once showed life has shown none for too long.
+        """Raise JobHung if no rank has shown life for too long.
 
-        The others wait for it in a sum, and so stop a moment later: it is the one that stopped first.
+        Ranks wait for each other in sums, so one that hangs silences all, and is the one that stopped first; one that
+        writes a model while the others wait for it shows life for all.
         """
         now, before = time.monotonic(), self._seen
         self._seen = {}
@@ -187,8 +188,8 @@ class SignsOfLife:
                 self._seen[path.name] = (changed, since if known == changed else now)
         if not self._seen:
             return
-        name, (_, last) = min(self._seen.items(), key=lambda item: item[1])
-        if now - last > self.seconds:
+        name, _ = min(self._seen.items(), key=lambda item: item[1][1])
+        if now - max(since for _, since in self._seen.values()) > self.seconds:
             raise JobHung(
                 f"rank {int(name.removeprefix('alive-'))} showed no sign of life for {self.seconds:g} s, so the job "
                 f"was stopped; started again it goes on from its last checkpoint. If a batch takes longer, raise "

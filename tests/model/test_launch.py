@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch.distributed
 
 from gristmill.model.config import LayoutConfig
 from gristmill.model.launch import JobFailed, JobHung, command, launch
@@ -83,10 +84,12 @@ def test_a_teller_shows_life_until_its_last_step(tmp_path: Path) -> None:
 
 
 def busy(job: dict[str, Any], out: Path, device: Any, progress: Any) -> dict[str, Any]:
-    """A job of ranks that work for a while, saying so."""
+    """A job of ranks that work for a while, wait for each other, and say that they are alive."""
+    torch.distributed.init_process_group("gloo")
     (out / "log" / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     for _ in range(600):
         progress(0, 1)
+        torch.distributed.barrier()
         time.sleep(0.05)
     return {}
 
