@@ -27,6 +27,7 @@ from gristmill.model.config import LayoutConfig
 from gristmill.model.stage_types import Metrics, Progress
 
 POLL_SECONDS = 0.2
+LAST_WORDS = 20_000  # characters of a log in which torchrun says what failed
 MEETING_PORT = 29_400  # of the first node, where torchrun's agents find each other
 
 
@@ -233,7 +234,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             one.kill()
 
 
+ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", re.DOTALL)
+
+
 def _sentence(failure: Path, output: Path, code: int) -> str:
+    """What ended a job: the signal that torchrun saw first, a rank's own error, or its last words."""
+    ended = ROOT_CAUSE.search(output.read_text(encoding="utf-8", errors="replace")[-LAST_WORDS:])
+    if ended:
+        return f"rank {ended[1]} was ended by signal {ended[2]}, and the job with it (log: {output})"
     if failure.exists():
         return f"{json.loads(failure.read_text(encoding='utf-8'))['error']} (log: {output})"
     last = _last_line(output) or "nothing"
