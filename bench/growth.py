@@ -30,7 +30,7 @@ other machines, or give --compute-seconds of the device in mind. Keys of the las
     experts_growth      seconds of a step at the most experts over those at the fewest (goal: at most 1.2)
     experts_growth_accumulate   the same of forward and backward alone
     optimizer_share     of a step's seconds, at the fewest and the most experts
-    sequence_growth     measured over predicted seconds at the longest sequence
+    sequence_growth     measured over predicted seconds of forward and backward at the longest sequence
     ranks_speedup       tokens a second of two ranks with a thread each over one
     threads_speedup     of one rank with two threads over one
     efficiency_64       by layout, seconds of computing over predicted seconds
@@ -299,6 +299,8 @@ def grow_ranks(asked: argparse.Namespace) -> dict[str, Any]:
     print(f"{'ranks':>6s} {'threads each':>13s} {'tokens/s':>9s} {'of one':>7s}")
     for side, rate in zip(sides, rates, strict=True):
         print(f"{side.ranks:6d} {side.threads:13d} {rate:9.0f} {rate / rates[0]:7.2f}")
+    grown = found[1]["step"] - found[0]["step"]
+    print(f"what two ranks send each other, and the memory that they share, add {grown:.3f} s to a step")
     efficiency = predict(asked, asked.compute_seconds or found[0]["step"])
     return {
         "ranks_speedup": rates[1] / rates[0],
