@@ -11,8 +11,8 @@ taken in two ways over the last 20 steps:
 
     by step    of each step's load, the mean over the steps: what the ranks of a step wait for. The goal is held against
                this, the stricter: the bias that balances is moved once a step, and a sum over steps would hide that it
-               swings. It has the noise of a step in it, printed beside it: what even routing would show if each token
-               drew its experts independently.
+               swings. It has the noise of a step in it: `noise` is what even routing would show if each token drew its
+               experts independently, a lower bound, as the tokens of a sequence resemble each other.
     in window  of the load that the steps have together: whether an expert is preferred throughout
 
 and an expert is starved whose load over these steps is below a tenth of the mean. Keys of the last line:
@@ -195,11 +195,11 @@ def main() -> None:
     shown(rows, layers := layer_names(model))
     worst, starved = max(row["by_step"] for row in rows), sum(row["starved"] for row in rows)
     result = {
-        "worst_violation": worst,
-        "worst_in_window": max(row["in_window"] for row in rows),
-        "worst_step": max(row["worst_step"] for row in rows),
-        "noise": noise(tokens, model.n_routed_experts, model.num_experts_per_tok),
-        "by_layer": {name: row["by_step"] for name, row in zip(layers, rows, strict=True)},
+        "worst_violation": round(worst, 4),
+        "worst_in_window": round(max(row["in_window"] for row in rows), 4),
+        "worst_step": round(max(row["worst_step"] for row in rows), 4),
+        "noise": round(noise(tokens, model.n_routed_experts, model.num_experts_per_tok), 4),
+        "by_layer": {name: round(row["by_step"], 4) for name, row in zip(layers, rows, strict=True)},
     }
     print(json.dumps({**result, "starved": starved, "met": worst < GOAL and not starved, "steps": asked.steps}))
 
