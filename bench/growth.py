@@ -11,8 +11,8 @@ A step is `accumulate` (forward and backward) and `update` (clipping, optimizer,
 
 *Experts.* 8 to 64 at equal active work. What has more to do is what touches all parameters once a step, however many
 tokens that has: the optimizer, and the writing of gradients. Its share shrinks with --tokens, and is largest with Muon,
-whose Newton-Schulz iterations multiply each matrix, of smaller side m, as often as up to 5 m tokens do: a thousand here,
-where 64 experts have 128 tokens each. AdamW is the default.
+whose Newton-Schulz iterations multiply each matrix, of smaller side m, as often as up to 5 m tokens do: 500 and 1,300
+here, where each of 64 experts has 128 tokens. AdamW is the default.
 
 *Sequence.* 256 to 2,048 at equal tokens a step, beside what `flops_per_token` predicts from the time at the first
 length: that model counts attention's products with half of the positions, and nothing but products.
@@ -371,8 +371,9 @@ def main() -> None:
         if os.environ["RANK"] == "0":
             print(json.dumps(seconds))
         return
-    if asked.tokens % max(256, *asked.lengths):
-        parser.error(f"--tokens {asked.tokens} is no multiple of {max(256, *asked.lengths)}, the longest sequence")
+    lengths = [256, *asked.lengths] if "sequence" in asked.parts else [256]
+    if wrong := [length for length in lengths if asked.tokens % length]:
+        parser.error(f"--tokens {asked.tokens} is no multiple of {wrong[0]}, the length of a sequence: give another")
     grow = {"experts": grow_experts, "sequence": grow_sequence, "ranks": grow_ranks}
     result: dict[str, Any] = {}
     for part in asked.parts:
