@@ -24,7 +24,6 @@ from gristmill.flows.errors import UsageError
 from gristmill.flows.execution import Execution
 from gristmill.flows.identity import flattened
 from gristmill.flows.report import ReportConfig
-from gristmill.model.batch_sizes import BatchSizes
 from gristmill.model.config import (
     MOST_PHASES,
     EvaluateConfig,
@@ -114,19 +113,15 @@ class Recipe(BaseModel):
                         f"mix.{field} names {name!r}, which is no source of ingest.sources ({', '.join(sources)}): "
                         f"{_near(name, sources)}name those, or give {{}} to take them by size"
                     )
-        layout = self.execution.layout
-        place = Layout(self.execution.ranks, layout.expert_parallel, layout.sequence_parallel)
+        place = Layout.of(self.execution.ranks, self.execution.layout)
         trained = {"pretrain": self.pretrain, "cold_start": self.cold_start}
         trained |= {f"extend.{number}": phase for number, phase in enumerate(self.extend)}
         for name, run in trained.items():
             try:
                 place.check(self.pretrain.model, run.sequence_length, run.batch_sequences)
-                BatchSizes(run.batch_sequences, run.sequence_length, None).refuse_ranks(
-                    place.data_parallel * layout.micro_batches
-                )
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        self.pretrain.batches.refuse_ranks(place.data_parallel * layout.micro_batches)
+        self.pretrain.batches.refuse_ranks(place.shares)
         return self
 
     def _extended(self) -> tuple[ModelConfig, str]:

@@ -340,7 +340,7 @@ class SpikeConfig(Config):
         description="Robust z-score above which a loss is a spike: its distance from the window's median over 1.4826 "
         "median absolute deviations.",
     )
-    window: int = Field(default=64, ge=8, title="Window", description="Losses before it that a loss is held against.")
+    window: int = Field(default=64, ge=16, title="Window", description="Losses before it that a loss is held against.")
     at_most: int = Field(default=10, ge=0, title="At most", description="So often; once more ends the stage.")
 
 
@@ -382,11 +382,11 @@ class LayoutConfig(Config):
         "Slurm job that the run was started in.",
     )
     hang_seconds: float = Field(
-        default=60.0,
+        default=45.0,
         gt=0,
         title="Hang",
-        description="Without a sign of life from a rank for so long the job is stopped, and tried again as often as "
-        "`retries` says; more than the longest micro-batch or held-out batch takes.",
+        description="Without a sign of life from any rank for so long the job is stopped, and tried again as often as "
+        "`retries` says; more than a micro-batch, an optimizer's step or the copy of a checkpoint takes.",
     )
     kept_checkpoints: int = Field(default=2, ge=1, title="Checkpoints", description="How many are kept to resume from.")
     profile: tuple[Annotated[int, Field(ge=0)], ...] = Field(

@@ -27,6 +27,7 @@ from gristmill.model.config import LayoutConfig
 from gristmill.model.stage_types import Metrics, Progress
 
 POLL_SECONDS = 0.2
+LAST_WORDS = 20_000  # characters of a log in which torchrun says what failed
 MEETING_PORT = 29_400  # of the first node, where torchrun's agents find each other
 
 
@@ -174,9 +175,10 @@ class SignsOfLife:
         self._seen: dict[str, tuple[int, float]] = {}
 
     def look(self) -> None:
-        """Raise JobHung if a rank that once showed life has shown none for too long.
+        """Raise JobHung if no rank has shown life for too long.
 
-        The others wait for it in a sum, and so stop a moment later: it is the one that stopped first.
+        Ranks wait for each other in sums, so one that hangs silences all, and is the one that stopped first; one that
+        writes a model while the others wait for it shows life for all.
         """
         now, before = time.monotonic(), self._seen
         self._seen = {}
@@ -187,8 +189,8 @@ class SignsOfLife:
                 self._seen[path.name] = (changed, since if known == changed else now)
         if not self._seen:
             return
-        name, (_, last) = min(self._seen.items(), key=lambda item: item[1])
-        if now - last > self.seconds:
+        name, _ = min(self._seen.items(), key=lambda item: item[1][1])
+        if now - max(since for _, since in self._seen.values()) > self.seconds:
             raise JobHung(
                 f"rank {int(name.removeprefix('alive-'))} showed no sign of life for {self.seconds:g} s, so the job "
                 f"was stopped; started again it goes on from its last checkpoint. If a batch takes longer, raise "
@@ -232,7 +234,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             one.kill()
 
 
+ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", re.DOTALL)
+
+
 def _sentence(failure: Path, output: Path, code: int) -> str:
+    """What ended a job: the signal that torchrun saw first, a rank's own error, or its last words."""
+    ended = ROOT_CAUSE.search(output.read_text(encoding="utf-8", errors="replace")[-LAST_WORDS:])
+    if ended:
+        return f"rank {ended[1]} was ended by signal {ended[2]}, and the job with it (log: {output})"
     if failure.exists():
         return f"{json.loads(failure.read_text(encoding='utf-8'))['error']} (log: {output})"
     last = _last_line(output) or "nothing"

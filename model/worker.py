@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ class Teller:
 
     def __call__(self, done: int, total: int, **values: float) -> None:
         now = time.monotonic()
-        if now - self.shown > TELL_SECONDS:
-            self.shown = now
-            self.alive.touch()
         if done == total:
             self.alive.unlink(missing_ok=True)
+        elif now - self.shown > TELL_SECONDS:
+            self.shown = now
+            self.alive.touch()
         new = done != self.done or values
         if self.rank == 0 and new and (now - self.told > TELL_SECONDS or done == total):
             self.told, self.done = now, done
@@ -85,7 +86,9 @@ def main(described: Path) -> int:
         run = getattr(importlib.import_module(module), function)
         metrics = run(job["job"], out, chosen_device(job["device"]), Teller(out / "log", rank))
     except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
-        (out / "log" / "error.json").write_text(json.dumps({"error": str(error), "kind": type(error).__name__}))
+        # The first rank's error counts: those that waited for it fail of that, a moment later.
+        with suppress(FileExistsError), (out / "log" / "error.json").open("x", encoding="utf-8") as file:
+            file.write(json.dumps({"error": str(error), "kind": type(error).__name__}))
         raise
     if rank == 0:
         part = out / "work" / "metrics.tmp"

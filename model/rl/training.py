@@ -265,9 +265,7 @@ class Policy:
             return 0
 
         def take(kind: str, name: str, tensor: Tensor) -> None:
-            numbers = found.read(kind, name, 0, tensor.numel())
-            assert numbers is not None, f"{kind} {name}"
-            tensor.copy_(numbers.view_as(tensor))
+            tensor.copy_(found.read(kind, name, 0, tensor.numel()).view_as(tensor))
 
         with found:
             for name, buffer in self.model.named_buffers():
@@ -279,7 +277,7 @@ class Policy:
                     take("reference", name, tensor)
             state = found.state()
             self.optimizer.load_moments(
-                lambda kind, p: found.read(kind, p.name, p.start, p.stop), state["optimizer_steps"]
+                lambda kind, p: found.find(kind, p.name, p.start, p.stop), state["optimizer_steps"]
             )
         self.curves, self.shown = state["curves"], state["shown"]
         return found.step

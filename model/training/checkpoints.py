@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gristmill.model.training.files import sha256, sync_and_rename, write_json
+from gristmill.model.training.files import sha256, sync_and_rename, sync_folder, write_json
 
 FORMAT = 1
 KEPT = 2
@@ -62,7 +62,7 @@ class CheckpointWriter:
         if self.busy:
             raise RuntimeError(f"the checkpoint of step {self._step} is still being written: publish it first")
         copies = {key: tensor.detach().to("cpu", copy=True).reshape(-1) for key, tensor in tensors.items()}
-        told = json.dumps(state, sort_keys=True)
+        told = json.dumps(state, sort_keys=True) if self.rank == 0 else None
         self._step, self._failure = step, None
         self._thread = threading.Thread(target=self._write, args=(copies, told), name="checkpoint", daemon=True)
         self._thread.start()
@@ -94,10 +94,13 @@ class CheckpointWriter:
         part, final = self._part(step), self.work / f"checkpoint-{step:08d}"
         names = [STATE, *(_file_of(rank) for rank in range(self.ranks))]
         files = {n: {"bytes": (part / n).stat().st_size, "sha256": self._hash(part / n)} for n in names}
+        for left in {p.name for p in part.iterdir()} - {*names}:  # by an attempt that was killed
+            (part / left).unlink()
         manifest = {"format": FORMAT, "step": step, "ranks": self.ranks, "owner": self.owner, "files": files}
         write_json(part / MANIFEST, manifest)
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
+        sync_folder(self.work)
         for old in checkpoints(self.work)[: -self.keep]:
             aside = old.with_suffix(".tmp")  # half removed it must not count
             shutil.rmtree(aside, ignore_errors=True)
@@ -108,24 +111,26 @@ class CheckpointWriter:
         told = path.with_suffix(".sha256")
         if not told.exists():
             return sha256(path)
-        found = told.read_text(encoding="ascii")
-        told.unlink()
-        return found
+        return told.read_text(encoding="ascii")
 
     def _part(self, step: int | None) -> Path:
         return self.work / f"checkpoint-{step:08d}.tmp"
 
-    def _write(self, tensors: dict[str, Tensor], state: str) -> None:
+    def _write(self, tensors: dict[str, Tensor], state: str | None) -> None:
         try:
             _refuse_not_finite(tensors)
             part = self._part(self._step)
             part.mkdir(parents=True, exist_ok=True)
             path = part / _file_of(self.rank)
-            save_file(tensors, path.with_suffix(".part"))
+            try:
+                save_file(tensors, path.with_suffix(".part"))
+            except SafetensorError as error:  # which is what a full disk gives
+                raise OSError(f"{path} cannot be written ({error}): is the disk full?") from error
             sync_and_rename(path.with_suffix(".part"), path)
             path.with_suffix(".sha256").write_text(sha256(path), encoding="ascii")
-            if self.rank == 0:
-                (part / STATE).write_text(state, encoding="utf-8")
+            if state is not None:
+                (part / STATE).with_suffix(".part").write_text(state, encoding="utf-8")
+                sync_and_rename((part / STATE).with_suffix(".part"), part / STATE)
         except BaseException as error:  # raised again by `written`, in the thread that trains
             self._failure = error
 
@@ -138,8 +143,7 @@ def _refuse_not_finite(tensors: dict[str, Tensor]) -> None:
     wrong = [key for key, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
     if wrong:
         raise FloatingPointError(
-            f"{wrong[0]} (and {len(wrong) - 1} more) is not finite: lower the learning rates and resume from the last "
-            f"checkpoint"
+            f"{wrong[0]} (and {len(wrong) - 1} more) is not finite: lower the learning rates and run again"
         )
 
 
@@ -148,14 +152,22 @@ def checkpoints(work: Path) -> list[Path]:
     return sorted(p for p in work.glob("checkpoint-*") if p.suffix != ".tmp" and (p / MANIFEST).exists())
 
 
+def _nothing() -> None:
+    """What is done at each file where nobody waits."""
+
+
 class Checkpoint:
     """A published checkpoint, read by pieces; use it in a `with`.
+
+    Args:
+        trusted: take the files as they are, since this process has just written or checked them.
+        alive: called now and then while files are hashed.
 
     Raises:
         DamagedCheckpoint: a file is missing, was cut or changed, or the format is a later one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, trusted: bool = False, alive: Callable[[], None] = _nothing) -> None:
         self.folder = folder
         self._open: dict[str, Any] = {}
         try:
@@ -165,7 +177,9 @@ class Checkpoint:
             raise self._damaged(f"{MANIFEST} cannot be read ({error!r})") from error
         if made != FORMAT:
             raise self._damaged(f"{MANIFEST} has format {made}, and this version of Gristmill reads {FORMAT}")
-        self._verify()
+        wrong = None if trusted else _first_wrong(folder, self.manifest["files"], alive)
+        if wrong:
+            raise self._damaged(wrong)
         self._where = self._index()
 
     def __enter__(self) -> Self:
@@ -178,11 +192,6 @@ class Checkpoint:
         good = [p.name for p in checkpoints(self.folder.parent) if p != self.folder and _is_whole(p)]
         after = f"the last good one is {good[-1]}: " if good else "there is no other: "
         return DamagedCheckpoint(f"{self.folder}: {what}; {after}remove {self.folder.name} to go on from there")
-
-    def _verify(self) -> None:
-        wrong = _first_wrong(self.folder, self.manifest["files"])
-        if wrong:
-            raise self._damaged(wrong)
 
     def _index(self) -> dict[tuple[str, str], list[tuple[int, int, str, str]]]:
         """Of each kind and name its stretches: (first, end, file, key), ascending."""
@@ -210,7 +219,10 @@ class Checkpoint:
         own = self.manifest["owner"]
         for field in sorted({*own, *owner}):
             if own.get(field) != owner.get(field):
-                raise self._damaged(f"it is of another run: {field} is {own.get(field)}, wanted {owner.get(field)}")
+                raise DamagedCheckpoint(
+                    f"{self.folder} is of another model: {field} is {own.get(field)}, and this run's is "
+                    f"{owner.get(field)}: remove the folder, or give the run another store"
+                )
 
     def sizes(self) -> dict[str, Any]:
         """How many tensors of all kinds there are, their numbers, and the bytes of the files."""
@@ -223,11 +235,22 @@ class Checkpoint:
         """Names of the tensors of a kind."""
         return sorted(name for found, name in self._where if found == kind)
 
-    def read(self, kind: str, name: str, start: int, stop: int) -> Tensor | None:
-        """Numbers [start, stop) of a tensor that is laid flat, from whichever files hold them; none where none does.
+    def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
+        """Numbers [start, stop) of a tensor that is laid flat, from whichever files hold them.
 
         Raises:
-            DamagedCheckpoint: some of them are there and some are not.
+            DamagedCheckpoint: they are not all there.
+        """
+        found = self.find(kind, name, start, stop)
+        if found is None:
+            raise self._damaged(f"there is no {kind} {name}")
+        return found
+
+    def find(self, kind: str, name: str, start: int, stop: int) -> Tensor | None:
+        """As `read`, or none where there is no such tensor.
+
+        Raises:
+            DamagedCheckpoint: some of the numbers are there and some are not.
         """
         stretches = self._where.get((kind, name))
         if stretches is None:
@@ -243,14 +266,15 @@ class Checkpoint:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
-def _first_wrong(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
+def _first_wrong(folder: Path, files: dict[str, dict[str, Any]], alive: Callable[[], None]) -> str | None:
     for name, told in files.items():
+        alive()
         path = folder / name
         if not path.exists():
             return f"{name} is missing"
         if path.stat().st_size != told["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, and {told['bytes']} were written"
-        if sha256(path) != told["sha256"]:
+        if sha256(path, alive) != told["sha256"]:
             return f"{name} has another hash than what was written"
     return None
 
@@ -258,20 +282,22 @@ def _first_wrong(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
 def _is_whole(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["format"] == FORMAT and _first_wrong(folder, manifest["files"]) is None
+        return manifest["format"] == FORMAT and _first_wrong(folder, manifest["files"], _nothing) is None
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def last_checkpoint(work: Path, owner: dict[str, Any]) -> Checkpoint | None:
-    """The last published checkpoint, verified, or none.
+def last_checkpoint(
+    work: Path, owner: dict[str, Any], *, trusted: bool = False, alive: Callable[[], None] = _nothing
+) -> Checkpoint | None:
+    """The last published checkpoint, or none; as `Checkpoint`.
 
     Raises:
-        DamagedCheckpoint: it is not as it was written, or is another run's.
+        DamagedCheckpoint: it is not as it was written, or is another model's.
     """
     found = checkpoints(work)
     if not found:
         return None
-    checkpoint = Checkpoint(found[-1])
+    checkpoint = Checkpoint(found[-1], trusted=trusted, alive=alive)
     checkpoint.refuse_unless_of(owner)
     return checkpoint

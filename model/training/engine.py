@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from gristmill.model.config import LayoutConfig, OptimizerConfig
 from gristmill.model.training.batches import Batches, TrainingBatch
-from gristmill.model.training.checkpoints import Checkpoint, DamagedCheckpoint
+from gristmill.model.training.checkpoints import Checkpoint
 from gristmill.model.training.ema import WeightAverage
 from gristmill.model.training.expert_parallel import expert_parameters, reduce_expert_gradients, shard_experts
 from gristmill.model.training.gradient_norms import GradientSquares, group_of, norms_by_group
@@ -31,10 +33,13 @@ from gristmill.model.training.sequence_parallel import shard_sequences, split_se
 from gristmill.model.transformer import Transformer
 
 Row = dict[str, Any]
+LONGEST_WAIT = timedelta(days=1)
 
 
 def start_distributed(device: torch.device) -> tuple[int, int]:
-    """(rank, ranks), with the process group up: NCCL on CUDA, gloo on CPU.
+    """(rank, ranks), with the process group up: NCCL on CUDA, each rank on a device of its own; gloo on CPU.
+
+    A rank that hangs is noticed by the job's launcher; the group's own limit would end ranks that rightly wait.
 
     DeepSpeed's shared-memory reduction is left out: it would be compiled on first use, 40 s and a C++ compiler for a
     reduction that gloo does as well at this size, and its sums would be in another order than gloo's.
@@ -43,8 +48,10 @@ def start_distributed(device: torch.device) -> tuple[int, int]:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False, timeout=LONGEST_WAIT)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -57,8 +64,7 @@ class Engine:
     Experts that are shared out (`expert_parallel`) are hidden from DeepSpeed, which would average their gradients over
     all ranks: they have an optimizer of their own, and whole moments on each rank that holds them.
 
-    Raises:
-        ValueError: the batch does not divide among ranks and micro-batches, or the model not among ranks.
+    `Layout.check` says whether a model and its batch can be laid out so.
     """
 
     def __init__(
@@ -77,13 +83,8 @@ class Engine:
 
         self.model, self.layout, self.clip, self.alive = model, layout, optimizer.gradient_clip, alive
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.place = Layout(self.ranks, layout.expert_parallel, layout.sequence_parallel)
-        self.shares = self.place.data_parallel * layout.micro_batches
-        if batch_sequences % self.shares:
-            raise ValueError(
-                f"batch_sequences {batch_sequences} does not divide among {self.place.data_parallel} data-parallel "
-                f"ranks of {layout.micro_batches} micro-batches: choose a multiple of {self.shares}"
-            )
+        self.place = Layout.of(self.ranks, layout)
+        self.shares = self.place.shares
         self.groups = groups(self.place) if self.ranks > 1 else None
         self.experts = self._share_out()
         self.names = {parameter: name for name, parameter in model.named_parameters()}
@@ -219,10 +220,7 @@ class Engine:
             self.expert_optimizer.step()
             self.expert_optimizer.zero_grad()
         self.norms = self._norms_by_group() if asked else {}
-        applied = self.optimizer.steps_done > done
-        if applied and self.average is not None:
-            self.average.update()
-        return applied
+        return self.optimizer.steps_done > done
 
     def _norms_by_group(self) -> Row:
         """Norms of the gradient as the optimizers took it up: under ZeRO each rank holds other numbers of it."""
@@ -276,15 +274,19 @@ class Engine:
 
     @torch.no_grad()
     def balance(self) -> Tensor | None:
-        """Move the experts' biases by the step's load over all ranks; the load, (L, E), float32."""
+        """End a step that was taken: move the experts' biases by its load over all ranks, and follow with the average.
+
+        Returns the load, (L, E), float32; none in a dense model.
+        """
         load_LE = self.objective.load_LE()
-        if load_LE is None:
-            return None
-        load_LE = load_LE.float()
-        if self.ranks > 1:
-            dist.all_reduce(load_LE)
-        for mixture, load_E in zip(self.model.mixtures(), load_LE, strict=False):
-            mixture.update_bias(load_E)
+        if load_LE is not None:
+            load_LE = load_LE.float()
+            if self.ranks > 1:
+                dist.all_reduce(load_LE)
+            for mixture, load_E in zip(self.model.mixtures(), load_LE, strict=False):
+                mixture.update_bias(load_E)
+        if self.average is not None:
+            self.average.update()
         return load_LE
 
     def agree(self, own: bool) -> bool:
@@ -327,12 +329,7 @@ class Engine:
             DamagedCheckpoint: it lacks numbers of a parameter.
         """
 
-        def read(kind: str, name: str, start: int, stop: int) -> Tensor:
-            found = checkpoint.read(kind, name, start, stop)
-            if found is None:
-                raise DamagedCheckpoint(f"{checkpoint.folder} has no {kind} {name}: it is of another model")
-            return found
-
+        read = checkpoint.read
         average, steps = self.average, checkpoint.state()["optimizer_steps"]
         if average is not None:
             average.updates = steps
@@ -346,7 +343,7 @@ class Engine:
                 average.average[buffer].copy_(read("average", name, 0, buffer.numel()).view_as(buffer))
         self._spread()
         for optimizer in self._optimizers():
-            optimizer.load_moments(lambda kind, p: checkpoint.read(kind, p.name, p.start, p.stop), steps)
+            optimizer.load_moments(lambda kind, p: checkpoint.find(kind, p.name, p.start, p.stop), steps)
 
     @torch.no_grad()
     def _spread(self) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+PART_BYTES = 64 << 20
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -23,7 +26,21 @@ def sync_and_rename(part: Path, path: Path) -> None:
     os.replace(part, path)
 
 
-def sha256(path: Path) -> str:
-    """Of a file's bytes, hexadecimal."""
+def sync_folder(folder: Path) -> None:
+    """Bring the names of a folder's files onto the disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def sha256(path: Path, alive: Callable[[], None] | None = None) -> str:
+    """Of a file's bytes, hexadecimal; `alive` is called at each part of it."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(PART_BYTES):
+            digest.update(part)
+            if alive is not None:
+                alive()
+    return digest.hexdigest()

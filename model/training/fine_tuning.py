@@ -14,6 +14,7 @@ from gristmill.model.config import LayoutConfig, SFTConfig
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import Conversation, ConversationBatches
 from gristmill.model.training.engine import start_distributed
+from gristmill.model.training.layout import Layout
 from gristmill.model.training.loop import Training, train, write_rows
 from gristmill.model.training.models import load_model
 from gristmill.model.training.precision import apply_precision
@@ -48,8 +49,9 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         precision=config.precision,
         spikes=config.spikes,
     )
-    history = train(model, batches, training, out, progress, layout=LayoutConfig.model_validate(job["layout"]))
-    curves = [row for row in history.curves if "spike" not in row] or history.curves
+    layout = LayoutConfig.model_validate(job["layout"])
+    Layout.of(dist.get_world_size(), layout).check(model.config, config.sequence_length, config.batch_sequences)
+    history = train(model, batches, training, out, progress, layout=layout)
     if rank == 0:
         write_rows(out / "curves.jsonl", history.curves)
         write_rows(out / "spikes.jsonl", history.spikes)
@@ -70,7 +72,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         "tokens": tokens,
         "flops": flops_per_token(model.config, model.vocab_size, config.sequence_length, mtp=False) * tokens,
         "steps": config.steps,
-        "loss": round(curves[-1]["main_loss"], 5),
+        "loss": round(history.last_taken()["main_loss"], 5),
         "steps_left_out": len(history.spikes),
         **products,
     }

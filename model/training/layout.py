@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gristmill.model.config import ModelConfig
+from gristmill.model.config import LayoutConfig, ModelConfig
 
 if TYPE_CHECKING:  # the layout is checked where torch is not imported
     from torch.distributed import ProcessGroup
@@ -30,12 +30,24 @@ class Layout:
     ranks: int
     expert_parallel: int = 1
     sequence_parallel: int = 1
+    micro_batches: int = 1
+    nodes: int = 1
+
+    @classmethod
+    def of(cls, ranks: int, asked: LayoutConfig) -> Layout:
+        """What a run's configuration asks for."""
+        return cls(ranks, asked.expert_parallel, asked.sequence_parallel, asked.micro_batches, asked.nodes)
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
             raise ValueError(f"ranks {self.ranks} is less than one: choose 1 or more")
-        for name in ("expert_parallel", "sequence_parallel"):
+        for name in ("expert_parallel", "sequence_parallel", "nodes"):
             _refuse_unless_divisor(name, getattr(self, name), {"ranks": self.ranks})
+
+    @property
+    def shares(self) -> int:
+        """Parts that a step's batch is cut into: the micro-batches of all data-parallel ranks."""
+        return self.data_parallel * self.micro_batches
 
     @property
     def data_parallel(self) -> int:
@@ -77,12 +89,18 @@ class Layout:
                     f"{self.sequence_parallel}: a part of a sequence knows the targets of one module alone, the next "
                     f"rank has those further ahead; set one of them to 1"
                 )
-        if batch_sequences % self.data_parallel:
-            below = batch_sequences // self.data_parallel * self.data_parallel
-            near = [n for n in (below, below + self.data_parallel) if n]
+        if self.micro_batches > 1 and model.num_nextn_predict_layers > 1:
+            raise ValueError(
+                f"num_nextn_predict_layers {model.num_nextn_predict_layers} with micro_batches {self.micro_batches}: "
+                f"how a step's targets fall to its micro-batches is known for one module alone; set one of them to 1"
+            )
+        if batch_sequences % self.shares:
+            below = batch_sequences // self.shares * self.shares
+            near = [n for n in (below, below + self.shares) if n]
             raise ValueError(
                 f"batch_sequences {batch_sequences} does not divide among {self.data_parallel} data-parallel ranks "
-                f"({self.ranks} ranks, sequence_parallel {self.sequence_parallel}): choose {_either(near)}"
+                f"({self.ranks} ranks, sequence_parallel {self.sequence_parallel}) of {self.micro_batches} "
+                f"micro-batches: choose {_either(near)}"
             )
 
 

@@ -49,8 +49,8 @@ class Training:
     mtp_loss_weight: float = 0.0
     load_every: int = 0  # record the experts' load every so many steps; 0 never
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
-    keep_every: int = 0
-    keep_best: bool = False
+    keep_every: int = 0  # steps between models that are kept in kept/; 0 none
+    keep_best: bool = False  # the checkpoint with the least held-out loss as well
     ema_decay: float = 0.0  # of the average of the weights; 0 makes none
     precision: Precision = "float32"  # that was applied to the model: its speed is held against what that can do
 
@@ -63,6 +63,17 @@ class History:
     loads: list[Row] = field(default_factory=list)
     spikes: list[Row] = field(default_factory=list)
     samples: list[Row] = field(default_factory=list)
+
+    def last_taken(self) -> Row:
+        """The last step that was not left out.
+
+        Raises:
+            FloatingPointError: every step was.
+        """
+        for row in reversed(self.curves):
+            if "spike" not in row:
+                return row
+        raise FloatingPointError("no step was taken, since no loss was finite: lower the rates and run again")
 
 
 def train(
@@ -107,7 +118,7 @@ class Run:
             mtp_loss_weight=training.mtp_loss_weight,
             batch_sequences=training.batch_sequences,
             layout=layout,
-            alive=lambda: progress(self.at, training.steps),
+            alive=self.alive,
             ema_decay=training.ema_decay,
         )
         self.rank, self.ranks = self.engine.rank, self.engine.ranks
@@ -115,8 +126,12 @@ class Run:
         self.writer = CheckpointWriter(
             out / "work", self.owner, rank=self.rank, ranks=self.ranks, keep=layout.kept_checkpoints
         )
-        self.kept = KeptModels(out / "kept", training.keep_every, training.keep_best)
+        self.kept = KeptModels(out / "kept", training.keep_every, training.keep_best, self.alive)
         self.history = History()
+
+    def alive(self) -> None:
+        """Say that this rank works."""
+        self.progress(self.at, self.training.steps)
 
     def train(self, held_out: HeldOut | None, texts: Texts | None) -> History:
         """All steps, from the last checkpoint where there is one."""
@@ -143,6 +158,7 @@ class Run:
                 self._record(recorder, step, spent)
             shown = {"loss": row.get("main_loss"), "grad_norm": row.get("grad_norm")}
             self.progress(step + 1, steps, **{name: value for name, value in shown.items() if value is not None})
+        self.at = steps
         if recorder is not None:
             recorder.close()
         if first < steps:
@@ -206,11 +222,11 @@ class Run:
         if self.writer.busy:
             self._publish()
         dist.barrier()
-        checkpoint = last_checkpoint(self.out / "work", self.owner)
+        checkpoint = last_checkpoint(self.out / "work", self.owner, trusted=True)
         if checkpoint is None:
             raise FloatingPointError(
                 "the loss is not finite or far above those before it, and there is no checkpoint to roll back to yet: "
-                "lower the rates or checkpoint_every"
+                "lower the rates or checkpoint_every, and run again"
             )
         with checkpoint:
             self.engine.load(checkpoint)
@@ -240,31 +256,31 @@ class Run:
 
     def _publish(self) -> None:
         while not self.writer.written():
-            self.engine.alive()
+            self.alive()
             time.sleep(0.01)
         dist.barrier()
         self.writer.publish()
-        if self.rank == 0 and (self.training.keep_every or self.training.keep_best):
-            self._keep()
+        self._keep()
 
     def _keep(self) -> None:
-        checkpoint = last_checkpoint(self.out / "work", self.owner)
-        assert checkpoint is not None
-        with checkpoint:
-            self.kept.look(checkpoint, self.model, self.history.curves)
+        """Keep the model of the last checkpoint, where that is asked for."""
+        if self.rank == 0 and self.kept:
+            checkpoint = last_checkpoint(self.out / "work", self.owner, trusted=True)
+            assert checkpoint is not None
+            with checkpoint:
+                self.kept.look(checkpoint, self.model, self.history.curves)
 
     def _resume(self) -> int:
-        """Take up the last checkpoint; the step to begin with."""
+        """Take up the last checkpoint, whose files the first rank hashes; the step to begin with."""
         dist.barrier()
-        checkpoint = last_checkpoint(self.out / "work", self.owner)
+        checkpoint = last_checkpoint(self.out / "work", self.owner, trusted=self.rank > 0)
         first = 0
         if checkpoint is not None:
             with checkpoint:
                 self.engine.load(checkpoint)
                 state, first = checkpoint.state(), checkpoint.step
             self.history = History(**{name: state[name] for name in vars(self.history) if name in state})
-            if self.rank == 0:
-                self._keep()
+            self._keep()
         if self.rank == 0:
             with (self.out / "log" / "starts.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"pid": os.getpid(), "from_step": first}) + "\n")
@@ -273,12 +289,12 @@ class Run:
     def _leave_model(self) -> None:
         """Write the finished model from the last checkpoint: no rank need hold it whole."""
         if self.rank == 0:
-            checkpoint = last_checkpoint(self.out / "work", self.owner)
+            checkpoint = last_checkpoint(self.out / "work", self.owner, trusted=True)
             assert checkpoint is not None
             with checkpoint:
-                write_from(checkpoint, self.model, self.out / "model")
+                write_from(checkpoint, self.model, self.out / "model", self.alive)
                 if self.training.ema_decay:
-                    write_from(checkpoint, self.model, self.out / "model-ema", "average")
+                    write_from(checkpoint, self.model, self.out / "model-ema", self.alive, "average")
         dist.barrier()
 
 

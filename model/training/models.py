@@ -43,7 +43,7 @@ def write_model(
     def finite(name: str) -> Iterator[Tensor]:
         for part in parts(name):
             if part.is_floating_point() and not bool(part.isfinite().all()):
-                raise FloatingPointError(f"{name} is not finite: lower the learning rates and resume")
+                raise FloatingPointError(f"{name} is not finite: lower the learning rates and run again")
             yield part
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Muon for hidden matrices and AdamW for the rest, in one optimizer whose state has names.
 
 A tensor that it updates is a parameter, or under ZeRO a flat stretch of several: `pieces` says which. AdamW needs no
-more than that; Muon orthogonalises whole matrices, so the ranks hand each other their momenta (`gathered`).
+more than that; Muon orthogonalises whole matrices, so the ranks hand each other their momenta (`gather`).
 
 Muon: Keller Jordan et al., 2024, kellerjordan.github.io/posts/muon; the Newton–Schulz coefficients are theirs.
 """

@@ -100,9 +100,10 @@ class _Slices:
 
 def _from_all(numbers: Tensor, group: Any) -> Tensor:
     """The ranks' tensors of equal size, one a row."""
-    every = numbers.new_empty(dist.get_world_size(group) * numbers.numel())  # flat: gloo takes no other shape
+    ranks = dist.get_world_size(group)
+    every = numbers.new_empty(ranks * numbers.numel())
     dist.all_gather_into_tensor(every, numbers.contiguous().view(-1), group=group)
-    return every.view(-1, numbers.numel())
+    return every.view(ranks, -1)
 
 
 def _matrices(flat: Tensor, piece: Piece) -> Tensor:

@@ -108,9 +108,9 @@ def train_on_mixture(
         FloatingPointError, ValueError: as `train`.
     """
     device = model.lm_head.weight.device
-    place = Layout(dist.get_world_size(), layout.expert_parallel, layout.sequence_parallel)
+    place = Layout.of(dist.get_world_size(), layout)
     place.check(model.config, config.sequence_length, config.batch_sequences)
-    config.batches.refuse_ranks(place.data_parallel * layout.micro_batches)
+    config.batches.refuse_ranks(place.shares)
     products = apply_precision(model, config.precision)
 
     def due(step: int) -> bool:
@@ -155,8 +155,7 @@ def check_mixture(stage: str, config: MixtureRun, mixture: Mixture) -> None:
 
 
 def _metrics(config: MixtureRun, model: Transformer, history: History) -> Metrics:
-    taken = [row for row in history.curves if "spike" not in row] or history.curves
-    last = history.curves[-1]
+    taken, last = history.last_taken(), history.curves[-1]
     total, active = parameter_counts(model.config, model.vocab_size)
     tokens = config.sequences * config.sequence_length
     each = flops_per_token(model.config, model.vocab_size, config.sequence_length, mtp=len(model.mtp) > 0)
@@ -166,8 +165,8 @@ def _metrics(config: MixtureRun, model: Transformer, history: History) -> Metric
         "tokens": tokens,
         "flops": each * tokens,
         "steps": config.steps,
-        "loss": round(taken[-1]["main_loss"], 5),
+        "loss": round(taken["main_loss"], 5),
         **{name: round(value, 5) for name, value in sorted(last.items()) if name.startswith("held_out")},
-        "load_violation": round(taken[-1].get("load_violation", 0.0), 5),
+        "load_violation": round(taken.get("load_violation", 0.0), 5),
         "steps_left_out": len(history.spikes),
     }

@@ -54,6 +54,5 @@ class Spikes:
         often = f" (the {self.count}th time, and spikes.at_most allows {self.config.at_most})"
         raise FloatingPointError(
             f"the loss or its gradient is not finite or far above those before it at step {step}"
-            f"{'' if self.config.policy == 'stop' else often} ({told}): lower the rates and resume from the last "
-            f"checkpoint"
+            f"{'' if self.config.policy == 'stop' else often} ({told}): lower the rates and run again"
         )

@@ -84,7 +84,10 @@ RECIPE_ERRORS = {
         "execution: {ranks: 2, layout: {expert_parallel: 3}}",
         "expert_parallel 3 does not divide ranks 2",
     ),
-    "micro-batches": ("execution: {layout: {micro_batches: 3}}", "a batch of 16 sequences"),
+    "micro-batches": (
+        "execution: {layout: {micro_batches: 3}}",
+        "batch_sequences 16 does not divide among 1 data-parallel ranks .* of 3 micro-batches: choose 15 or 18",
+    ),
     "offload without ZeRO": ("execution: {layout: {offload: optimizer}}", "raise zero_stage to 1 or more"),
     "more problems than there are": ("evaluate: {problems: 701}", "evaluate.problems 701 is more than the 700"),
 }

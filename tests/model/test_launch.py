@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch.distributed
 
 from gristmill.model.config import LayoutConfig
 from gristmill.model.launch import JobFailed, JobHung, command, launch
@@ -83,10 +84,12 @@ def test_a_teller_shows_life_until_its_last_step(tmp_path: Path) -> None:
 
 
 def busy(job: dict[str, Any], out: Path, device: Any, progress: Any) -> dict[str, Any]:
-    """A job of ranks that work for a while, saying so."""
+    """A job of ranks that work for a while, wait for each other, and say that they are alive."""
+    torch.distributed.init_process_group("gloo")
     (out / "log" / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     for _ in range(600):
         progress(0, 1)
+        torch.distributed.barrier()
         time.sleep(0.05)
     return {}
 
@@ -110,7 +113,11 @@ def test_a_rank_that_hangs_or_dies_ends_the_job_on_all(
     thread = threading.Thread(target=strike, daemon=True)
     thread.start()
     wanted = JobHung if sent == signal.SIGSTOP else JobFailed
-    said = "rank 1 showed no sign of life for 3 s" if sent == signal.SIGSTOP else "exit code"
+    said = (
+        "rank 1 showed no sign of life for 3 s"
+        if sent == signal.SIGSTOP
+        else "rank 1 was ended by signal 9, and the job with it"
+    )
     with pytest.raises(wanted, match=said):
         launch(
             "test_launch:busy", {}, tmp_path, threads=1, device="cpu", progress=silent, ranks=2,

@@ -17,7 +17,14 @@ from safetensors.torch import load_file
 from gristmill.data.mix import MixConfig, mix
 from gristmill.data.stage_types import silent as quiet
 from gristmill.data.tokenize import TokenizeConfig, tokenize
-from gristmill.model.config import LayoutConfig, ModelConfig, OptimizerConfig, PretrainConfig, ScheduleConfig
+from gristmill.model.config import (
+    LayoutConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    ScheduleConfig,
+    SpikeConfig,
+)
 from gristmill.model.launch import JobFailed
 from gristmill.model.pretrain import pretrain
 from gristmill.model.stage_types import silent
@@ -34,7 +41,8 @@ CONFIG = PretrainConfig(
     evaluate_every=10,
     held_out_sequences=4,
     schedule=ScheduleConfig(warmup_steps=4),
-    optimizer=OptimizerConfig(muon_learning_rate=0.0, adam_learning_rate=1e-3),
+    # Norms are summed in another order by each layout: what is clipped by one differs in its last bits.
+    optimizer=OptimizerConfig(muon_learning_rate=0.0, adam_learning_rate=1e-3, gradient_clip=1e3),
 )  # fmt: skip
 MUON = CONFIG.model_copy(update={"optimizer": OptimizerConfig()})
 ONE = LayoutConfig()
@@ -92,13 +100,13 @@ def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> boo
 
 
 def killed_when(out: Path, there: str, ranks: int) -> threading.Thread:
-    """Kill every process of the job as soon as a file of this pattern is there."""
+    """Kill the first rank as soon as something of this pattern is there; torchrun then ends the others."""
 
     def kill() -> None:
         while not any(out.glob(there)):
             time.sleep(0.001)
         starts = (out / "log" / "starts.jsonl").read_text().splitlines()
-        os.kill(json.loads(starts[-1])["pid"], signal.SIGKILL)  # torchrun ends the other ranks
+        os.kill(json.loads(starts[-1])["pid"], signal.SIGKILL)
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
@@ -126,9 +134,10 @@ def undisturbed(corpus: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     return run
 
 
-# Two ranks add two halves of a gradient that one adds in one go: float32's 1.2e-7 a sum, and AdamW's division by the
-# root of the second moment makes a relative error of each small gradient of it. Twenty steps of rate 1e-3 carry that on.
-LOSS, WEIGHTS = 2e-4, 2e-3
+# Two ranks add two halves of a gradient that one adds in one go, and sums of some hundred float32 numbers in another
+# order are apart by a few of its 6e-8; AdamW makes a relative error of it for gradients near zero alone. Twenty steps
+# carry that on, by less than tenfold.
+LOSS, WEIGHTS, NORM = 2e-6, 1e-6, 1e-5
 
 
 @pytest.mark.parametrize(
@@ -138,14 +147,14 @@ def test_ranks_learn_what_one_process_learns(stage: int, alone: Path, undisturbe
     out = undisturbed(stage)
     assert curve(out) == pytest.approx(curve(alone), rel=LOSS)
     assert curve(out, "mtp_loss") == pytest.approx(curve(alone, "mtp_loss"), rel=LOSS)
-    assert curve(out, "grad_norm") == pytest.approx(curve(alone, "grad_norm"), rel=2e-3)
+    assert curve(out, "grad_norm") == pytest.approx(curve(alone, "grad_norm"), rel=NORM)
     assert apart(weights(out), weights(alone)) < WEIGHTS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_changes_no_bit(stage: int, undisturbed: Any) -> None:
-    """Two ranks: a sum of two numbers has one order, so who adds them up does not matter."""
+    """Two ranks and nothing clipped: a sum of two numbers has one order, so who adds them up does not matter."""
     assert equal(weights(undisturbed(stage)), weights(undisturbed(0)))
 
 
@@ -183,12 +192,37 @@ def test_experts_and_sequences_are_shared_out(
 ) -> None:
     trained(corpus, tmp_path / "out", ranks=2, layout=layout)
     assert curve(tmp_path / "out") == pytest.approx(curve(alone), rel=LOSS)
-    assert curve(tmp_path / "out", "grad_norm") == pytest.approx(curve(alone, "grad_norm"), rel=2e-3)
+    assert curve(tmp_path / "out", "grad_norm") == pytest.approx(curve(alone, "grad_norm"), rel=NORM)
     held_out = [
         [row["held_out_bpb"] for row in rows(out) if "held_out_bpb" in row] for out in (tmp_path / "out", alone)
     ]
     assert held_out[0] == pytest.approx(held_out[1], rel=LOSS)
     assert apart(weights(tmp_path / "out"), weights(alone)) < WEIGHTS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_layouts_leave_out_the_same_steps(policy: str, corpus: dict[str, Path], tmp_path: Path) -> None:
+    """With a threshold that many a step exceeds, and an average of the weights."""
+    spikes = SpikeConfig(policy=policy, threshold=0.5, window=16, at_most=100)  # type: ignore[arg-type]
+    config = CONFIG.model_copy(update={"spikes": spikes, "ema_decay": 0.9, "schedule": ScheduleConfig(warmup_steps=20)})
+    config = config.model_copy(update={"optimizer": OptimizerConfig(muon_learning_rate=0.0, adam_learning_rate=1e-5)})
+    trained(corpus, tmp_path / "one", config)
+    layout = LayoutConfig(zero_stage=2, expert_parallel=2)
+    trained(corpus, tmp_path / "two", config, ranks=2, layout=layout)
+    left = [[row["step"] for row in rows(tmp_path / name) if "spike" in row] for name in ("one", "two")]
+    assert left[0] == left[1]
+    assert left[0]
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=LOSS)
+    assert apart(weights(tmp_path / "two"), weights(tmp_path / "one")) < WEIGHTS
+    averages = [load_file(tmp_path / name / "model-ema" / "model.safetensors") for name in ("one", "two")]
+    assert apart(*averages) < WEIGHTS
+
+
+def test_zero_and_muon_on_one_rank(alone: Path, corpus: dict[str, Path], tmp_path: Path) -> None:
+    trained(corpus, tmp_path / "plain", MUON)
+    trained(corpus, tmp_path / "zero", MUON, layout=LayoutConfig(zero_stage=1))
+    assert curve(tmp_path / "zero") == pytest.approx(curve(tmp_path / "plain"), rel=5e-3)  # see below: Muon
 
 
 @pytest.mark.slow
@@ -201,7 +235,7 @@ def test_offload_changes_no_bit(
     assert equal(weights(tmp_path / "out"), weights(undisturbed(0)))
 
 
-IN_A_STEP, IN_A_SAVE = "work/checkpoint-00000004", "work/checkpoint-00000008.tmp/*.part"
+IN_A_STEP, IN_A_SAVE = "work/checkpoint-00000004", "work/checkpoint-00000008.tmp"
 
 
 @pytest.mark.parametrize(
