@@ -83,11 +83,15 @@ def _why_not(layout: LayoutConfig) -> str:
 @contextmanager
 def _float32_products(model: Transformer) -> Iterator[None]:
     """Within it the model decodes in the one dtype that decoding takes, that of its weights."""
-    changed: list[tuple[Any, Any]] = [(m, m.product) for m in model.modules() if isinstance(m, Linear | Experts)]
-    for module, _ in changed:
-        module.product = F.linear if isinstance(module, Linear) else moe_mlp
+    changed: list[tuple[Any, Any, Any]] = [
+        (module, module.product, F.linear if isinstance(module, Linear) else moe_mlp)
+        for module in model.modules()
+        if isinstance(module, Linear | Experts)
+    ]
+    for module, _, plain in changed:
+        module.product = plain
     try:
         yield
     finally:
-        for module, product in changed:
+        for module, product, _ in changed:
             module.product = product
