@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from gristmill.model.config import BatchRampConfig
+
+class Ramp(Protocol):
+    """What is asked of a batch that grows: `BatchRampConfig`."""
+
+    @property
+    def start_sequences(self) -> int: ...
+
+    @property
+    def increment(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class BatchSizes:
     4.2). The step that crosses such a border is still of the smaller size.
     """
 
-    def __init__(self, sequences: int, sequence_length: int, ramp: BatchRampConfig | None) -> None:
+    def __init__(self, sequences: int, sequence_length: int, ramp: Ramp | None) -> None:
         if ramp is None:
             self.stretches = [Stretch(0, 0, sequences)]
             return

@@ -87,7 +87,7 @@ class Engine:
         self.shares = self.place.shares
         self.groups = groups(self.place) if self.ranks > 1 else None
         self.experts = self._share_out()
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.optimizer = MuonAdamW(model.named_parameters(), optimizer)
         self.optimizer.admit = self._admit
         self.expert_optimizer = self._of_experts(optimizer) if self.experts else None

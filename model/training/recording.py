@@ -95,7 +95,7 @@ class Recorder:
         """Add a step to the event files, counted from one as people do."""
         if self.board is None:
             return
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         numbers = {_tag("training", name): value for name, value in curves.items() if _is_number(value)}
         numbers |= {_tag("speed", name): value for name, value in timings.items() if _is_number(value)}
