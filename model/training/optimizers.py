@@ -139,7 +139,7 @@ class MuonAdamW(torch.optim.Optimizer):
             for (parameter, piece, _), part in zip(members, parts, strict=True):
                 skipped = piece.start - piece.matrices[0] * rows * columns
                 own = part.reshape(-1)[skipped : skipped + piece.stop - piece.start]
-                piece.of(parameter).add_(own, alpha=-rate * size)
+                piece.of(parameter).add_(own.to(parameter.device), alpha=-rate * size)
 
     def _nesterov(self, parameter: Tensor) -> Tensor:
         """The momentum after this gradient, a further step of it ahead."""

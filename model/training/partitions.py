@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -99,8 +100,10 @@ class _Slices:
 
 
 def _from_all(numbers: Tensor, group: Any) -> Tensor:
-    """The ranks' tensors of equal size, one a row."""
+    """The ranks' tensors of equal size, one a row, on the device that the ranks talk from: offloaded ones go there."""
     ranks = dist.get_world_size(group)
+    if dist.get_backend(group) == "nccl":
+        numbers = numbers.to(torch.device("cuda", torch.cuda.current_device()))
     every = numbers.new_empty(ranks * numbers.numel())
     dist.all_gather_into_tensor(every, numbers.contiguous().view(-1), group=group)
     return every.view(ranks, -1)
