@@ -27,20 +27,12 @@ class LiveCard:
         """
         if time.monotonic() - self.last < self.every:
             return None
-        from httpx import HTTPError
-        from prefect.exceptions import PrefectException
-
         from gristmill.flows.cards.training import live_card
 
-        try:
-            card = live_card(self.stage, self.title, self.folder)
-            if card is not None:
-                self._show(card)
-        except (HTTPError, PrefectException, OSError, ValueError) as error:
-            self.last = float("inf")
-            return str(error) or type(error).__name__
+        card = live_card(self.stage, self.title, self.folder)
+        if card is not None:
+            self._show(card)
         self.last = time.monotonic()  # what the picture took is not part of the pause
-        return None
 
     def finish(self, card: str) -> None:
         """Show the card of the finished stage."""

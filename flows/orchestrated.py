@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from gristmill.flows import server
@@ -102,7 +103,10 @@ class Orchestrated(Plain):
             live = LiveCard(call.stage.name, call.stage.title, self.store.folder(call.stage.name, call.key))
             self.watcher.live = live
             made.update(Plain.perform(self, call, planned))
-            live.finish(self._card(call, made))
+            try:
+                live.finish(self._card(call, made))
+            except Exception as error:  # the stage is done whether or not the server shows it
+                self.watcher.say(f"the card of {call.stage.name} is not shown: {error or type(error).__name__}")
 
         self._task(call, work, self.execution.retries)()
         return made
@@ -140,7 +144,8 @@ class _Reporting:
 
     def stage(self, name: str, state: str, **values: Any) -> None:
         if self.artifact is not None and state == "done":
-            self._update(100.0)
+            with suppress(Exception):  # as in `progress`: what is done is done
+                self._update(100.0)
         self.inner.stage(name, state, **values)
         self._log(stage_line(name, state, **values))
 
@@ -148,9 +153,13 @@ class _Reporting:
         self.inner.progress(name, done, total, **values)
         if _inside_flow() and time.monotonic() - self.last >= PROGRESS_SECONDS and total:
             self.last = time.monotonic()
-            self._show(name, 100.0 * done / total)
-            if self.live is not None and (trouble := self.live.refresh()):
-                self.say(f"the card of {name} is not refreshed while it runs: {trouble}")
+            try:
+                self._show(name, 100.0 * done / total)
+                if self.live is not None:
+                    self.live.refresh()
+            except Exception as error:  # a server that is away must not end the work that it would show
+                self.last = math.inf
+                self.say(f"{name} is not shown in the UI while it runs: {error or type(error).__name__}")
 
     def _show(self, name: str, percent: float) -> None:
         if self.named != name:

@@ -143,6 +143,9 @@ class Stage:
         self.seeded = "seed" in positional
         self.inputs = [name for name in positional if name not in ("config", "out", "seed")]
         self.lists = [name for name in self.inputs if hints.get(name) == list[Path]]
+        for name in self.lists:
+            if beside := [other for other in self.inputs if re.fullmatch(rf"{name}_\d+", other)]:
+                raise TypeError(f"stage {self.name!r}: {beside[0]!r} is the name of a part of {name!r}: rename it")
         self.optional = [name for name in self.inputs if parameters[name].default is None]
         for name in self.inputs:
             wanted = list[Path] if name in self.lists else Path | None if name in self.optional else Path

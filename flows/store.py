@@ -46,7 +46,8 @@ TRASH = ".trash"
 SHOWN = (
     *("view/", "samples.jsonl", "curves.jsonl", "results.jsonl", "report.json", "log/timings.jsonl"),
     *("funnel.jsonl", "histograms.jsonl", "pairs.jsonl", "repeats.jsonl", "matches.jsonl", "compression.jsonl"),
-    *("packing.jsonl", "sources.jsonl", "classifiers/"),
+    *("packing.jsonl", "sources.jsonl", "classifiers/", "fit.json", "rungs.jsonl"),
+    *("needle.jsonl", "loss_by_position.jsonl", "spikes.jsonl", "expert_load.jsonl"),
 )
 KEY = re.compile(r"[0-9a-f]{16}")
 

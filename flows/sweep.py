@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import ValidationError
+
 from gristmill.flows import stages
 from gristmill.flows.corpus import corpus
 from gristmill.flows.errors import UsageError
@@ -9,6 +11,7 @@ from gristmill.flows.recipe import Recipe
 from gristmill.flows.stage import Artifact
 from gristmill.model.config import ModelConfig, PretrainConfig
 from gristmill.model.ladder import Ladder, ladder
+from gristmill.model.training.layout import Layout
 
 
 def sweep(recipe: Recipe) -> Artifact:
@@ -41,7 +44,7 @@ def sweep_ladder(recipe: Recipe) -> Ladder:
     """The runs of the recipe's sweep.
 
     Raises:
-        UsageError: a batch does not divide among the ranks, or two rungs come to the same run.
+        UsageError: a rung cannot be, or not be laid out over the ranks, or two rungs come to the same run.
     """
     from gristmill.model.transformer import flops_per_token, parameter_counts
 
@@ -51,16 +54,20 @@ def sweep_ladder(recipe: Recipe) -> Ladder:
         flops = flops_per_token(model, vocabulary, length, mtp=model.num_nextn_predict_layers > 0)
         return parameter_counts(model, vocabulary)[1], flops
 
-    runs = ladder(recipe.pretrain, recipe.sweep, costs)
+    if recipe.pretrain.batch_ramp is not None:
+        raise UsageError("a sweep's runs are too short for pretrain.batch_ramp: set it to null")
+    try:
+        runs = ladder(recipe.pretrain, recipe.sweep, costs)
+    except ValidationError as error:
+        raise UsageError(f"a rung of the sweep cannot be: {error.errors()[0]['msg']}") from error
     everything = [*runs.rungs, *runs.further, runs.held_out]
-    ranks = recipe.execution.ranks
+    place = Layout.of(recipe.execution.ranks, recipe.execution.layout)
     for number, run in enumerate(everything):
         width = run.model.hidden_size
-        if run.batch_sequences % ranks:
-            raise UsageError(
-                f"the rung {width} wide has {run.batch_sequences} sequences a step, which do not divide among "
-                f"execution.ranks {ranks}: choose other ranks, or sweep.batch_exponent 0"
-            )
+        try:
+            place.check(run.model, run.sequence_length, run.batch_sequences)
+        except ValueError as error:
+            raise UsageError(f"the rung {width} wide: {error}") from error
         if (width, run.steps) in [(r.model.hidden_size, r.steps) for r in everything[:number]]:
             raise UsageError(
                 f"two budgets of the rung {width} wide come to the same {run.steps} steps: choose budgets further apart"

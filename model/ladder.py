@@ -92,9 +92,9 @@ class SweepConfig(Config):
                 f"hold_out {self.hold_out} is not larger than the largest rung {self.sizes[-1]}: a forecast is tried "
                 f"on a larger size, so raise it or take smaller rungs"
             )
-        for name, least in (("tokens_per_parameter", 0), ("steps", 0)):
+        for name in ("tokens_per_parameter", "steps"):
             values = getattr(self, name)
-            if any(not math.isfinite(v) or v <= least for v in values) or len(set(values)) < len(values):
+            if any(not math.isfinite(v) or v <= 0 for v in values) or len(set(values)) < len(values):
                 raise ValueError(f"{name} {list(values)} will not do: give positive numbers, each once")
         return self
 
@@ -140,7 +140,7 @@ def rung(recipe: PretrainConfig, sweep: SweepConfig, width: int, budget: float, 
     steps = round(budget) if in_steps else _whole_steps(tokens / (batch * recipe.sequence_length), batch)
     rate = compute**-sweep.rate_exponent
     optimizer, schedule = recipe.optimizer, recipe.schedule
-    return recipe.model_copy(
+    made = recipe.model_copy(
         update={
             "model": model,
             "steps": steps,
@@ -156,6 +156,7 @@ def rung(recipe: PretrainConfig, sweep: SweepConfig, width: int, budget: float, 
             ),
         }
     )
+    return PretrainConfig.model_validate(made.model_dump())
 
 
 def scaled_model(model: ModelConfig, width: int, depth_exponent: float = 1.0) -> ModelConfig:

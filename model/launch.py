@@ -1,7 +1,8 @@
 """Starts a training, sampling or conversion job in a process of its own and follows it to its end.
 
 The job's process holds torch, its threads and its memory; what starts it stays small, and a stage that dies takes
-nothing with it. A job whose launcher is gone ends itself (`gristmill.model.worker`), so no orphan keeps the cores.
+nothing with it. A job whose launcher is gone ends itself (`gristmill.model.worker`), so no orphan keeps the cores; one
+on several nodes does not notice, and is not started twice.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from gristmill.model.stage_types import Metrics, Progress
 
 POLL_SECONDS = 0.2
 LAST_WORDS = 20_000  # characters of a log in which torchrun says what failed
-MEETING_PORT = 29_400  # of the first node, where torchrun's agents find each other
+MEETING_PORTS = range(29_400, 30_400)  # of the first node, where torchrun's agents find each other: one a Slurm job
 
 
 class JobFailed(RuntimeError):
@@ -66,6 +67,8 @@ def launch(
     told, failure, metrics = log / "progress.jsonl", log / "error.json", work / "metrics.json"
     if (ended := _ended(metrics)) is not None:
         return _cleared(work, metrics, ended)
+    if layout is not None and layout.nodes > 1:
+        _refuse_beside_another(log, layout.hang_seconds)
     for stale in (told, failure, metrics, *log.glob("alive-*")):
         stale.unlink(missing_ok=True)
     described = {"entry": entry, "job": job, "out": str(out), "threads": threads, "device": device}
@@ -88,6 +91,22 @@ def launch(
     if ended is None:
         raise JobFailed(_sentence(failure, log / "output.log", code))
     return _cleared(work, metrics, ended)
+
+
+def _refuse_beside_another(log: Path, seconds: float) -> None:
+    """Ranks on other nodes do not see that their launcher was killed: wait until they are silent.
+
+    Raises:
+        JobFailed: a rank of an earlier start showed life a moment ago.
+    """
+    for path in log.glob("alive-*"):
+        with suppress(FileNotFoundError):
+            silent_for = time.time() - path.stat().st_mtime
+            if silent_for < seconds:
+                raise JobFailed(
+                    f"rank {int(path.name.removeprefix('alive-'))} of an earlier start was alive {silent_for:.0f} s "
+                    f"ago: end that job, or start again once it has been silent for {seconds:g} s"
+                )
 
 
 def boot() -> str:
@@ -138,7 +157,8 @@ def command(described: Path, ranks: int | None, layout: LayoutConfig, environmen
             f"layout.nodes is {nodes}, and this is no Slurm job: start the run by sbatch on that many nodes, or name a "
             f"layout.hostfile"
         )
-    meeting = f"{_first_host(environment['SLURM_JOB_NODELIST'])}:{MEETING_PORT}"
+    port = MEETING_PORTS[int(environment["SLURM_JOB_ID"]) % len(MEETING_PORTS)]
+    meeting = f"{_first_host(environment['SLURM_JOB_NODELIST'])}:{port}"
     several = [f"--nnodes={nodes}", f"--nproc-per-node={ranks // nodes}", "--rdzv-backend=c10d"]
     several += [f"--rdzv-endpoint={meeting}", f"--rdzv-id={environment['SLURM_JOB_ID']}"]
     srun = ["srun", f"--nodes={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]

@@ -147,11 +147,13 @@ def speculate(
     """A response to each prompt, as `sample` gives them, and how many drafts were taken.
 
     Raises:
-        ValueError: the model has no MTP module, or a prompt and its response pass the position limit.
+        ValueError: the model has no MTP module, a prompt is empty, or it and its response pass the position limit.
     """
     if not len(model.mtp):
         raise ValueError("the model has no MTP module to draft with: load it with its module, or use sample")
-    check_length(model.config, max(map(len, prompts)) + sampling.max_new_tokens)
+    if not all(prompts):
+        raise ValueError("a prompt is empty: give it a token to begin with")
+    check_length(model.config, max(map(len, prompts), default=0) + sampling.max_new_tokens)
     batch = _Batch(Decoder(model), prompts, seeds, sampling, pad)
     samples, found = [Sample() for _ in prompts], Acceptance()
 

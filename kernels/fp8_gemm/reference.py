@@ -72,7 +72,7 @@ def quantise_blocks(w_EMK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def swiglu_quantise(x_NG: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantise_rows_reference` of silu(gate) · up, which float32 holds in between; gate is the first half of x."""
+    """`quantise_rows` of silu(gate) · up, which float32 holds in between; gate is the first half of x."""
     gate, up = x_NG.float().chunk(2, 1)
     return quantise_rows(F.silu(gate) * up)
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from gristmill.kernels.moe_mlp.layout import places, rows_by_expert
 from gristmill.model.training.collectives import exchange_rows
 from gristmill.model.training.optimizers import Piece
 from gristmill.model.transformer import Experts, Transformer
@@ -79,7 +80,8 @@ class ShardedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, load_E: Tensor) -> Tensor:
         """As `Experts.forward`; every rank of the group must call it, with any number of tokens."""
-        order_M, place_M = _sorted(expert_TK.reshape(-1))  # by expert, and so by rank
+        order_M = rows_by_expert(expert_TK)  # and so by rank
+        place_M = places(order_M)
         count_PO, send, receive = self._counts(load_E)
         arrived_AD = exchange_rows(_Laid.apply(x_TD, order_M, place_M, expert_TK.shape[1]), send, receive, self.group)
         # Rows lie rank by rank, those of a rank expert by expert; a stable sort keeps the order of the whole batch.
@@ -114,14 +116,6 @@ class _Laid(torch.autograd.Function):
         (place_M,) = ctx.saved_tensors
         rows_MD = grad_MD.index_select(0, place_M)
         return rows_MD.unflatten(0, (-1, ctx.chosen)).sum(1), None, None, None
-
-
-def _sorted(key_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Which row comes to each place when rows are sorted by key, and the place of each row."""
-    order_M = key_M.argsort(stable=True)
-    place_M = torch.empty_like(order_M)
-    place_M[order_M] = torch.arange(order_M.numel(), device=order_M.device)
-    return order_M, place_M
 
 
 def _own_part(whole: nn.Parameter, group: ProcessGroup) -> nn.Parameter:

@@ -143,11 +143,12 @@ class Run:
             self.at = step
             with self._profiled(step):
                 row = self._step(step)
-            trained = time.perf_counter()
+                trained = time.perf_counter()
             if held_out is not None:
                 row |= held_out(step, self.engine)
             self.history.curves.append({"step": step, **row})
             if texts is not None and self.rank == 0:
+                self.alive()
                 self.history.samples += texts(step)
             worked = time.perf_counter()
             self._save(step + 1)

@@ -20,8 +20,9 @@ from gristmill.model.training.engine import Engine, start_distributed
 from gristmill.model.training.held_out import HeldOut
 from gristmill.model.training.layout import Layout
 from gristmill.model.training.loop import History, Row, Training, train, write_rows
+from gristmill.model.training.models import load_model
 from gristmill.model.training.precision import apply_precision
-from gristmill.model.training.text_samples import TextSamples, shown
+from gristmill.model.training.text_samples import TextSamples
 from gristmill.model.transformer import Transformer, flops_per_token, parameter_counts
 
 HELD_OUT_BATCH = 16
@@ -134,7 +135,8 @@ def train_on_mixture(
         write_rows(out / "curves.jsonl", history.curves)
         write_rows(out / "expert_load.jsonl", history.loads)
         write_rows(out / "spikes.jsonl", history.spikes)
-        write_rows(out / "samples.jsonl", shown(history.samples))
+        finished = load_model(out / "model", device)  # whole, whatever the layout left here
+        write_rows(out / "samples.jsonl", texts.rows_of(finished, config.steps - 1))
     dist.barrier()
     return _metrics(config, model, history) | products
 

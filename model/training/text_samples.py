@@ -22,7 +22,6 @@ Row = dict[str, Any]
 
 DOCUMENTS, PROMPT_TOKENS, NEW_TOKENS = 3, 16, 48
 TEMPERATURE = 0.7  # the likeliest token alone goes round in circles in a young model
-CHECKS = 12  # of which samples are kept in the end
 
 log = logging.getLogger("gristmill.text_samples")
 
@@ -30,7 +29,8 @@ log = logging.getLogger("gristmill.text_samples")
 class TextSamples:
     """Continues the beginning of nothing and of one held-out document of each of the first sources.
 
-    Only where a rank holds the whole model: elsewhere no text is sampled, and the log says so.
+    As training goes on only where a rank holds the whole model (elsewhere the log says that none is sampled), and so
+    for the log alone; what the finished model writes is the stage's own.
     """
 
     def __init__(
@@ -39,30 +39,25 @@ class TextSamples:
         self.model, self.tokenizer = model, tokenizer
         self.prompts = [[BOS_ID], *_beginnings(shards)]
         self.seeds = [torch_seed(seed, "text", i) for i in range(len(self.prompts))]
-        room = model.config.max_position_embeddings - max(map(len, self.prompts))
-        self.sampling = Sampling(max(1, min(NEW_TOKENS, room)), TEMPERATURE)
+        limit = model.config.max_position_embeddings
+        self.prompts = [prompt[: limit // 2] for prompt in self.prompts]
+        self.sampling = Sampling(min(NEW_TOKENS, limit - limit // 2), TEMPERATURE)
         self.why_not = _why_not(layout)
         if self.why_not and dist.get_rank() == 0:
             log.warning("no text is sampled as training goes on: %s", self.why_not)
 
     def rows(self, step: int) -> list[Row]:
+        """As `rows_of` the model in training; none where no rank holds it whole."""
+        return [] if self.why_not else self.rows_of(self.model, step)
+
+    def rows_of(self, model: Transformer, step: int) -> list[Row]:
         """A row a prompt: `step`, `prompt` and how it goes on (`text`), special tokens left out."""
-        if self.why_not:
-            return []
-        with _float32_products(self.model):
-            found = sample(self.model, self.prompts, self.seeds, self.sampling, eos=EOS_ID, pad=PAD_ID)
+        with _float32_products(model):
+            found = sample(model, self.prompts, self.seeds, self.sampling, eos=EOS_ID, pad=PAD_ID)
         return [
             {"step": step, "prompt": self.tokenizer.decode(prompt), "text": self.tokenizer.decode(said.tokens)}
             for prompt, said in zip(self.prompts, found, strict=True)
         ]
-
-
-def shown(rows: list[Row]) -> list[Row]:
-    """The samples of the last, the first and evenly chosen checks between, `CHECKS` at most, the newest first."""
-    steps = sorted({row["step"] for row in rows}, reverse=True)
-    if len(steps) > CHECKS:
-        steps = [steps[i * (len(steps) - 1) // (CHECKS - 1)] for i in range(CHECKS)]
-    return [row for step in steps for row in rows if row["step"] == step]
 
 
 def _beginnings(shards: TokenShards) -> Iterator[list[int]]:

@@ -223,7 +223,9 @@ def test_budgets_that_come_to_the_same_run_and_ranks_that_do_not_divide_are_refu
     with pytest.raises(UsageError, match="choose budgets further apart"):
         Plan(place).run(sweep, load_recipe("smoke", ["sweep.tokens_per_parameter=[3,3.01]"]))
     uneven = ["sweep.batch_exponent=0.3", "execution.ranks=4", "sweep.tokens_per_parameter=[100]"]
-    with pytest.raises(UsageError, match=r"do not divide among execution\.ranks 4"):
+    with pytest.raises(
+        UsageError, match=r"the rung \d+ wide: batch_sequences \d+ does not divide among 4 data-parallel ranks"
+    ):
         Plan(place).run(sweep, load_recipe("smoke", uneven))
 
 

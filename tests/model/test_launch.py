@@ -43,7 +43,7 @@ def test_slurms_nodes_meet_at_the_first(nodes: str, first: str) -> None:
     assert made[:4] == ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     assert tail_of(made) == [
         "torch.distributed.run", "--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={first}:29400", "--rdzv-id=42", "-m", "gristmill.model.worker", str(JOB),
+        f"--rdzv-endpoint={first}:29442", "--rdzv-id=42", "-m", "gristmill.model.worker", str(JOB),
     ]  # fmt: skip
 
 
@@ -81,6 +81,16 @@ def test_a_teller_shows_life_until_its_last_step(tmp_path: Path) -> None:
     teller(2, 2, loss=1.0)
     assert not (tmp_path / "alive-00000").exists()
     assert json.loads((tmp_path / "progress.jsonl").read_text().splitlines()[-1])["values"] == {"loss": 1.0}
+
+
+def test_a_job_on_several_nodes_is_not_started_beside_itself(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "alive-00003").touch()
+    with pytest.raises(JobFailed, match=r"rank 3 of an earlier start was alive \d s ago"):
+        launch(
+            "test_launch:busy", {}, tmp_path, threads=1, device="cpu", progress=silent, ranks=4,
+            layout=LayoutConfig(nodes=2),
+        )  # fmt: skip
 
 
 def busy(job: dict[str, Any], out: Path, device: Any, progress: Any) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from gristmill.model.training.gradient_norms import GROUPS, GradientSquares, gro
 from gristmill.model.training.loop import evenness
 from gristmill.model.training.optimizers import Piece
 from gristmill.model.training.recording import load_picture
-from gristmill.model.training.text_samples import CHECKS, shown
 from gristmill.model.training.throughput import measured_peak, peak_memory
 from gristmill.model.transformer import Transformer, flops_per_token
 
@@ -114,8 +113,6 @@ def test_log_holds_what_will_be_content(run: Path) -> None:
     for ours, theirs in zip(live, written, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)  # the content has seven digits
     assert rows(run / "log" / "expert_load.jsonl") == rows(run / "expert_load.jsonl")
-    live = rows(run / "log" / "samples.jsonl")
-    assert shown(live) == rows(run / "samples.jsonl")
 
 
 def test_timings_say_how_fast_and_against_what(run: Path) -> None:
@@ -136,11 +133,12 @@ def test_timings_say_how_fast_and_against_what(run: Path) -> None:
 
 
 def test_samples_are_of_each_check_and_repeat(run: Path, watched: Path) -> None:
-    told = rows(run / "samples.jsonl")
-    assert [row["step"] for row in told] == [5, 5, 2, 2]  # the newest first: nothing, and a held-out lesson
-    assert [row["prompt"] == "" for row in told] == [True, False] * 2
+    told = rows(run / "log" / "samples.jsonl")
+    assert [row["step"] for row in told] == [2, 2, 5, 5]
+    assert [row["prompt"] == "" for row in told] == [True, False] * 2  # nothing, and a held-out lesson
     assert all(row["text"] for row in told)
-    assert told == rows(watched / "samples.jsonl")
+    assert told == rows(watched / "log" / "samples.jsonl")
+    assert rows(run / "samples.jsonl") == told[2:]  # of the finished model
 
 
 def test_event_file_has_the_same_numbers(run: Path) -> None:
@@ -194,9 +192,10 @@ def test_groups_are_the_same_over_two_ranks(
         assert squares(row) == pytest.approx(row["grad_norm"] ** 2, rel=NORM)
     for name in (name for name in alone if name.startswith("grad_norm")):
         assert told[0][name] == pytest.approx(alone[name], rel=1e-4), name  # two halves of a gradient, added
-    sampled = rows(tmp_path / "out" / "samples.jsonl")
+    assert [row["step"] for row in rows(tmp_path / "out" / "samples.jsonl")] == [CONFIG.steps - 1] * 2
+    sampled = (tmp_path / "out" / "log" / "samples.jsonl").exists()
     split = layout.zero_stage == 3 or max(layout.expert_parallel, layout.sequence_parallel) > 1
-    assert bool(sampled) != split
+    assert sampled != split
     assert ("no text is sampled" in (tmp_path / "out" / "log" / "output.log").read_text()) == split
 
 
@@ -253,14 +252,6 @@ def test_picture_of_the_load_has_layers_below_each_other() -> None:
     assert {int(v) for v in picture[: height // 2].ravel()} == {127}
     assert {int(v) for v in picture[height // 2 :, : width // 2].ravel()} == {255}
     assert {int(v) for v in picture[height // 2 :, width // 2 :].ravel()} == {0}
-
-
-def test_few_samples_are_kept_of_many_checks() -> None:
-    every = [{"step": step, "prompt": p} for step in range(0, 1000, 10) for p in "ab"]
-    kept = shown(every)
-    assert len(kept) == 2 * CHECKS <= 50
-    assert kept[0]["step"] == 990
-    assert kept[-1]["step"] == 0
 
 
 def test_peak_is_a_rate_that_this_machine_can_have() -> None:
