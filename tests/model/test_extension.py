@@ -312,6 +312,7 @@ def test_loss_by_position_sums_to_the_loss(base: Path, tokens: Path, shards: Tok
         assert count.tolist() == [int(((counted >= a) & (counted < b)).sum()) for a, b in ((0, 5), (5, 64), (64, 160))]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_in_the_same_bytes(made, base: Path, tokens: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 

@@ -140,9 +140,7 @@ def undisturbed(corpus: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 LOSS, WEIGHTS, NORM = 2e-6, 1e-6, 1e-5
 
 
-@pytest.mark.parametrize(
-    "stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
-)
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3])
 def test_ranks_learn_what_one_process_learns(stage: int, alone: Path, undisturbed: Any) -> None:
     out = undisturbed(stage)
     assert curve(out) == pytest.approx(curve(alone), rel=LOSS)
@@ -168,18 +166,24 @@ def test_muon_orthogonalises_whole_matrices_under_zero(stage: int, corpus: dict[
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=5e-3)
 
 
-def test_micro_batches_and_recomputing(alone: Path, corpus: dict[str, Path], tmp_path: Path, undisturbed: Any) -> None:
+def test_recomputing_changes_no_bit(alone: Path, corpus: dict[str, Path], tmp_path: Path) -> None:
     trained(corpus, tmp_path / "full", layout=LayoutConfig(recompute="full"))
     assert equal(weights(tmp_path / "full"), weights(alone))
+
+
+@pytest.mark.slow
+def test_micro_batches_are_the_halves_that_ranks_have(
+    corpus: dict[str, Path], tmp_path: Path, undisturbed: Any
+) -> None:
+    """And their gradients are added up alike; what is computed again is what was."""
     trained(corpus, tmp_path / "some", layout=LayoutConfig(recompute="selective", micro_batches=2))
-    # Two micro-batches of one rank are the halves that two ranks have, and their gradients are added up alike.
     assert equal(weights(tmp_path / "some"), weights(undisturbed(0)))
 
 
 @pytest.mark.parametrize(
     "layout",
     [
-        LayoutConfig(expert_parallel=2, zero_stage=2),
+        pytest.param(LayoutConfig(expert_parallel=2, zero_stage=2), marks=pytest.mark.slow),
         pytest.param(LayoutConfig(expert_parallel=2), marks=pytest.mark.slow),
         pytest.param(LayoutConfig(expert_parallel=2, zero_stage=3, micro_batches=2), marks=pytest.mark.slow),
         pytest.param(LayoutConfig(sequence_parallel=2), marks=pytest.mark.slow),
@@ -219,6 +223,7 @@ def test_layouts_leave_out_the_same_steps(policy: str, corpus: dict[str, Path], 
     assert apart(*averages) < WEIGHTS
 
 
+@pytest.mark.slow
 def test_zero_and_muon_on_one_rank(alone: Path, corpus: dict[str, Path], tmp_path: Path) -> None:
     trained(corpus, tmp_path / "plain", MUON)
     trained(corpus, tmp_path / "zero", MUON, layout=LayoutConfig(zero_stage=1))

@@ -195,6 +195,7 @@ def test_models_are_kept_on_the_way(base: Path, tokens: Path, tmp_path: Path) ->
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_averaging_leaves_the_training_alone(base: Path, tokens: Path, tmp_path: Path) -> None:
     trained(tokens, tmp_path / "out", CONFIG.model_copy(update={"ema_decay": 0.9}))
     for name in ("model.safetensors", "config.json"):
