@@ -252,6 +252,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     for one in below:
         with suppress(psutil.NoSuchProcess):
             one.kill()
+    psutil.wait_procs(below, timeout=10)
 
 
 ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", re.DOTALL)
