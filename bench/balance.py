@@ -100,8 +100,8 @@ def loads(recipe: Recipe, tokens: Path, mixture: Path, steps: int) -> np.ndarray
 
     from gristmill.data.mixture import Mixture
     from gristmill.data.shards import TokenShards
-    from gristmill.model.config import LayoutConfig
     from gristmill.model.training.batches import torch_seed
+    from gristmill.model.training.config import LayoutConfig
     from gristmill.model.training.engine import Engine, start_distributed
     from gristmill.model.training.precision import apply_precision
     from gristmill.model.training.pretraining import check_mixture, token_batches, training_of

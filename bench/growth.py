@@ -187,7 +187,7 @@ def measure(side: Side, steps: int) -> dict[str, list[float]]:
     """Seconds of each step's parts."""
     import torch
 
-    from gristmill.model.config import LayoutConfig, OptimizerConfig
+    from gristmill.model.training.config import LayoutConfig, OptimizerConfig
     from gristmill.model.training.engine import Engine, start_distributed
     from gristmill.model.transformer import Transformer
 

@@ -35,9 +35,10 @@ import numpy as np
 import torch
 
 from gristmill.flows.cards import charts
-from gristmill.model.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from gristmill.model.config import ModelConfig
 from gristmill.model.stage_types import silent
 from gristmill.model.training.batches import TrainingBatch, numpy_generator
+from gristmill.model.training.config import OptimizerConfig, ScheduleConfig
 from gristmill.model.training.engine import Engine, start_distributed
 from gristmill.model.training.loop import Row, Training, train
 from gristmill.model.transformer import Batch, Transformer, parameter_counts

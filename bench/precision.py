@@ -42,8 +42,9 @@ def run(precision: str, steps: int, seed: int, device: str) -> tuple[list[float]
     """Losses and seconds of the steps."""
     import torch
 
-    from gristmill.model.config import ModelConfig, OptimizerConfig, ScheduleConfig
+    from gristmill.model.config import ModelConfig
     from gristmill.model.training.batches import TrainingBatch, torch_seed
+    from gristmill.model.training.config import OptimizerConfig, ScheduleConfig
     from gristmill.model.training.engine import start_distributed
     from gristmill.model.training.loop import Training, train
     from gristmill.model.training.precision import apply_precision

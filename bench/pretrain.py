@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gristmill.model.config import Precision
+    from gristmill.model.training.config import Precision
 
 BATCH, LENGTH, VOCAB = 8, 256, 8192
 RATE, CLIP = 3e-4, 1.0
@@ -81,9 +81,9 @@ def run_ours(folder: Path, device: str, precision: Precision = "float32") -> dic
     import numpy as np
     import torch
 
-    from gristmill.model.config import OptimizerConfig, ScheduleConfig
     from gristmill.model.stage_types import silent
     from gristmill.model.training.batches import TrainingBatch
+    from gristmill.model.training.config import OptimizerConfig, ScheduleConfig
     from gristmill.model.training.engine import start_distributed
     from gristmill.model.training.loop import Training, train
     from gristmill.model.training.models import load_model

@@ -17,7 +17,7 @@ from gristmill.flows.lineage import descendants
 from gristmill.flows.manifest import Manifest
 from gristmill.flows.store import Store
 from gristmill.model.batch_sizes import BatchSizes
-from gristmill.model.config import BatchRampConfig
+from gristmill.model.training.config import BatchRampConfig
 
 FEW_STEPS = 20  # steps and positions listed one by one
 

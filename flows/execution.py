@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from gristmill.infra.planner import find_device
-from gristmill.model.config import LayoutConfig
+from gristmill.model.training.config import LayoutConfig
 
 RECORDED = ("torch", "deepspeed", "triton", "numpy", "tokenizers", "datatrove", "dask", "transformers")
 

@@ -24,19 +24,11 @@ from gristmill.flows.errors import UsageError
 from gristmill.flows.execution import Execution
 from gristmill.flows.identity import flattened
 from gristmill.flows.report import ReportConfig
-from gristmill.model.config import (
-    MOST_PHASES,
-    EvaluateConfig,
-    ExportConfig,
-    ExtendConfig,
-    ExtendSection,
-    GRPOConfig,
-    ModelConfig,
-    PretrainConfig,
-    SFTConfig,
-)
+from gristmill.model.config import EvaluateConfig, ExportConfig, ModelConfig
 from gristmill.model.extend import extended
 from gristmill.model.ladder import SweepConfig
+from gristmill.model.rl.config import GRPOConfig
+from gristmill.model.training.config import MOST_PHASES, ExtendConfig, ExtendSection, PretrainConfig, SFTConfig
 from gristmill.model.training.layout import Layout
 
 

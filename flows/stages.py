@@ -20,13 +20,13 @@ from gristmill.flows import estimates
 from gristmill.flows.report import make_report
 from gristmill.flows.scaling import fit_ladder
 from gristmill.flows.stage import stage
-from gristmill.model.config import MOST_PHASES
 from gristmill.model.evaluate import evaluate as evaluate_models
 from gristmill.model.extend import extend as extend_context
 from gristmill.model.hub import export as export_model
 from gristmill.model.pretrain import pretrain as pretrain_model
 from gristmill.model.rl.grpo import reinforce
 from gristmill.model.sft import fine_tune
+from gristmill.model.training.config import MOST_PHASES
 
 HASHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gristmill" / "hashes.json"
 

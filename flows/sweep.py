@@ -9,8 +9,9 @@ from gristmill.flows.corpus import corpus
 from gristmill.flows.errors import UsageError
 from gristmill.flows.recipe import Recipe
 from gristmill.flows.stage import Artifact
-from gristmill.model.config import ModelConfig, PretrainConfig
+from gristmill.model.config import ModelConfig
 from gristmill.model.ladder import Ladder, ladder
+from gristmill.model.training.config import PretrainConfig
 from gristmill.model.training.layout import Layout
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, ClassVar, TextIO
 
-from gristmill.model.config import MOST_PHASES
+from gristmill.model.training.config import MOST_PHASES
 
 BAR_AFTER_SECONDS = 3.0
 LOG_EVERY_SECONDS = 30.0

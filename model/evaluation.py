@@ -13,8 +13,9 @@ import torch
 import zstandard
 
 from gristmill.model.chat import Chat
-from gristmill.model.config import EvaluateConfig, RewardConfig
+from gristmill.model.config import EvaluateConfig
 from gristmill.model.generate import Sampling, sample, thought_tokens
+from gristmill.model.rl.config import RewardConfig
 from gristmill.model.rl.rewards import judge, reference_answer, same_answer, split_response
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import numpy_generator, torch_seed

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gristmill.model.config import ExtendConfig, LayoutConfig, ModelConfig, RotaryScalingConfig
+from gristmill.model.config import ModelConfig, RotaryScalingConfig
 from gristmill.model.launch import launch
 from gristmill.model.stage_types import Metrics, Progress
+from gristmill.model.training.config import ExtendConfig, LayoutConfig
 
 
 def extend(

@@ -16,7 +16,8 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from gristmill.model.config import Config, ModelConfig, PretrainConfig
+from gristmill.model.config import Config, ModelConfig
+from gristmill.model.training.config import PretrainConfig
 
 MULTIPLE = 8  # of every width that is scaled
 WHOLE_SHARES = 100  # sequences: a mixture's whole percents come out exact in a multiple of these

@@ -24,8 +24,8 @@ from typing import Any
 
 import psutil
 
-from gristmill.model.config import LayoutConfig
 from gristmill.model.stage_types import Metrics, Progress
+from gristmill.model.training.config import LayoutConfig
 
 POLL_SECONDS = 0.2
 LAST_WORDS = 20_000  # characters of a log in which torchrun says what failed

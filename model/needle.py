@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from gristmill.data.shards import BOS_ID, PAD_ID, TokenShards
-from gristmill.model.config import NeedleConfig
 from gristmill.model.training.batches import numpy_generator
+from gristmill.model.training.config import NeedleConfig
 from gristmill.model.transformer import Batch, Transformer
 
 # Logits (B, n, V) of the last n of these tokens (B, S), each given those before it.

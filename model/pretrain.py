@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gristmill.model.config import LayoutConfig, PretrainConfig
 from gristmill.model.launch import launch
 from gristmill.model.stage_types import Metrics, Progress
+from gristmill.model.training.config import LayoutConfig, PretrainConfig
 
 
 def pretrain(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gristmill.model.config import LayoutConfig, SFTConfig
 from gristmill.model.launch import launch
 from gristmill.model.stage_types import Metrics, Progress
+from gristmill.model.training.config import LayoutConfig, SFTConfig
 
 
 def fine_tune(

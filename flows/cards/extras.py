@@ -9,7 +9,7 @@ from gristmill.flows.cards import charts, context_figures, figures
 from gristmill.flows.cards.folder import StageFolder, is_number
 from gristmill.flows.cards.scaling import scaling_parts
 from gristmill.flows.cards.training import training_parts
-from gristmill.model.config import MOST_PHASES
+from gristmill.model.training.config import MOST_PHASES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ from html import escape
 
 from gristmill.flows.cards import text
 from gristmill.flows.cards.folder import StageFolder
-from gristmill.model.config import MOST_PHASES
+from gristmill.model.training.config import MOST_PHASES
 
 # Column and row of each stage; the main line runs through row 1.
 PLACES = {

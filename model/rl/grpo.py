@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gristmill.model.config import GRPOConfig
 from gristmill.model.launch import launch
+from gristmill.model.rl.config import GRPOConfig
 from gristmill.model.stage_types import Metrics, Progress
 
 

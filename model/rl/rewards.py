@@ -7,7 +7,7 @@ import unicodedata
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
-from gristmill.model.config import RewardConfig
+from gristmill.model.rl.config import RewardConfig
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 WORD = re.compile(r"[^\W\d_]+")

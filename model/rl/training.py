@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from gristmill.kernels.cross_entropy import linear_log_probs
 from gristmill.model.chat import Chat
-from gristmill.model.config import GRPOConfig
 from gristmill.model.generate import Sample, Sampling, sample, thought_tokens
+from gristmill.model.rl.config import GRPOConfig
 from gristmill.model.rl.losses import group_advantages, policy_loss
 from gristmill.model.rl.rewards import Judged, judge, reference_answer
 from gristmill.model.stage_types import Metrics, Progress

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gristmill.model.config import LayoutConfig, OptimizerConfig
 from gristmill.model.training.batches import Batches, TrainingBatch
 from gristmill.model.training.checkpoints import Checkpoint
+from gristmill.model.training.config import LayoutConfig, OptimizerConfig
 from gristmill.model.training.ema import WeightAverage
 from gristmill.model.training.expert_parallel import expert_parameters, reduce_expert_gradients, shard_experts
 from gristmill.model.training.gradient_norms import GradientSquares, group_of, norms_by_group

@@ -18,10 +18,11 @@ from torch import Tensor
 from gristmill.data.mixture import Mixture
 from gristmill.data.shards import TokenShards
 from gristmill.model import needle
-from gristmill.model.config import ExtendConfig, LayoutConfig, ModelConfig
+from gristmill.model.config import ModelConfig
 from gristmill.model.extend import extended
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import IGNORED, TrainingBatch
+from gristmill.model.training.config import ExtendConfig, LayoutConfig
 from gristmill.model.training.engine import start_distributed
 from gristmill.model.training.held_out import HeldOut
 from gristmill.model.training.loop import Row, write_rows

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from gristmill.model.chat import Chat
-from gristmill.model.config import LayoutConfig, SFTConfig
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import Conversation, ConversationBatches
+from gristmill.model.training.config import LayoutConfig, SFTConfig
 from gristmill.model.training.engine import start_distributed
 from gristmill.model.training.layout import Layout
 from gristmill.model.training.loop import Training, train, write_rows

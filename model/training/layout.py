@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gristmill.model.config import LayoutConfig, ModelConfig
+from gristmill.model.config import ModelConfig
+from gristmill.model.training.config import LayoutConfig
 
 if TYPE_CHECKING:  # the layout is checked where torch is not imported
     from torch.distributed import ProcessGroup

@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gristmill.model.config import LayoutConfig, OptimizerConfig, Precision, ScheduleConfig, SpikeConfig
 from gristmill.model.stage_types import Progress
 from gristmill.model.training.batches import Batches
 from gristmill.model.training.checkpoints import CheckpointWriter, last_checkpoint
+from gristmill.model.training.config import LayoutConfig, OptimizerConfig, Precision, ScheduleConfig, SpikeConfig
 from gristmill.model.training.engine import Engine
 from gristmill.model.training.keeping import KeptModels, write_from
 from gristmill.model.training.profiling import profiled

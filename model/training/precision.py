@@ -22,8 +22,8 @@ from torch import Tensor
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.fp8_gemm.linear import fp8_feed_forward, fp8_linear, is_whole
 from gristmill.kernels.moe_mlp import moe_mlp
-from gristmill.model.config import Precision
 from gristmill.model.stage_types import Metrics
+from gristmill.model.training.config import Precision
 from gristmill.model.transformer import Experts, Linear, Transformer
 
 log = logging.getLogger("gristmill.precision")

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from gristmill.data.mixture import Mixture
 from gristmill.data.shards import TokenShards
 from gristmill.model.batch_sizes import BatchSizes
-from gristmill.model.config import ExtendConfig, LayoutConfig, PretrainConfig
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import TokenBatches, torch_seed
+from gristmill.model.training.config import ExtendConfig, LayoutConfig, PretrainConfig
 from gristmill.model.training.engine import Engine, start_distributed
 from gristmill.model.training.held_out import HeldOut
 from gristmill.model.training.layout import Layout

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gristmill.model.config import Precision
+from gristmill.model.training.config import Precision
 from gristmill.model.training.throughput import COUNTED, measured_peak, peak_memory
 from gristmill.model.transformer import Transformer, flops_per_token
 

@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import Literal
 
-from gristmill.model.config import ScheduleConfig
+from gristmill.model.training.config import ScheduleConfig
 
 
 def factor(config: ScheduleConfig, step: int, steps: int) -> float:

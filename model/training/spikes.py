@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from gristmill.model.config import SpikeConfig
+from gristmill.model.training.config import SpikeConfig
 
 LEAST = 16  # losses before one can be called a spike
 NORMAL = 1.4826  # median absolute deviations in a standard deviation, where errors are normal

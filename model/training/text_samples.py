@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 
 from gristmill.data.shards import BOS_ID, EOS_ID, PAD_ID, TokenShards
 from gristmill.kernels.moe_mlp import moe_mlp
-from gristmill.model.config import LayoutConfig
 from gristmill.model.generate import Sampling, sample
 from gristmill.model.training.batches import torch_seed
+from gristmill.model.training.config import LayoutConfig
 from gristmill.model.transformer import Experts, Linear, Transformer
 
 Row = dict[str, Any]

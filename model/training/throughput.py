@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gristmill.model.config import Precision
+from gristmill.model.training.config import Precision
 
 COUNTED = (
     "products of the active parameters and half of attention's (causal), forward once and backward twice; not what is "

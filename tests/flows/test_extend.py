@@ -24,7 +24,7 @@ from gristmill.flows.runners import Plain
 from gristmill.flows.stage import Artifact
 from gristmill.flows.stage import stage as declared
 from gristmill.flows.store import Store
-from gristmill.model.config import PretrainConfig
+from gristmill.model.training.config import PretrainConfig
 from gristmill.model.training.models import save_model
 from gristmill.model.transformer import Transformer
 from tests.flows.toys import Frozen, go

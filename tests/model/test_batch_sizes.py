@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from gristmill.flows.errors import UsageError
 from gristmill.flows.recipe import load_recipe
 from gristmill.model.batch_sizes import BatchSizes
-from gristmill.model.config import BatchRampConfig, PretrainConfig
+from gristmill.model.training.config import BatchRampConfig, PretrainConfig
 
 RAMP = {"start_sequences": 2, "increment": 2, "tokens": 32 * 30}
 

@@ -25,18 +25,13 @@ from gristmill.data.mixture import Mixture
 from gristmill.data.shards import BOS_ID, PAD_ID, TokenShards
 from gristmill.data.stage_types import silent as quiet
 from gristmill.data.tokenize import TokenizeConfig, tokenize
-from gristmill.model.config import (
-    ExtendConfig,
-    LayoutConfig,
-    ModelConfig,
-    NeedleConfig,
-    RotaryScalingConfig,
-)
+from gristmill.model.config import ModelConfig, RotaryScalingConfig
 from gristmill.model.extend import extend, extended
 from gristmill.model.launch import JobFailed
 from gristmill.model.needle import SENTENCE, WORDS, Needles, depths, predicted
 from gristmill.model.stage_types import silent
 from gristmill.model.training.batches import IGNORED, TokenBatches
+from gristmill.model.training.config import ExtendConfig, LayoutConfig, NeedleConfig
 from gristmill.model.training.extension import loss_by_position, run, with_config
 from gristmill.model.training.models import load_model, save_model
 from gristmill.model.transformer import Batch, Transformer, rotary_frequencies, score_scale

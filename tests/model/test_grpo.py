@@ -12,8 +12,9 @@ from gristmill.data.arithmetic import lesson
 from gristmill.data.stage_types import silent
 from gristmill.data.tokenize import TokenizeConfig, tokenize
 from gristmill.model.chat import Chat
-from gristmill.model.config import GRPOConfig, ModelConfig
+from gristmill.model.config import ModelConfig
 from gristmill.model.rl import training
+from gristmill.model.rl.config import GRPOConfig
 from gristmill.model.rl.rewards import Judged
 from gristmill.model.rl.training import Policy
 from gristmill.model.transformer import Transformer

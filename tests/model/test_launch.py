@@ -14,9 +14,9 @@ import psutil
 import pytest
 import torch.distributed
 
-from gristmill.model.config import LayoutConfig
 from gristmill.model.launch import JobFailed, JobHung, command, launch
 from gristmill.model.stage_types import silent
+from gristmill.model.training.config import LayoutConfig
 from gristmill.model.worker import Teller
 
 JOB = Path("/store/pretrain/key/log/job.json")

@@ -17,17 +17,11 @@ from safetensors.torch import load_file
 from gristmill.data.mix import MixConfig, mix
 from gristmill.data.stage_types import silent as quiet
 from gristmill.data.tokenize import TokenizeConfig, tokenize
-from gristmill.model.config import (
-    LayoutConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    ScheduleConfig,
-    SpikeConfig,
-)
+from gristmill.model.config import ModelConfig
 from gristmill.model.launch import JobFailed
 from gristmill.model.pretrain import pretrain
 from gristmill.model.stage_types import silent
+from gristmill.model.training.config import LayoutConfig, OptimizerConfig, PretrainConfig, ScheduleConfig, SpikeConfig
 
 CONFIG = PretrainConfig(
     model=ModelConfig(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.model.config import RewardConfig
+from gristmill.model.rl.config import RewardConfig
 from gristmill.model.rl.losses import group_advantages, kl_estimate, policy_loss
 from gristmill.model.rl.rewards import (
     judge,

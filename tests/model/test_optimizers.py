@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import nn
 
-from gristmill.model.config import OptimizerConfig, ScheduleConfig
+from gristmill.model.training.config import OptimizerConfig, ScheduleConfig
 from gristmill.model.training.optimizers import MuonAdamW, orthogonalised
 from gristmill.model.training.schedules import factor
 

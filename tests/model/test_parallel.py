@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gristmill.model.config import ModelConfig, OptimizerConfig
+from gristmill.model.config import ModelConfig
 from gristmill.model.training.batches import IGNORED, TrainingBatch, document_mask, positions_within
+from gristmill.model.training.config import OptimizerConfig
 from gristmill.model.training.expert_parallel import (
     ShardedExperts,
     expert_parameters,

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from gristmill import kernels
-from gristmill.model.config import ModelConfig, PretrainConfig, SFTConfig
+from gristmill.model.config import ModelConfig
+from gristmill.model.training.config import PretrainConfig, SFTConfig
 from gristmill.model.training.precision import apply_precision
 from gristmill.model.transformer import Batch, Experts, Linear, Routing, Transformer
 

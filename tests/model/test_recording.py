@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from gristmill.data.mix import MixConfig, mix
 from gristmill.data.stage_types import silent as quiet
 from gristmill.data.tokenize import TokenizeConfig, tokenize
-from gristmill.model.config import LayoutConfig, ModelConfig, PretrainConfig, ScheduleConfig
+from gristmill.model.config import ModelConfig
 from gristmill.model.pretrain import pretrain
 from gristmill.model.stage_types import silent
+from gristmill.model.training.config import LayoutConfig, PretrainConfig, ScheduleConfig
 from gristmill.model.training.gradient_norms import GROUPS, GradientSquares, group_of, norms_by_group
 from gristmill.model.training.loop import evenness
 from gristmill.model.training.optimizers import Piece

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gristmill.model.batch_sizes import BatchSizes
-from gristmill.model.config import BatchRampConfig, PretrainConfig, ScheduleConfig, TailConfig
+from gristmill.model.training.config import BatchRampConfig, PretrainConfig, ScheduleConfig, TailConfig
 from gristmill.model.training.schedules import factor
 
 KINDS = [

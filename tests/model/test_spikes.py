@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gristmill.model.config import ModelConfig, OptimizerConfig, ScheduleConfig, SpikeConfig
+from gristmill.model.config import ModelConfig
 from gristmill.model.stage_types import silent
 from gristmill.model.training.batches import TrainingBatch
+from gristmill.model.training.config import OptimizerConfig, ScheduleConfig, SpikeConfig
 from gristmill.model.training.engine import start_distributed
 from gristmill.model.training.loop import Training, train
 from gristmill.model.training.models import load_model

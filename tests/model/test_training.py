@@ -24,21 +24,21 @@ from gristmill.data.stage_types import silent as quiet
 from gristmill.data.tokenize import TokenizeConfig, tokenize
 from gristmill.model.batch_sizes import BatchSizes
 from gristmill.model.chat import Chat
-from gristmill.model.config import (
-    BatchRampConfig,
-    LayoutConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    ScheduleConfig,
-    SFTConfig,
-)
+from gristmill.model.config import ModelConfig
 from gristmill.model.hugging_face import export
 from gristmill.model.launch import JobFailed
 from gristmill.model.pretrain import pretrain
 from gristmill.model.sft import fine_tune
 from gristmill.model.stage_types import silent
 from gristmill.model.training.batches import IGNORED, Conversation, ConversationBatches, TokenBatches, pack_whole
+from gristmill.model.training.config import (
+    BatchRampConfig,
+    LayoutConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    ScheduleConfig,
+    SFTConfig,
+)
 from gristmill.model.training.models import load_model
 from gristmill.model.training.objective import Objective
 from gristmill.model.transformer import Transformer
