@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from contextlib import ExitStack, suppress
@@ -140,7 +139,7 @@ class _Reporting:
         self.inner = inner
         self.live: LiveCard | None = None
         self.artifact: Any = None
-        self.named, self.last = "", 0.0
+        self.named, self.quiet, self.last = "", "", 0.0  # stages shown, and not shown any more
 
     def stage(self, name: str, state: str, **values: Any) -> None:
         if self.artifact is not None and state == "done":
@@ -151,14 +150,15 @@ class _Reporting:
 
     def progress(self, name: str, done: int, total: int, **values: float) -> None:
         self.inner.progress(name, done, total, **values)
-        if _inside_flow() and time.monotonic() - self.last >= PROGRESS_SECONDS and total:
+        due = name != self.quiet and time.monotonic() - self.last >= PROGRESS_SECONDS
+        if _inside_flow() and due and total:
             self.last = time.monotonic()
             try:
                 self._show(name, 100.0 * done / total)
                 if self.live is not None:
                     self.live.refresh()
             except Exception as error:  # a server that is away must not end the work that it would show
-                self.last = math.inf
+                self.artifact, self.named, self.quiet = None, "", name
                 self.say(f"{name} is not shown in the UI while it runs: {error or type(error).__name__}")
 
     def _show(self, name: str, percent: float) -> None:

@@ -4,9 +4,6 @@ else on the CPU, and the Triton code under its interpreter."""
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -380,15 +377,6 @@ def test_the_report_says_what_ran() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
-def test_triton_under_its_interpreter() -> None:
-    """The same tests on the GPU's code; in a process of its own, since Triton reads the variable at import."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "GRISTMILL_KERNELS": "gpu"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", "-x", str(Path(__file__))],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+def test_triton_under_its_interpreter(under_the_interpreter) -> None:
+    """The same tests on the GPU's code."""
+    assert " passed" in under_the_interpreter(__file__)

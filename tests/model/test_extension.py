@@ -24,7 +24,6 @@ from gristmill.data.mix import MixConfig, mix
 from gristmill.data.mixture import Mixture
 from gristmill.data.shards import BOS_ID, PAD_ID, TokenShards
 from gristmill.data.stage_types import silent as quiet
-from gristmill.data.tokenize import TokenizeConfig, tokenize
 from gristmill.model.config import ModelConfig, RotaryScalingConfig
 from gristmill.model.extend import extend, extended
 from gristmill.model.launch import JobFailed
@@ -124,19 +123,8 @@ def test_what_does_not_fit_is_refused(case: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory, laid_out) -> Path:
-    from gristmill.data.arithmetic import lesson
-
-    folder = tmp_path_factory.mktemp("corpus")
-    rows = [
-        {"text": lesson(0, i), "id": f"lessons/{i}", "metadata": {"source": "lessons", "kind": "lessons"}}
-        for i in range(300)
-    ]
-    out = folder / "tokens"
-    out.mkdir()
-    config = TokenizeConfig(vocab_size=320, sample_bytes=20_000, held_out=0.1)
-    tokenize(config, laid_out(folder / "in", rows), out, 0, workers=0, progress=quiet)
-    return out
+def tokens(lesson_tokens: Path) -> Path:
+    return lesson_tokens
 
 
 @pytest.fixture(scope="module")

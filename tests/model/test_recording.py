@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from gristmill.data.mix import MixConfig, mix
 from gristmill.data.stage_types import silent as quiet
-from gristmill.data.tokenize import TokenizeConfig, tokenize
 from gristmill.model.config import ModelConfig
 from gristmill.model.pretrain import pretrain
 from gristmill.model.stage_types import silent
@@ -42,22 +41,11 @@ NORM = 1e-5
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory, laid_out) -> dict[str, Path]:
-    from gristmill.data.arithmetic import lesson
-
-    folder = tmp_path_factory.mktemp("corpus")
-    rows = [
-        {"text": lesson(0, i), "id": f"lessons/{i}", "metadata": {"source": "lessons", "kind": "lessons"}}
-        for i in range(300)
-    ]
-    tokens, mixture = folder / "tokens", folder / "mixture"
-    tokens.mkdir()
-    mixture.mkdir()
-    config = TokenizeConfig(vocab_size=320, sample_bytes=20_000, held_out=0.1)
-    tokenize(config, laid_out(folder / "in", rows), tokens, 0, workers=0, progress=quiet)
+def corpus(lesson_tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    mixture = tmp_path_factory.mktemp("mixture")
     asked = MixConfig(sequence_length=CONFIG.sequence_length, sequences=CONFIG.sequences)
-    mix(asked, tokens, mixture, 0, workers=0, progress=quiet)
-    return {"tokens": tokens, "mixture": mixture}
+    mix(asked, lesson_tokens, mixture, 0, workers=0, progress=quiet)
+    return {"tokens": lesson_tokens, "mixture": mixture}
 
 
 def trained(corpus: dict[str, Path], out: Path, layout: LayoutConfig = PLAIN, ranks: int = 1) -> Path:

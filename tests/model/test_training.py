@@ -21,7 +21,6 @@ from gristmill.data.mixture import Mixture
 from gristmill.data.problems import ProblemsConfig, make_problems
 from gristmill.data.shards import TokenShards
 from gristmill.data.stage_types import silent as quiet
-from gristmill.data.tokenize import TokenizeConfig, tokenize
 from gristmill.model.batch_sizes import BatchSizes
 from gristmill.model.chat import Chat
 from gristmill.model.config import ModelConfig
@@ -63,19 +62,8 @@ PLAIN = LayoutConfig()
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory, laid_out) -> Path:
-    from gristmill.data.arithmetic import lesson
-
-    folder = tmp_path_factory.mktemp("corpus")
-    rows = [
-        {"text": lesson(0, i), "id": f"lessons/{i}", "metadata": {"source": "lessons", "kind": "lessons"}}
-        for i in range(300)
-    ]
-    out = folder / "tokens"
-    out.mkdir()
-    config = TokenizeConfig(vocab_size=320, sample_bytes=20_000, held_out=0.1)
-    tokenize(config, laid_out(folder / "in", rows), out, 0, workers=0, progress=quiet)
-    return out
+def tokens(lesson_tokens: Path) -> Path:
+    return lesson_tokens
 
 
 def mixed(tokens: Path, config: PretrainConfig, seed: int = 0, **more: Any) -> Path:
