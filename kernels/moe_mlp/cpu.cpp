@@ -25,20 +25,22 @@ void sum_choices(const float *y, const int64_t *place, float *out, int64_t t, in
 
 extern "C" {
 
-// Sort the choices (T·K) by expert, those of one expert in their order: order, token and place (M), bounds (E + 1).
+// Sort the choices (T·K) by expert, those of one expert in their order: order (M), bounds (E + 1).
 void sort_choices(
-    const int64_t *expert, int64_t *order, int64_t *token, int64_t *place, int64_t *bounds, int64_t rows,
-    int64_t choices, int64_t experts, int64_t
+    const int64_t *expert, int64_t *order, int64_t *bounds, int64_t rows, int64_t experts, int64_t
 ) {
     std::fill(bounds, bounds + experts + 1, 0);
     for (int64_t i = 0; i < rows; i++) bounds[expert[i] + 1]++;
     std::partial_sum(bounds, bounds + experts + 1, bounds);
     std::vector<int64_t> next(bounds, bounds + experts);
+    for (int64_t i = 0; i < rows; i++) order[next[expert[i]]++] = i;
+}
+
+// Of an order: the token of each row and the place of each choice (M).
+void places(const int64_t *order, int64_t *token, int64_t *place, int64_t rows, int64_t choices, int64_t) {
     for (int64_t i = 0; i < rows; i++) {
-        const int64_t at = next[expert[i]]++;
-        order[at] = i;
-        token[at] = i / choices;
-        place[i] = at;
+        token[i] = order[i] / choices;
+        place[order[i]] = i;
     }
 }
 

@@ -24,23 +24,29 @@ class NativeMoeMlp(torch.autograd.Function):
         rows, library = tokens * chosen, needed(SOURCE)
         x_TD, gate_up_E2FD, down_EDF = (t.contiguous() for t in (x_TD, gate_up_E2FD, down_EDF))
         gate = gate_TK.float().contiguous()
-        order_M, token_M, place_M = (torch.empty(rows, dtype=torch.int64) for _ in range(3))
-        bounds_E = torch.empty(experts + 1, dtype=torch.int64)
-        expert = expert_TK.long().contiguous()
-        library("sort_choices", expert, order_M, token_M, place_M, bounds_E, rows, chosen, experts)
+        order_M, bounds_E = (torch.empty(size, dtype=torch.int64) for size in (rows, experts + 1))
+        library("sort_choices", expert_TK.long().contiguous(), order_M, bounds_E, rows, experts)
         sizes = (tokens, chosen, experts, width, hidden)
         pre_M2F, y_MD, out_TD = x_TD.new_empty(rows, 2 * hidden), x_TD.new_empty(rows, width), torch.empty_like(x_TD)
-        where = (order_M, token_M, place_M, bounds_E)
+        where = (order_M, *_places(order_M, chosen), bounds_E)
         library("forward", x_TD, gate, gate_up_E2FD, down_EDF, *where, pre_M2F, y_MD, out_TD, *sizes)
-        ctx.save_for_backward(x_TD, gate, gate_up_E2FD, down_EDF, *where, pre_M2F)
+        ctx.save_for_backward(x_TD, gate, gate_up_E2FD, down_EDF, order_M, bounds_E, pre_M2F)
         ctx.sizes, ctx.gate_dtype = sizes, gate_TK.dtype
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor):
-        x_TD, gate, gate_up_E2FD, down_EDF, *_ = saved = ctx.saved_tensors
-        grad_rows_MD = x_TD.new_empty(gate.numel(), x_TD.shape[1])
-        grad_x, grad_gate, grad_gate_up, grad_down = made = [torch.empty_like(t) for t in saved[:4]]
-        needed(SOURCE)("backward", grad_TD.contiguous(), *saved, grad_rows_MD, *made, *ctx.sizes)
+        *inputs, order_M, bounds_E, pre_M2F = ctx.saved_tensors
+        where = (order_M, *_places(order_M, ctx.sizes[1]), bounds_E)
+        grad_rows_MD = grad_TD.new_empty(len(order_M), grad_TD.shape[1])
+        grad_x, grad_gate, grad_gate_up, grad_down = made = [torch.empty_like(t) for t in inputs]
+        needed(SOURCE)("backward", grad_TD.contiguous(), *inputs, *where, pre_M2F, grad_rows_MD, *made, *ctx.sizes)
         return grad_x, None, grad_gate.to(ctx.gate_dtype), grad_gate_up, grad_down
+
+
+def _places(order_M: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
+    """The token of each row, and where each choice lies."""
+    token_M, place_M = torch.empty_like(order_M), torch.empty_like(order_M)
+    needed(SOURCE)("places", order_M, token_M, place_M, len(order_M), chosen)
+    return token_M, place_M
