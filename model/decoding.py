@@ -173,7 +173,7 @@ class FewTokens:
         return self.module(x_BSD, None)
 
     def _all(self, x_TD: Tensor) -> Tensor:
-        expert_TK, gate_TK, _ = self.module.gate(x_TD)
+        expert_TK, gate_TK, *_ = self.module.gate(x_TD)
         everyone = self.config.n_routed_experts + self.config.n_shared_experts
         weight_TE = x_TD.new_zeros(len(x_TD), everyone)
         weight_TE[:, self.config.n_routed_experts :] = 1.0
@@ -183,7 +183,7 @@ class FewTokens:
         return hidden.view(len(x_TD), -1) @ self.down
 
     def _batched(self, x_TD: Tensor) -> Tensor:
-        expert_TK, gate_TK, _ = self.module.gate(x_TD)
+        expert_TK, gate_TK, *_ = self.module.gate(x_TD)
         experts, chosen = self.config.n_routed_experts, expert_TK.shape[1]
         expert_M = expert_TK.flatten()
         load_E = torch.bincount(expert_M, minlength=experts)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.linear import linear
 from gristmill.kernels.moe_mlp import moe_mlp
+from gristmill.kernels.router import Choice, route
 from gristmill.model.config import ModelConfig
 
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps is: DeepSeek's own code gives them none
@@ -237,34 +238,17 @@ class Gate(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.choice = Choice(
+            config.num_experts_per_tok, config.scoring_func, config.n_group, config.topk_group,
+            normalised=config.norm_topk_prob, scale=config.routed_scaling_factor,
+        )  # fmt: skip
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
         self.e_score_correction_bias: Tensor
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Chosen experts (T,K), their gate values (T,K) and all affinities (T,E), in float32."""
-        c = self.config
-        logit_TE = F.linear(x_TD.float(), self.weight.float())
-        score_TE = logit_TE.sigmoid() if c.scoring_func == "sigmoid" else logit_TE.softmax(-1)
-        with torch.no_grad():
-            choice_TE = score_TE + self.e_score_correction_bias
-            if c.n_group > 1:
-                choice_TE = choice_TE.masked_fill(~self._allowed(choice_TE), -torch.inf)
-            expert_TK = choice_TE.topk(c.num_experts_per_tok, -1, sorted=False).indices
-        gate_TK = score_TE.gather(1, expert_TK)
-        if c.norm_topk_prob:
-            gate_TK = gate_TK / (gate_TK.sum(-1, keepdim=True) + 1e-20)
-        return expert_TK, gate_TK * c.routed_scaling_factor, score_TE
-
-    def _allowed(self, choice_TE: Tensor) -> Tensor:
-        """Experts of the best groups; a group's score is the sum of its two highest biased affinities (V2: highest)."""
-        c = self.config
-        groups = choice_TE.view(-1, c.n_group, c.n_routed_experts // c.n_group)
-        scored = groups.topk(2 if c.scoring_func == "sigmoid" else 1, -1).values.sum(-1)
-        best = scored.topk(c.topk_group, -1, sorted=False).indices
-        allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
-        return allowed[..., None].expand_as(groups).reshape_as(choice_TE)
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Chosen experts (T,K), their gate values (T,K) and all affinities (T,E), in float32, and loads (E)."""
+        return route(x_TD.float(), self.weight.float(), self.e_score_correction_bias, self.choice)
 
 
 class Experts(nn.Module):
@@ -299,8 +283,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_BSD: Tensor, routing: Routing | None) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        expert_TK, gate_TK, score_TE = self.gate(x_TD)
-        load_E = torch.bincount(expert_TK.reshape(-1), minlength=self.config.n_routed_experts)
+        expert_TK, gate_TK, score_TE, load_E = self.gate(x_TD)
         out_TD = self.experts(x_TD, expert_TK, gate_TK, load_E)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
