@@ -1,7 +1,7 @@
 """Softmax attention for training and prefill, and multi-head latent attention from its projections (V3 section 2.1.1).
 
 On a CPU in float32 a compiled source runs (cpu.cpp; `compiled` in `report()`). Elsewhere it is torch's own
-`scaled_dot_product_attention` (torch_path.py): on a GPU (`gpu`) that is flash attention, on a CPU (`cpu`) its tiles.
+`scaled_dot_product_attention` (sdpa.py): on a GPU (`gpu`) that is flash attention, on a CPU (`cpu`) its tiles.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gristmill.kernels.dispatch import chosen, require
-from gristmill.kernels.mla_attention.cpu import SOURCE, Attention, LatentAttention
+from gristmill.kernels.mla_attention.native import SOURCE, Attention, LatentAttention
 from gristmill.kernels.mla_attention.reference import attention_reference, latent_attention_reference, rotate
-from gristmill.kernels.mla_attention.torch_path import torch_attention, torch_latent_attention
+from gristmill.kernels.mla_attention.sdpa import torch_attention, torch_latent_attention
 
 __all__ = ["attention", "latent_attention", "rotate"]
 

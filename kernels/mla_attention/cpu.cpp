@@ -19,7 +19,7 @@ constexpr int64_t PANEL = 2 * LANES;     // columns of a tile
 constexpr int64_t QUERIES = 16 * ROWS;   // of a block in the backward pass, whose weights stay in the cache
 constexpr int64_t KEYS = 2 * 96;         // as many keys: a multiple of ROWS and of PANEL
 
-// What cpu.py writes down, in its order. Strides count floats between sequences, positions and heads.
+// What native.py writes down, in its order. Strides count floats between sequences, positions and heads.
 struct Shape {
     int64_t sequences, queries, keys, heads, groups, width, rotary, values;
     int64_t q[3], k[3], v[3], key[3], grad_out[3], grad_k[3], grad_v[3];
@@ -70,29 +70,43 @@ inline void tile(const float *a, int64_t a_row, int64_t a_step, const float *b, 
     }
 }
 
+inline void scaled(const float *from, float by, int64_t width, float *to) {
+    for (int64_t j = 0; j < width; j += LANES) store(to + j, load(from + j, width - j) * by, width - j);
+}
+
+inline float product(const float *a, const float *b, int64_t width) {
+    Vector sums = {};
+    for (int64_t j = 0; j < width; j += LANES) sums += load(a + j, width - j) * load(b + j, width - j);
+    return sum(sums);
+}
+
 // Interleaved pairs are rotated; the result is half-split, as the model's `rotate` has it.
-void rotate(const float *from, const float *cos, const float *sin, int64_t width, float *to) {
+inline void rotate(const float *__restrict from, const float *__restrict cos, const float *__restrict sin, int64_t width,
+                   float by, float *__restrict to) {
     const int64_t half = width / 2;
     for (int64_t i = 0; i < half; i++) {
-        const float even = from[2 * i], odd = from[2 * i + 1];
+        const float even = from[2 * i] * by, odd = from[2 * i + 1] * by;
         to[i] = even * cos[i] - odd * sin[i];
         to[half + i] = odd * cos[i] + even * sin[i];
     }
 }
 
-void rotate_back(const float *from, const float *cos, const float *sin, int64_t width, float *to) {
+inline void rotate_back(const float *__restrict from, const float *__restrict cos, const float *__restrict sin,
+                        int64_t width, float by, float *__restrict to) {
     const int64_t half = width / 2;
     for (int64_t i = 0; i < half; i++) {
-        to[2 * i] = from[i] * cos[i] + from[half + i] * sin[i];
-        to[2 * i + 1] = from[half + i] * cos[i] - from[i] * sin[i];
+        const float first = from[i] * by, second = from[half + i] * by;
+        to[2 * i] = first * cos[i] + second * sin[i];
+        to[2 * i + 1] = second * cos[i] - first * sin[i];
     }
 }
 
 // `count` rows of `width` numbers, zeros behind them to `padded` rows of `line`.
-void copy_rows(const float *from, int64_t stride, int64_t count, int64_t width, int64_t padded, int64_t line, float *to) {
+inline void copy_rows(const float *from, int64_t stride, float by, int64_t count, int64_t width, int64_t padded,
+                      int64_t line, float *to) {
     for (int64_t i = 0; i < padded; i++, to += line) {
         const int64_t real = i < count ? width : 0;
-        for (int64_t j = 0; j < real; j++) to[j] = from[i * stride + j];
+        scaled(from + i * stride, by, real, to);
         for (int64_t j = real; j < line; j++) to[j] = 0;
     }
 }
@@ -120,14 +134,14 @@ struct Head {
 
     void take(int64_t b, int64_t g, const float *from_k, const float *from_v, const float *key, Rotation turn) {
         const Shape &s = shape;
-        copy_rows(from_k + b * s.k[0] + g * s.k[2], s.k[1], s.keys, s.width, keys, line, k.get());
+        copy_rows(from_k + b * s.k[0] + g * s.k[2], s.k[1], 1, s.keys, s.width, keys, line, k.get());
         if (s.rotary)
             for (int64_t j = 0; j < s.keys; j++) {
                 const int64_t at = (b * s.keys + j) * (s.rotary / 2);
                 const float *of = key + b * s.key[0] + j * s.key[1];
-                rotate(of, turn.cos + at, turn.sin + at, s.rotary, k.get() + j * line + s.width);
+                rotate(of, turn.cos + at, turn.sin + at, s.rotary, 1, k.get() + j * line + s.width);
             }
-        copy_rows(from_v + b * s.v[0] + g * s.v[2], s.v[1], s.keys, s.values, keys, value_line, v.get());
+        copy_rows(from_v + b * s.v[0] + g * s.v[2], s.v[1], 1, s.keys, s.values, keys, value_line, v.get());
         transpose(k.get(), line, keys, wide, k_columns.get());
     }
 
@@ -137,12 +151,11 @@ struct Head {
         const Shape &s = shape;
         const float *from = q + b * s.q[0] + begin * s.q[1] + h * s.q[2];
         const int64_t real = std::min(end, s.queries) - begin;
-        copy_rows(from, s.q[1], real, s.width, end - begin, line, to);
+        copy_rows(from, s.q[1], scale, real, s.width, end - begin, line, to);
         for (int64_t i = 0; i < real; i++) {
-            float *row = to + i * line;
+            const float *row = from + i * s.q[1] + s.width;
             const int64_t at = (b * s.queries + begin + i) * (s.rotary / 2);
-            if (s.rotary) rotate(from + i * s.q[1] + s.width, turn.cos + at, turn.sin + at, s.rotary, row + s.width);
-            for (int64_t j = 0; j < wide; j++) row[j] *= scale;
+            if (s.rotary) rotate(row, turn.cos + at, turn.sin + at, s.rotary, scale, to + i * line + s.width);
         }
     }
 
@@ -177,7 +190,7 @@ float softmax(float *row, int64_t count, float &log_sum) {
     for (int64_t j = 0; j < count; j += LANES) most = larger(load(row + j), most);
     const float top = largest(most);
     for (int64_t j = 0; j < count; j += LANES) {
-        const Vector weight = exponential(load(row + j) - top);
+        const Vector weight = exponential_of_low(load(row + j) - top);
         store(row + j, weight);
         total += weight;
     }
@@ -250,7 +263,7 @@ void attention_forward(const int64_t *sizes, const float *q, const float *k, con
                                     head.value_line, end - begin, sums.get() + w, head.value_line);
                     for (int64_t r = 0; r < std::min(ROWS, s.queries - i); r++) {
                         float *to = out + ((b * s.queries + i + r) * s.heads + h) * s.values;
-                        for (int64_t w = 0; w < s.values; w++) to[w] = sums[r * head.value_line + w] * part[r];
+                        scaled(sums.get() + r * head.value_line, part[r], s.values, to);
                     }
                 }
         }
@@ -285,14 +298,12 @@ void attention_backward(const int64_t *sizes, const float *q, const float *k, co
             for (int64_t h = g * shared; h < (g + 1) * shared; h++) {
                 const float *log_sum = log_sums + (b * s.heads + h) * s.queries;
                 head.take_queries(b, h, 0, head.queries, q, turn, scale, queries.get());
-                copy_rows(grad_out + b * s.grad_out[0] + h * s.grad_out[2], s.grad_out[1], s.queries, s.values,
+                copy_rows(grad_out + b * s.grad_out[0] + h * s.grad_out[2], s.grad_out[1], 1, s.queries, s.values,
                           head.queries, value_line, grads.get());
                 std::fill_n(slopes.get(), head.queries * line, 0.0f);
                 for (int64_t i = 0; i < s.queries; i++) {
                     const float *of = out + ((b * s.queries + i) * s.heads + h) * s.values;
-                    float total = 0;
-                    for (int64_t w = 0; w < s.values; w++) total += of[w] * grads[i * value_line + w];
-                    delta[i] = total;
+                    delta[i] = product(of, grads.get() + i * value_line, s.values);
                 }
                 for (int64_t q0 = 0; q0 < head.queries; q0 += QUERIES)
                     for (int64_t k0 = 0; k0 < head.keys; k0 += KEYS) {
@@ -315,7 +326,7 @@ void attention_backward(const int64_t *sizes, const float *q, const float *k, co
                                 const bool real = i + r < s.queries;
                                 const float whole = real ? log_sum[i + r] : INFINITY, mean = real ? delta[i + r] : 0;
                                 for (int64_t j = begin - k0; j < end - k0; j += LANES) {
-                                    const Vector weight = exponential(load(p + j) - whole);
+                                    const Vector weight = exponential_of_low(load(p + j) - whole);
                                     store(p + j, weight);
                                     store(ds + j, weight * (load(ds + j) - mean));
                                 }
@@ -351,20 +362,20 @@ void attention_backward(const int64_t *sizes, const float *q, const float *k, co
                         }
                     }
                 for (int64_t i = 0; i < s.queries; i++) {
-                    float *row = slopes.get() + i * line, *to = grad_q + ((b * s.queries + i) * s.heads + h) * head.wide;
-                    for (int64_t n = 0; n < head.wide; n++) row[n] *= scale;
-                    std::copy_n(row, s.width, to);
+                    const float *row = slopes.get() + i * line;
+                    float *to = grad_q + ((b * s.queries + i) * s.heads + h) * head.wide;
+                    scaled(row, scale, s.width, to);
                     const int64_t at = (b * s.queries + i) * (s.rotary / 2);
-                    if (s.rotary) rotate_back(row + s.width, cos + at, sin + at, s.rotary, to + s.width);
+                    if (s.rotary) rotate_back(row + s.width, cos + at, sin + at, s.rotary, scale, to + s.width);
                 }
             }
             for (int64_t j = 0; j < s.keys; j++) {
                 const float *row = key_slopes.get() + j * line, *value_row = value_slopes.get() + j * value_line;
-                std::copy_n(row, s.width, grad_k + b * s.grad_k[0] + j * s.grad_k[1] + g * s.grad_k[2]);
-                std::copy_n(value_row, s.values, grad_v + b * s.grad_v[0] + j * s.grad_v[1] + g * s.grad_v[2]);
+                scaled(row, 1, s.width, grad_k + b * s.grad_k[0] + j * s.grad_k[1] + g * s.grad_k[2]);
+                scaled(value_row, 1, s.values, grad_v + b * s.grad_v[0] + j * s.grad_v[1] + g * s.grad_v[2]);
                 const int64_t at = (b * s.keys + j) * (s.rotary / 2);
                 float *to = grad_key + ((b * s.groups + g) * s.keys + j) * s.rotary;
-                if (s.rotary) rotate_back(row + s.width, cos + at, sin + at, s.rotary, to);
+                if (s.rotary) rotate_back(row + s.width, cos + at, sin + at, s.rotary, 1, to);
             }
         }
     }

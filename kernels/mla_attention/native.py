@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gristmill.kernels.compiled import Compiled, compiled
+from gristmill.kernels.compiled import needed
 
 SOURCE = "mla_attention/cpu.cpp"
 
@@ -48,15 +48,9 @@ def _rowwise(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _library() -> Compiled:
-    library = compiled(SOURCE)
-    assert library is not None, "the caller asks whether the source compiles"
-    return library
-
-
 def _forward(inputs: Inputs, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """The result (B, S, H, W), log Σ exp of the scores (B, H, S), and the keys that each query sees (B, S, 3)."""
-    q_BSHQ, library = inputs.q_BSHQ, _library()
+    q_BSHQ, library = inputs.q_BSHQ, needed(SOURCE)
     batch, length, heads, _ = q_BSHQ.shape
     reach = torch.empty(batch, length, 3, dtype=torch.int64)
     library("attention_reach", inputs.mask_BSS, reach, batch, length, inputs.k_BSGN.shape[1])
@@ -76,7 +70,7 @@ def _backward(
     grad_key_BGSR = torch.empty(batch, groups, keys, inputs.key_BSR.shape[-1])
     sizes = inputs.sizes(grad_out, grad_k, grad_v)
     gradients = (grad_out, grad_q, grad_k, grad_v, grad_key_BGSR)
-    _library()("attention_backward", sizes, *inputs.tensors(), reach, out, log_sums, *gradients, ctx.scale)
+    needed(SOURCE)("attention_backward", sizes, *inputs.tensors(), reach, out, log_sums, *gradients, ctx.scale)
     return grad_q, grad_key_BGSR.sum(1)
 
 
