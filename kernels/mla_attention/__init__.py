@@ -12,7 +12,7 @@ from torch import Tensor
 from gristmill.kernels.dispatch import chosen, require
 from gristmill.kernels.mla_attention.native import SOURCE, Attention, LatentAttention
 from gristmill.kernels.mla_attention.reference import attention_reference, latent_attention_reference, rotate
-from gristmill.kernels.mla_attention.sdpa import torch_attention, torch_latent_attention
+from gristmill.kernels.mla_attention.sdpa import sdpa_attention, sdpa_latent_attention
 
 __all__ = ["attention", "latent_attention", "rotate"]
 
@@ -48,7 +48,7 @@ def attention(q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float, mask
         return attention_reference(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS)
     if implementation == "compiled":
         return Attention.apply(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS)
-    return torch_attention(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS)
+    return sdpa_attention(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS)
 
 
 def latent_attention(
@@ -91,7 +91,7 @@ def latent_attention(
         return latent_attention_reference(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS)
     if implementation == "compiled":
         return LatentAttention.apply(q_BSHQ, kv_BSHX, key_BSR, cos, sin, scale, mask_BSS)
-    return torch_latent_attention(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS)
+    return sdpa_latent_attention(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS)
 
 
 def _check_tensors(operation: str, ranks: dict[str, tuple[Tensor, int]]) -> None:

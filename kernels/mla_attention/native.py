@@ -48,13 +48,26 @@ def _rowwise(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _forward(inputs: Inputs, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The result (B, S, H, W), log Σ exp of the scores (B, H, S), and the keys that each query sees (B, S, 3)."""
-    q_BSHQ, library = inputs.q_BSHQ, needed(SOURCE)
+@torch.library.custom_op("gristmill::attention", mutates_args=())
+def forward(
+    q_BSHQ: Tensor,
+    k_BSGN: Tensor,
+    v_BSGW: Tensor,
+    key_BSR: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask_BSS: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result (B, S, H, W), log Σ exp of the scores (B, H, S), and the keys that each query sees (B, S, 3).
+
+    An operation of torch's, so that selective recomputation can keep what it gave.
+    """
+    inputs, library = Inputs(q_BSHQ, k_BSGN, v_BSGW, key_BSR, cos, sin, mask_BSS), needed(SOURCE)
     batch, length, heads, _ = q_BSHQ.shape
     reach = torch.empty(batch, length, 3, dtype=torch.int64)
-    library("attention_reach", inputs.mask_BSS, reach, batch, length, inputs.k_BSGN.shape[1])
-    out = q_BSHQ.new_empty(batch, length, heads, inputs.v_BSGW.shape[-1])
+    library("attention_reach", mask_BSS, reach, batch, length, k_BSGN.shape[1])
+    out = q_BSHQ.new_empty(batch, length, heads, v_BSGW.shape[-1])
     log_sums = q_BSHQ.new_empty(batch, heads, length)
     library("attention_forward", inputs.sizes(), *inputs.tensors(), reach, out, log_sums, scale)
     return out, log_sums, reach
@@ -82,7 +95,7 @@ class Attention(torch.autograd.Function):
         none = q_BSHN.new_empty(1, 1, 0)
         mask = torch.empty(0) if mask_BSS is None else mask_BSS.contiguous()
         inputs = Inputs(*(_rowwise(x) for x in (q_BSHN, k_BSGN, v_BSGW)), none, none, none, mask)
-        out, *kept = _forward(inputs, scale)
+        out, *kept = forward(*inputs.tensors(), scale)
         ctx.save_for_backward(*inputs.tensors(), out, *kept)
         ctx.scale = scale
         return out
@@ -116,7 +129,7 @@ class LatentAttention(torch.autograd.Function):
         mask = torch.empty(0) if mask_BSS is None else mask_BSS.contiguous()
         k_BSHN, v_BSHW = kv_BSHX.tensor_split([width], -1)
         inputs = Inputs(q_BSHQ, k_BSHN, v_BSHW, key_BSR, cos.contiguous(), sin.contiguous(), mask)
-        out, *kept = _forward(inputs, scale)
+        out, *kept = forward(*inputs.tensors(), scale)
         ctx.save_for_backward(q_BSHQ, kv_BSHX, *inputs.tensors()[3:], out, *kept)
         ctx.scale = scale
         return out

@@ -8,7 +8,7 @@ from torch import Tensor
 from gristmill.kernels.mla_attention.reference import joined
 
 
-def torch_attention(
+def sdpa_attention(
     q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float, mask_BSS: Tensor | None = None
 ) -> Tensor:
     """As `attention`; without a mask it is causal."""
@@ -20,7 +20,7 @@ def torch_attention(
     return out.transpose(1, 2)
 
 
-def torch_latent_attention(
+def sdpa_latent_attention(
     q_BSHQ: Tensor,
     kv_BSHX: Tensor,
     key_BSR: Tensor,
@@ -29,4 +29,4 @@ def torch_latent_attention(
     mask_BSS: Tensor | None = None,
 ) -> Tensor:
     """As `latent_attention`: rotated, joined and spread over the heads first."""
-    return torch_attention(*joined(q_BSHQ, kv_BSHX, key_BSR, rotary), scale, mask_BSS)
+    return sdpa_attention(*joined(q_BSHQ, kv_BSHX, key_BSR, rotary), scale, mask_BSS)
