@@ -33,10 +33,10 @@ class Inputs:
 
     def sizes(self, *gradients: Tensor) -> Tensor:
         """`Shape` of the source; gradients are those of the result, of k and of v."""
-        (sequences, queries, heads, _), (_, keys, groups, width) = self.q_BSHQ.shape, self.k_BSGN.shape
+        (sequences, length, heads, _), (_, _, groups, width) = self.q_BSHQ.shape, self.k_BSGN.shape
         strides = [x.stride()[:3] for x in (self.q_BSHQ, self.k_BSGN, self.v_BSGW)]
         strides += [(*self.key_BSR.stride()[:2], 0), *(x.stride()[:3] for x in gradients)]
-        counts = (sequences, queries, keys, heads, groups, width, self.key_BSR.shape[-1], self.v_BSGW.shape[-1])
+        counts = (sequences, length, heads, groups, width, self.key_BSR.shape[-1], self.v_BSGW.shape[-1])
         return torch.tensor([*counts, *(step for three in strides for step in three)])
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -66,7 +66,7 @@ def forward(
     inputs, library = Inputs(q_BSHQ, k_BSGN, v_BSGW, key_BSR, cos, sin, mask_BSS), needed(SOURCE)
     batch, length, heads, _ = q_BSHQ.shape
     reach = torch.empty(batch, length, 3, dtype=torch.int64)
-    library("attention_reach", mask_BSS, reach, batch, length, k_BSGN.shape[1])
+    library("attention_reach", mask_BSS, reach, batch, length)
     out = q_BSHQ.new_empty(batch, length, heads, v_BSGW.shape[-1])
     log_sums = q_BSHQ.new_empty(batch, heads, length)
     library("attention_forward", inputs.sizes(), *inputs.tensors(), reach, out, log_sums, scale)
@@ -79,8 +79,8 @@ def _backward(
     """The gradients of the queries and of the shared key; those of k and v are written where they are given."""
     grad_out, (out, log_sums, reach) = _rowwise(grad_out), kept
     grad_q = torch.empty(inputs.q_BSHQ.shape)
-    batch, keys, groups, _ = inputs.k_BSGN.shape
-    grad_key_BGSR = torch.empty(batch, groups, keys, inputs.key_BSR.shape[-1])
+    batch, length, groups, _ = inputs.k_BSGN.shape
+    grad_key_BGSR = torch.empty(batch, groups, length, inputs.key_BSR.shape[-1])
     sizes = inputs.sizes(grad_out, grad_k, grad_v)
     gradients = (grad_out, grad_q, grad_k, grad_v, grad_key_BGSR)
     needed(SOURCE)("attention_backward", sizes, *inputs.tensors(), reach, out, log_sums, *gradients, ctx.scale)
