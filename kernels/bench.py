@@ -194,11 +194,11 @@ def attention(
     angle = torch.rand(batch, length, turning // 2, device=device)
     rotary, scale = (angle.cos(), angle.sin()), (width + turning) ** -0.5
 
-    def ours(*projections: Tensor) -> Tensor:
-        return latent_attention(*projections, rotary, scale)
+    def ours(q: Tensor, kv: Tensor, key: Tensor) -> Tensor:
+        return latent_attention(q, kv, key, rotary, scale)
 
-    def theirs(*projections: Tensor) -> Tensor:
-        return sdpa_latent_attention(*projections, rotary, scale)
+    def theirs(q: Tensor, kv: Tensor, key: Tensor) -> Tensor:
+        return sdpa_latent_attention(q, kv, key, rotary, scale)
 
     shape = f"{batch} × {length}, {heads} × {width}+{turning}/{values}"
     flops = batch * heads * length * (length + 1) * (width + turning + values)

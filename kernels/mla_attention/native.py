@@ -7,8 +7,7 @@ the backward pass are the inputs, the result and log Σ exp of each row of score
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from gristmill.kernels.compiled import needed
 SOURCE = "mla_attention/cpu.cpp"
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """Tensors of one call, numbers of a row side by side; without a shared key, `key_BSR` and the angles are empty."""
 
     q_BSHQ: Tensor
@@ -39,9 +37,6 @@ class Inputs:
         counts = (sequences, length, heads, groups, width, self.key_BSR.shape[-1], self.v_BSGW.shape[-1])
         return torch.tensor([*counts, *(step for three in strides for step in three)])
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.q_BSHQ, self.k_BSGN, self.v_BSGW, self.key_BSR, self.cos, self.sin, self.mask_BSS
-
 
 def _rowwise(x: Tensor) -> Tensor:
     """x with the numbers of its last dimension side by side."""
@@ -49,7 +44,7 @@ def _rowwise(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("gristmill::attention", mutates_args=())
-def forward(
+def attend(
     q_BSHQ: Tensor,
     k_BSGN: Tensor,
     v_BSGW: Tensor,
@@ -69,7 +64,7 @@ def forward(
     library("attention_reach", mask_BSS, reach, batch, length)
     out = q_BSHQ.new_empty(batch, length, heads, v_BSGW.shape[-1])
     log_sums = q_BSHQ.new_empty(batch, heads, length)
-    library("attention_forward", inputs.sizes(), *inputs.tensors(), reach, out, log_sums, scale)
+    library("attention_forward", inputs.sizes(), *inputs, reach, out, log_sums, scale)
     return out, log_sums, reach
 
 
@@ -78,12 +73,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the queries and of the shared key; those of k and v are written where they are given."""
     grad_out, (out, log_sums, reach) = _rowwise(grad_out), kept
-    grad_q = torch.empty(inputs.q_BSHQ.shape)
+    grad_q = inputs.q_BSHQ.new_empty(inputs.q_BSHQ.shape)
     batch, length, groups, _ = inputs.k_BSGN.shape
-    grad_key_BGSR = torch.empty(batch, groups, length, inputs.key_BSR.shape[-1])
+    grad_key_BGSR = grad_q.new_empty(batch, groups, length, inputs.key_BSR.shape[-1])
     sizes = inputs.sizes(grad_out, grad_k, grad_v)
     gradients = (grad_out, grad_q, grad_k, grad_v, grad_key_BGSR)
-    needed(SOURCE)("attention_backward", sizes, *inputs.tensors(), reach, out, log_sums, *gradients, ctx.scale)
+    needed(SOURCE)("attention_backward", sizes, *inputs, reach, out, log_sums, *gradients, ctx.scale)
     return grad_q, grad_key_BGSR.sum(1)
 
 
@@ -94,9 +89,9 @@ class Attention(torch.autograd.Function):
     def forward(ctx: Any, q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float, mask_BSS: Tensor | None):
         none = q_BSHN.new_empty(1, 1, 0)
         mask = torch.empty(0) if mask_BSS is None else mask_BSS.contiguous()
-        inputs = Inputs(*(_rowwise(x) for x in (q_BSHN, k_BSGN, v_BSGW)), none, none, none, mask)
-        out, *kept = forward(*inputs.tensors(), scale)
-        ctx.save_for_backward(*inputs.tensors(), out, *kept)
+        inputs = Inputs(_rowwise(q_BSHN), _rowwise(k_BSGN), _rowwise(v_BSGW), none, none, none, mask)
+        out, *kept = attend(*inputs, scale)
+        ctx.save_for_backward(*inputs, out, *kept)
         ctx.scale = scale
         return out
 
@@ -104,8 +99,8 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BSHW: Tensor):
         *given, out, log_sums, reach = ctx.saved_tensors
-        inputs = Inputs(*given)
-        grad_k, grad_v = torch.empty(inputs.k_BSGN.shape), torch.empty(inputs.v_BSGW.shape)
+        inputs = Inputs._make(given)
+        grad_k, grad_v = (x.new_empty(x.shape) for x in (inputs.k_BSGN, inputs.v_BSGW))
         grad_q, _ = _backward(ctx, inputs, (out, log_sums, reach), grad_BSHW, grad_k, grad_v)
         return grad_q, grad_k, grad_v, None, None
 
@@ -129,8 +124,8 @@ class LatentAttention(torch.autograd.Function):
         mask = torch.empty(0) if mask_BSS is None else mask_BSS.contiguous()
         k_BSHN, v_BSHW = kv_BSHX.tensor_split([width], -1)
         inputs = Inputs(q_BSHQ, k_BSHN, v_BSHW, key_BSR, cos.contiguous(), sin.contiguous(), mask)
-        out, *kept = forward(*inputs.tensors(), scale)
-        ctx.save_for_backward(q_BSHQ, kv_BSHX, *inputs.tensors()[3:], out, *kept)
+        out, *kept = attend(*inputs, scale)
+        ctx.save_for_backward(q_BSHQ, kv_BSHX, *inputs[3:], out, *kept)
         ctx.scale = scale
         return out
 
@@ -139,8 +134,8 @@ class LatentAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_BSHW: Tensor):
         q_BSHQ, kv_BSHX, key_BSR, *others, out, log_sums, reach = ctx.saved_tensors
         width = q_BSHQ.shape[-1] - key_BSR.shape[-1]
-        inputs = Inputs(q_BSHQ, *kv_BSHX.tensor_split([width], -1), key_BSR, *others)
-        grad_kv = torch.empty(kv_BSHX.shape)
+        inputs = Inputs._make((q_BSHQ, *kv_BSHX.tensor_split([width], -1), key_BSR, *others))
+        grad_kv = kv_BSHX.new_empty(kv_BSHX.shape)
         grad_k, grad_v = grad_kv.tensor_split([width], -1)
         grad_q, grad_key = _backward(ctx, inputs, (out, log_sums, reach), grad_BSHW, grad_k, grad_v)
         return grad_q, grad_kv, grad_key, None, None, None, None
