@@ -34,15 +34,16 @@ struct Forward {
     float *out, *log_sums;
 
     Forward(const Call &call, float *to, float *logs)
-        : head(call), score_line(head.keys + PANEL), queries(floats(ROWS * head.line)),
+        : head(call), score_line(head.keys + PANEL), queries(floats(head.queries * head.line)),
           scores(floats(ROWS * score_line)), sums(floats(ROWS * head.value_line)), out(to), log_sums(logs) {}
 
     void run(int64_t h, int64_t query) {
         const Shape &s = head.shape;
         const Span span = head.seen(query, {0, head.keys});
         const int64_t count = span.end - span.begin;
-        head.take_queries(h, query, ROWS, queries.get());
-        head.scores(queries.get(), span, scores.get(), score_line);
+        float *to = out + ((head.sequence * s.length + query) * s.heads + h) * s.values;
+        for (int64_t r = 0; r < ROWS; r++) soon_written(to + r * s.heads * s.values, s.values);
+        head.scores(queries.get() + query * head.line, span, scores.get(), score_line);
         float part[ROWS] = {};
         for (int64_t r = 0; r < ROWS; r++) {
             float *row = scores.get() + r * score_line, log_sum = INFINITY;
@@ -59,7 +60,7 @@ struct Forward {
                         count, sums.get() + w, head.value_line);
         for (int64_t r = 0; r < std::min(ROWS, s.length - query); r++)
             scaled(sums.get() + r * head.value_line, part[r], s.values,
-                   out + ((head.sequence * s.length + query + r) * s.heads + h) * s.values);
+                   to + r * s.heads * s.values);
     }
 };
 
@@ -103,12 +104,13 @@ struct Backward {
     void take_queries(int64_t h) {
         const Shape &s = shape;
         const int64_t b = head.sequence;
-        head.take_queries(h, 0, head.queries, queries.get());
+        head.take_queries(h, queries.get());
         copy_rows(grad_out + b * s.grad_out[0] + h * s.grad_out[2], s.grad_out[1], 1, s.length, s.values, head.queries,
                   value_line, grads.get());
         std::fill_n(q_slopes.get(), head.queries * line, 0.0f);
         for (int64_t i = 0; i < head.queries; i++) {
             const float *row = out + ((b * s.length + i) * s.heads + h) * s.values;
+            soon(row + AHEAD * s.heads * s.values, s.values);
             delta[i] = i < s.length ? product(row, grads.get() + i * value_line, s.values) : 0;
             log_sum[i] = i < s.length ? log_sums[(b * s.heads + h) * s.length + i] : INFINITY;
         }
@@ -182,6 +184,7 @@ struct Backward {
         for (int64_t i = 0; i < shape.length; i++) {
             const float *row = q_slopes.get() + i * line;
             float *of = to.q + ((head.sequence * shape.length + i) * shape.heads + h) * head.wide;
+            soon_written(of + AHEAD * shape.heads * head.wide, head.wide);
             scaled(row, head.call.scale, shape.width, of);
             if (shape.rotary)
                 rotate_back(row + shape.width, cos + head.angle(i), sin + head.angle(i), shape.rotary, head.call.scale,
@@ -194,9 +197,12 @@ struct Backward {
         const int64_t b = head.sequence;
         for (int64_t j = 0; j < s.length; j++) {
             const float *row = k_slopes.get() + j * line;
-            scaled(row, 1, s.width, to.k + b * s.grad_k[0] + j * s.grad_k[1] + g * s.grad_k[2]);
-            scaled(v_slopes.get() + j * value_line, 1, s.values,
-                   to.v + b * s.grad_v[0] + j * s.grad_v[1] + g * s.grad_v[2]);
+            float *of_k = to.k + b * s.grad_k[0] + j * s.grad_k[1] + g * s.grad_k[2];
+            float *of_v = to.v + b * s.grad_v[0] + j * s.grad_v[1] + g * s.grad_v[2];
+            soon_written(of_k + AHEAD * s.grad_k[1], s.width);
+            soon_written(of_v + AHEAD * s.grad_v[1], s.values);
+            scaled(row, 1, s.width, of_k);
+            scaled(v_slopes.get() + j * value_line, 1, s.values, of_v);
             if (s.rotary)
                 rotate_back(row + s.width, head.call.cos + head.angle(j), head.call.sin + head.angle(j), s.rotary, 1,
                             to.key + ((b * s.groups + g) * s.length + j) * s.rotary);
@@ -238,8 +244,10 @@ void attention_forward(const Shape *shape, const float *q, const float *k, const
         for (int64_t item = 0; item < shape->sequences * groups; item++) {
             const int64_t g = item % groups;
             forward.head.take(item / groups, g);
-            for (int64_t h = g * shared; h < (g + 1) * shared; h++)
+            for (int64_t h = g * shared; h < (g + 1) * shared; h++) {
+                forward.head.take_queries(h, forward.queries.get());
                 for (int64_t query = 0; query < shape->length; query += ROWS) forward.run(h, query);
+            }
         }
     }
 }

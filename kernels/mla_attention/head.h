@@ -14,6 +14,9 @@ namespace {
 constexpr int64_t ROWS = 6;           // of a tile: 6 × 2 sums, 2 vectors and a factor fill 15 of 16 registers
 constexpr int64_t PANEL = 2 * LANES;  // columns of a tile
 
+constexpr int64_t CACHE_LINE = 16;    // floats
+constexpr int64_t AHEAD = 8;          // rows that are asked for before they are read or written
+
 // What native.py writes down, in its order. Strides are in floats, between sequences, positions and heads.
 struct Shape {
     int64_t sequences, length, heads, groups, width, rotary, values;
@@ -75,6 +78,15 @@ inline void tile(const float *a, int64_t a_row, int64_t a_step, const float *b, 
     }
 }
 
+// Rows of a head lie too far apart for the processor to see which comes next.
+inline void soon(const float *row, int64_t width) {
+    for (int64_t j = 0; j < width; j += CACHE_LINE) __builtin_prefetch(row + j);
+}
+
+inline void soon_written(float *row, int64_t width) {
+    for (int64_t j = 0; j < width; j += CACHE_LINE) __builtin_prefetch(row + j, 1);
+}
+
 inline void scaled(const float *from, float by, int64_t width, float *to) {
     for (int64_t j = 0; j < width; j += LANES) store(to + j, load(from + j, width - j) * by, width - j);
 }
@@ -111,6 +123,7 @@ inline void copy_rows(const float *from, int64_t stride, float by, int64_t count
                       int64_t line, float *to) {
     for (int64_t i = 0; i < padded; i++, to += line) {
         const int64_t real = i < count ? width : 0;
+        if (i + AHEAD < count) soon(from + (i + AHEAD) * stride, width);
         scaled(from + i * stride, by, real, to);
         for (int64_t j = real; j < line; j++) to[j] = 0;
     }
@@ -151,15 +164,14 @@ struct Head {
         transpose(k.get(), line, keys, wide, k_columns.get());
     }
 
-    // The query rows [begin, begin + count), scaled; those behind the last are zero.
-    void take_queries(int64_t h, int64_t begin, int64_t count, float *to) const {
+    // All queries of a head, scaled.
+    void take_queries(int64_t h, float *to) const {
         const Shape &s = shape;
-        const float *from = call.q + sequence * s.q[0] + begin * s.q[1] + h * s.q[2];
-        const int64_t real = std::min(count, s.length - begin);
-        copy_rows(from, s.q[1], call.scale, real, s.width, count, line, to);
-        for (int64_t i = 0; i < real && s.rotary; i++)
-            rotate(from + i * s.q[1] + s.width, call.cos + angle(begin + i), call.sin + angle(begin + i), s.rotary,
-                   call.scale, to + i * line + s.width);
+        const float *from = call.q + sequence * s.q[0] + h * s.q[2];
+        copy_rows(from, s.q[1], call.scale, s.length, s.width, queries, line, to);
+        for (int64_t i = 0; i < s.length && s.rotary; i++)
+            rotate(from + i * s.q[1] + s.width, call.cos + angle(i), call.sin + angle(i), s.rotary, call.scale,
+                   to + i * line + s.width);
     }
 
     Reach reach(int64_t query) const {
