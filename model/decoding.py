@@ -134,7 +134,10 @@ class GroupedAttention:
         q_BSHR, k_BSGR, v_BSGR = self.module.project(x_BSD, rotary)
         cache_BPC = step.write(cache_BSC, torch.cat((k_BSGR.flatten(2), v_BSGR.flatten(2)), -1))
         k_BPGR, v_BPGR = (part.unflatten(-1, (self.module.groups, -1)) for part in cache_BPC.chunk(2, -1))
-        return self.module.attend(q_BSHR, k_BPGR, v_BPGR, step.seen_BSP)
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHR, k_BPGR, v_BPGR))
+        scale, seen = self.module.scale, step.seen_BSP[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+        return self.module.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class FewTokens:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.linear import linear
+from gristmill.kernels.mla_attention import attention, latent_attention
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.router import Choice, route
 from gristmill.model.config import ModelConfig
@@ -119,15 +120,6 @@ def score_scale(config: ModelConfig) -> float:
     return scale
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs (x₀,x₁), (x₂,x₃), … as DeepSeek's weights expect; the result is half-split.
-
-    Queries and keys are permuted alike, so their products are those of the interleaved layout.
-    """
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), -1)
-
-
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (xᵢ, xᵢ₊ₕ), h being half the width, as the weights of Llama and Qwen expect."""
     first, second = x.chunk(2, -1)
@@ -152,34 +144,22 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size)
 
-    def project(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries without and with rotation (B,S,H,·), the normalised latent (B,S,C), the rotary key (B,S,R)."""
-        c, (batch, length, _) = self.config, x_BSD.shape
+    def project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B,S,H,N+R), the normalised latent (B,S,C) and the shared key (B,S,R), neither yet rotated."""
+        c = self.config
         if c.q_lora_rank is None:
             q = self.q_proj(x_BSD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
-        q_BSHn = q.view(batch, length, c.num_attention_heads, -1)
-        q_BSHN, q_BSHR = q_BSHn.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent_BSC, key_BSR = self.kv_a_proj_with_mqa(x_BSD).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        cos, sin = rotary
-        q_BSHR = rotate(q_BSHR, cos[:, :, None], sin[:, :, None]).to(q_BSHN.dtype)
-        key_BSR = rotate(key_BSR, cos, sin).to(latent_BSC.dtype)
-        return q_BSHN, q_BSHR, self.kv_a_layernorm(latent_BSC), key_BSR
+        return q.unflatten(-1, (c.num_attention_heads, -1)), self.kv_a_layernorm(latent_BSC), key_BSR
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
         """Training and prefill: keys and values are expanded from the latent."""
-        c, (batch, length, _) = self.config, x_BSD.shape
-        q_BSHN, q_BSHR, latent_BSC, key_BSR = self.project(x_BSD, rotary)
-        kv = self.kv_b_proj(latent_BSC).view(batch, length, c.num_attention_heads, -1)
-        k_BSHN, v_BSHW = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-        q = torch.cat((q_BSHN, q_BSHR), -1).transpose(1, 2)
-        k = torch.cat((k_BSHN, key_BSR[:, :, None].expand(*k_BSHN.shape[:3], -1)), -1).transpose(1, 2)
-        mask = None if mask_BSS is None else mask_BSS[:, None]
-        out = F.scaled_dot_product_attention(
-            q, k, v_BSHW.transpose(1, 2), attn_mask=mask, is_causal=mask is None, scale=self.scale
-        )
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        q_BSHQ, latent_BSC, key_BSR = self.project(x_BSD)
+        kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.config.num_attention_heads, -1))
+        out_BSHW = latent_attention(q_BSHQ, kv_BSHX, key_BSR, rotary, self.scale, mask_BSS)
+        return self.o_proj(out_BSHW.flatten(2))
 
 
 class GroupedQueryAttention(nn.Module):
@@ -208,16 +188,8 @@ class GroupedQueryAttention(nn.Module):
         q_BSHR, k_BSGR = (rotate_halves(x, cos, sin).to(v_BSGR.dtype) for x in (q_BSHR, k_BSGR))
         return q_BSHR, k_BSGR, v_BSGR
 
-    def attend(self, q_BSHR: Tensor, k_BSGR: Tensor, v_BSGR: Tensor, mask_BSS: Tensor | None) -> Tensor:
-        mask = None if mask_BSS is None else mask_BSS[:, None]
-        q, k, v = (x.transpose(1, 2) for x in (q_BSHR, k_BSGR, v_BSGR))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
-        return self.attend(*self.project(x_BSD, rotary), mask_BSS)
+        return self.o_proj(attention(*self.project(x_BSD, rotary), self.scale, mask_BSS).flatten(2))
 
 
 class SwiGLU(nn.Module):
