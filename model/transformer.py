@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.moe_mlp import moe_mlp
+from gristmill.kernels.norm_rope import rms_norm, rotate, rotate_halves
+from gristmill.kernels.swiglu import swiglu
 from gristmill.model.config import ModelConfig
 
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps is: DeepSeek's own code gives them none
@@ -69,7 +71,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(self.weight.dtype), (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps)
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
@@ -115,21 +117,6 @@ def score_scale(config: ModelConfig) -> float:
     if config.attention == "mla" and scaling is not None and scaling.type == "yarn" and scaling.mscale_all_dim:
         scale *= yarn_amplitude(scaling.factor, scaling.mscale_all_dim) ** 2
     return scale
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs (x₀,x₁), (x₂,x₃), … as DeepSeek's weights expect; the result is half-split.
-
-    Queries and keys are permuted alike, so their products are those of the interleaved layout.
-    """
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), -1)
-
-
-def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (xᵢ, xᵢ₊ₕ), h being half the width, as the weights of Llama and Qwen expect."""
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -227,8 +214,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class Gate(nn.Module):
