@@ -55,6 +55,13 @@ def compiled(source: str) -> Compiled | None:
     return None if os.environ.get("GRISTMILL_KERNELS") == "torch" else _compiled(source)
 
 
+def needed(source: str) -> Compiled:
+    """The functions of a source that `compiled` was found to have."""
+    library = compiled(source)
+    assert library is not None, source
+    return library
+
+
 @functools.cache
 def _compiled(source: str) -> Compiled | None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")

@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from gristmill.kernels.compiled import compiled
 
 log = logging.getLogger("gristmill.kernels")
 _counts: Counter[tuple[str, str]] = Counter()
@@ -18,9 +21,10 @@ _reference: ContextVar[bool] = ContextVar("gristmill_kernels_reference", default
 _said: set[tuple[str, str]] = set()
 
 
-def chosen(operation: str, x: Tensor) -> str:
-    """`gpu`, `cpu` or `reference` for an operation on x; the choice is counted.
+def chosen(operation: str, x: Tensor, source: str | None = None) -> str:
+    """`gpu`, `compiled`, `cpu` or `reference` for an operation on x; the choice is counted.
 
+    `compiled` is of float32 alone, and where the operation's C++ `source` compiles; `cpu` is a path in torch.
     GRISTMILL_KERNELS=gpu with TRITON_INTERPRET=1 runs the GPU's code on a CPU, for its tests.
     """
     if _reference.get():
@@ -28,7 +32,8 @@ def chosen(operation: str, x: Tensor) -> str:
     elif x.is_cuda or (os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("GRISTMILL_KERNELS") == "gpu"):
         picked = "gpu"
     elif x.device.type == "cpu":
-        picked = "cpu"
+        native = source is not None and x.dtype == torch.float32 and compiled(source) is not None
+        picked = "compiled" if native else "cpu"
     else:
         picked = "reference"
         if (operation, x.device.type) not in _said:

@@ -22,7 +22,20 @@ static inline Vector load(const float *from) {
 
 static inline void store(float *to, Vector v) { std::memcpy(to, &v, sizeof v); }
 
-static inline Vector all(float value) { return Vector{} + value; }
+// As many numbers as are left, where these are fewer than a vector's; the others are zero.
+static inline Vector load(const float *from, int64_t left) {
+    if (left >= LANES) return load(from);
+    Vector v{};
+    for (int64_t i = 0; i < left; i++) v[i] = from[i];
+    return v;
+}
+
+static inline void store(float *to, Vector v, int64_t left) {
+    if (left >= LANES) return store(to, v);
+    for (int64_t i = 0; i < left; i++) to[i] = v[i];
+}
+
+static inline Vector all(float value) { return value - Vector{}; }  // minus zero: what every float survives
 
 static inline float sum(Vector v) {
     float total = 0;

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gristmill.kernels.dispatch import chosen, require
 from gristmill.kernels.moe_mlp.cpu import MoeMlp
+from gristmill.kernels.moe_mlp.native import SOURCE, NativeMoeMlp
 from gristmill.kernels.moe_mlp.reference import moe_mlp_reference
 
 __all__ = ["moe_mlp"]
@@ -40,13 +41,15 @@ def moe_mlp(
             out of range or the load is not that of expert_TK; on a GPU, there are 2³⁰ rows or more.
     """
     _check(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
-    implementation = chosen("moe_mlp", x_TD)
+    implementation = chosen("moe_mlp", x_TD, SOURCE)
     if implementation == "reference":
         return moe_mlp_reference(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF)
     if implementation == "gpu":
         from gristmill.kernels.moe_mlp.gpu import TritonMoeMlp
 
         return TritonMoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
+    if implementation == "compiled":
+        return NativeMoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF)
     return MoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
 
 

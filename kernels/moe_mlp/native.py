@@ -1,0 +1,52 @@
+"""The routed experts in float32 on a CPU by `cpu.cpp`: every step of an expert's rows in one pass of one thread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gristmill.kernels.compiled import needed
+
+SOURCE = "moe_mlp/cpu.cpp"
+
+
+class NativeMoeMlp(torch.autograd.Function):
+    """The operation with its four gradients; an expert without rows has zeros."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    ) -> Tensor:
+        (tokens, width), (experts, _, hidden), chosen = x_TD.shape, down_EDF.shape, expert_TK.shape[1]
+        rows, library = tokens * chosen, needed(SOURCE)
+        x_TD, gate_up_E2FD, down_EDF = (t.contiguous() for t in (x_TD, gate_up_E2FD, down_EDF))
+        gate = gate_TK.float().contiguous()
+        order_M, bounds_E = (torch.empty(size, dtype=torch.int64) for size in (rows, experts + 1))
+        library("sort_choices", expert_TK.long().contiguous(), order_M, bounds_E, rows, experts)
+        sizes = (tokens, chosen, experts, width, hidden)
+        pre_M2F, y_MD, out_TD = x_TD.new_empty(rows, 2 * hidden), x_TD.new_empty(rows, width), torch.empty_like(x_TD)
+        where = (order_M, *_places(order_M, chosen), bounds_E)
+        library("forward", x_TD, gate, gate_up_E2FD, down_EDF, *where, pre_M2F, y_MD, out_TD, *sizes)
+        ctx.save_for_backward(x_TD, gate, gate_up_E2FD, down_EDF, order_M, bounds_E, pre_M2F)
+        ctx.sizes, ctx.gate_dtype = sizes, gate_TK.dtype
+        return out_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor):
+        *inputs, order_M, bounds_E, pre_M2F = ctx.saved_tensors
+        where = (order_M, *_places(order_M, ctx.sizes[1]), bounds_E)
+        grad_rows_MD = grad_TD.new_empty(len(order_M), grad_TD.shape[1])
+        grad_x, grad_gate, grad_gate_up, grad_down = made = [torch.empty_like(t) for t in inputs]
+        needed(SOURCE)("backward", grad_TD.contiguous(), *inputs, *where, pre_M2F, grad_rows_MD, *made, *ctx.sizes)
+        return grad_x, None, grad_gate.to(ctx.gate_dtype), grad_gate_up, grad_down
+
+
+def _places(order_M: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
+    """The token of each row, and where each choice lies."""
+    token_M, place_M = torch.empty_like(order_M), torch.empty_like(order_M)
+    needed(SOURCE)("places", order_M, token_M, place_M, len(order_M), chosen)
+    return token_M, place_M
