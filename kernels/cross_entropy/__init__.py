@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gristmill.kernels.cross_entropy import fused
+from gristmill.kernels.cross_entropy import native
 from gristmill.kernels.cross_entropy.chunked import LinearCrossEntropyMean, LinearLogProbs
 from gristmill.kernels.cross_entropy.reference import (
     linear_cross_entropy_mean_reference,
@@ -30,11 +30,11 @@ def linear_cross_entropy_mean(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weig
         RuntimeError: (of the backward pass) its gradients were taken before.
     """
     _check("linear_cross_entropy_mean", x_TD, w_VD, target_T)
-    implementation = chosen("linear_cross_entropy_mean", x_TD)
+    implementation = chosen("linear_cross_entropy_mean", x_TD, native.SOURCE)
     if implementation == "reference":
         return linear_cross_entropy_mean_reference(x_TD, w_VD, target_T, weight_T)
-    if implementation == "cpu" and (run := fused.library(x_TD, w_VD)) is not None:
-        return fused.linear_cross_entropy_mean(run, x_TD, w_VD, target_T, weight_T)
+    if implementation == "compiled":
+        return native.linear_cross_entropy_mean(x_TD, w_VD, target_T, weight_T)
     return LinearCrossEntropyMean.apply(x_TD, w_VD, target_T, weight_T, implementation)
 
 
@@ -51,11 +51,11 @@ def linear_log_probs(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: 
         least = int(target_T.min())
         require(least >= 0, ValueError, "linear_log_probs: least of target_T", least, "a token id, 0 or more")
     require(temperature > 0, ValueError, "linear_log_probs: temperature", temperature, "more than 0")
-    implementation = chosen("linear_log_probs", x_TD)
+    implementation = chosen("linear_log_probs", x_TD, native.SOURCE)
     if implementation == "reference":
         return linear_log_probs_reference(x_TD, w_VD, target_T, temperature)
-    if implementation == "cpu" and (run := fused.library(x_TD, w_VD)) is not None:
-        return fused.FusedLogProbs.apply(x_TD, w_VD, target_T, temperature, run)
+    if implementation == "compiled":
+        return native.NativeLogProbs.apply(x_TD, w_VD, target_T, temperature)
     return LinearLogProbs.apply(x_TD, w_VD, target_T, temperature, implementation)
 
 

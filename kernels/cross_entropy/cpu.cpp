@@ -104,7 +104,8 @@ void pack_along(const Head &head, int64_t first, int64_t rows, int64_t panel, fl
 // Logits of `count` rows of the head from v on, (count filled up to TALL, pitch). A tile that would begin too late to
 // be full reads the last rows of the head again, whose logits nobody looks at.
 void logits(const Head &head, const Chunk &chunk, int64_t v, int64_t count, float *to) {
-    for (int64_t d = 0; d < head.width; d += DEPTH) {
+    int64_t d = 0;
+    do {  // once without any columns, too: then they are zero
         const int64_t depth = std::min(DEPTH, head.width - d);
         for (int64_t r = 0; r < chunk.pitch; r += WIDE) {
             const float *x = chunk.across + r * head.width + d * WIDE;
@@ -126,7 +127,7 @@ void logits(const Head &head, const Chunk &chunk, int64_t v, int64_t count, floa
                     add(tile, place, chunk.pitch);
             }
         }
-    }
+    } while ((d += DEPTH) < head.width);
 }
 
 // The maximum and the sum of exponentials of each row, those of a block added to those before it.
@@ -210,18 +211,18 @@ struct Part {
 }  // namespace
 
 // The loss of each row, −log softmax(x·wᵀ / temperature) at its target, and where they are asked for the gradients of
-// Σ weight · loss, that of w added to what is there. At once `rows_at_once` rows, whose logits are held in `held` where
-// gradients are asked for: (vocab filled up to TALL, rows_at_once). All is contiguous; rows_at_once is a multiple of WIDE.
+// Σ weight · loss, that of w added to what is there. At once `rows_at_once` rows, whose logits are held in `held`,
+// (vocab filled up to TALL, rows_at_once); none is held, and no gradient made, where that is null. All is contiguous; rows_at_once is a multiple of WIDE.
 extern "C" void cross_entropy(const float *x, const float *w, const int64_t *target, const float *weight, int64_t rows,
                               int64_t width, int64_t vocab, double inverse_temperature, int64_t rows_at_once,
-                              int64_t gradients, float *held, float *loss, float *grad_x, float *grad_w,
+                              float *held, float *loss, float *grad_x, float *grad_w,
                               int64_t threads) {
     const Head head{x, w, width, vocab, static_cast<float>(inverse_temperature)};
     const int64_t most = std::min(rows_at_once, up_to(rows, WIDE)), panels = up_to(width, WIDE) / WIDE;
     const int64_t tall = up_to(width, TALL);
     const Floats across = floats(most * width), along = floats(most * panels * WIDE);
     const Floats highest = floats((threads + 1) * most), total = floats((threads + 1) * most), aimed = floats(most);
-    const Floats partial = floats(gradients ? threads * tall * most : 0);
+    const Floats partial = floats(held ? threads * tall * most : 0);
 #pragma omp parallel num_threads(threads)
     {
         const Floats block = floats(BLOCK * most), spans = floats(BLOCK * SPAN);
@@ -232,7 +233,7 @@ extern "C" void cross_entropy(const float *x, const float *w, const int64_t *tar
             for (int64_t panel = 0; panel < pitch / WIDE; panel++) pack_across(head, first, count, panel, across.get());
 #pragma omp for schedule(static)
             for (int64_t panel = 0; panel < panels; panel++)
-                if (gradients) pack_along(head, first, count, panel, along.get());
+                if (held) pack_along(head, first, count, panel, along.get());
 #pragma omp for schedule(static, 1)
             for (int64_t part = 0; part < threads; part++) {
                 std::fill_n(&highest[part * most], pitch, -INFINITY);
@@ -240,7 +241,7 @@ extern "C" void cross_entropy(const float *x, const float *w, const int64_t *tar
                 const Part own(vocab, part, threads);
                 for (int64_t v = own.begin; v < own.end; v += BLOCK) {
                     const int64_t here = std::min(BLOCK, own.end - v);
-                    float *z = gradients ? held + v * pitch : block.get();
+                    float *z = held ? held + v * pitch : block.get();
                     logits(head, chunk, v, here, z);
                     statistics(z, here, pitch, &highest[part * most], &total[part * most]);
                     for (int64_t r = 0; r < count; r++) {
@@ -259,7 +260,7 @@ extern "C" void cross_entropy(const float *x, const float *w, const int64_t *tar
                 total[threads * most + r] = sum;
                 if (r < count) loss[first + r] = std::log(sum) - (aimed[r] - above);
             }
-            if (!gradients) continue;
+            if (!held) continue;
 #pragma omp for schedule(static, 1)
             for (int64_t part = 0; part < threads; part++) {
                 float *own_grad_x = &partial[part * tall * most];

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gristmill.kernels.dispatch import chosen, require
-from gristmill.kernels.norm_rope import cpu
+from gristmill.kernels.dispatch import chosen
+from gristmill.kernels.norm_rope import native
 from gristmill.kernels.norm_rope.reference import rms_norm_reference, rotate_halves_reference, rotate_reference
 
 __all__ = ["rms_norm", "rotate", "rotate_halves"]
@@ -24,16 +21,19 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         TypeError: x and weight differ in dtype.
         ValueError: the shapes or devices do not fit, or eps is negative.
     """
-    require(x.dtype == weight_D.dtype, TypeError, "rms_norm: weight_D", weight_D.dtype, x.dtype)
-    require(x.device == weight_D.device, ValueError, "rms_norm: device of weight_D", weight_D.device, x.device)
-    fits = x.ndim > 0 and weight_D.shape == x.shape[-1:]
-    require(fits, ValueError, "rms_norm: shape of weight_D", tuple(weight_D.shape), "that of x's last dimension")
-    require(eps >= 0, ValueError, "rms_norm: eps", eps, "0 or more")
-    implementation = chosen("rms_norm", x)
+    if x.dtype != weight_D.dtype:
+        raise TypeError(f"rms_norm: weight_D is {weight_D.dtype}; wanted the dtype of x, {x.dtype}")
+    if x.device != weight_D.device:
+        raise ValueError(f"rms_norm: device of weight_D is {weight_D.device}; wanted that of x, {x.device}")
+    if weight_D.ndim != 1 or x.shape[-1:] != weight_D.shape:
+        raise ValueError(f"rms_norm: shape of weight_D is {tuple(weight_D.shape)}; wanted the last of {tuple(x.shape)}")
+    if eps < 0:
+        raise ValueError(f"rms_norm: eps is {eps}; wanted 0 or more")
+    implementation = chosen("rms_norm", x, native.SOURCE)
     if implementation == "reference":
         return rms_norm_reference(x, weight_D, eps)
-    if implementation == "cpu" and (run := cpu.library(x, weight_D)) is not None:
-        return cpu.rms_norm(run, x, weight_D, eps)
+    if implementation == "compiled":
+        return native.rms_norm(x, weight_D, eps)
     return F.rms_norm(x, weight_D.shape, weight_D, eps)
 
 
@@ -50,18 +50,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
     """
-    return _rotated("rotate", rotate_reference, x, cos, sin)
+    _check("rotate", x, cos, sin)
+    if chosen("rotate", x, native.SOURCE) == "compiled" and (rows := native.rows_of(x, cos, sin)) is not None:
+        return native.rotate(x, cos, sin, rows, interleaved=True)
+    return rotate_reference(x, cos, sin)
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (xᵢ, xᵢ₊ₕ), h being half the width, as the weights of Llama and Qwen expect; see `rotate`."""
-    return _rotated("rotate_halves", rotate_halves_reference, x, cos, sin)
+    _check("rotate_halves", x, cos, sin)
+    if chosen("rotate_halves", x, native.SOURCE) == "compiled" and (rows := native.rows_of(x, cos, sin)) is not None:
+        return native.rotate(x, cos, sin, rows, interleaved=False)
+    return rotate_halves_reference(x, cos, sin)
 
 
-def _rotated(operation: str, torch_path: Callable[..., Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    fits = x.ndim > 0 and x.shape[-1] % 2 == 0 and cos.ndim == x.ndim and 2 * cos.shape[-1] == x.shape[-1]
-    require(fits, ValueError, f"{operation}: shape of cos", tuple(cos.shape), f"half the width of x, {tuple(x.shape)}")
-    require(sin.shape == cos.shape, ValueError, f"{operation}: shape of sin", tuple(sin.shape), tuple(cos.shape))
-    if chosen(operation, x) == "cpu" and (rows := cpu.rotated_rows(x, cos, sin)) is not None:
-        return cpu.rotate(rows, x, cos, sin, interleaved=operation == "rotate")
-    return torch_path(x, cos, sin)
+def _check(operation: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    if not 0 < x.ndim == cos.ndim or 2 * cos.shape[-1] != x.shape[-1]:
+        wanted = f"{x.ndim} dimensions, the last of them half of x's, {tuple(x.shape)}"
+        raise ValueError(f"{operation}: shape of cos is {tuple(cos.shape)}; wanted {wanted}")
+    if sin.shape != cos.shape:
+        raise ValueError(f"{operation}: shape of sin is {tuple(sin.shape)}; wanted that of cos, {tuple(cos.shape)}")

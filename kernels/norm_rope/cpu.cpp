@@ -42,7 +42,7 @@ struct Pairs {
 
 }  // namespace
 
-// y = x / √(mean x² + eps) · weight; of each row the 1 / √ is kept in `scale`.
+// y = x / √(mean x² + eps) · weight; of each row the 1 / √ is kept in `scale`, where it is asked for.
 extern "C" void rms_norm(const float *x, const float *__restrict weight, float *y, float *scale, int64_t rows,
                          int64_t width, int64_t x_row, double eps, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows * width, threads))
@@ -51,7 +51,7 @@ extern "C" void rms_norm(const float *x, const float *__restrict weight, float *
         float *__restrict to = y + row * width;
         const float by = 1.0f / std::sqrt(square(from, width) / width + static_cast<float>(eps));
         for (int64_t i = 0; i < width; i++) to[i] = from[i] * by * weight[i];
-        scale[row] = by;
+        if (scale) scale[row] = by;
     }
 }
 
@@ -84,8 +84,8 @@ extern "C" void rms_norm_backward(const float *x, const float *__restrict weight
 
 // The heads of a token are turned by the token's angles, whose cosines and sines begin `angle_row` apart. Pairs of x lie
 // interleaved or half a head apart, those of y half a head apart.
-extern "C" void rotate(const float *x, const float *cosine, const float *sine, float *y, int64_t tokens, int64_t heads,
-                       int64_t half, int64_t x_token, int64_t x_head, int64_t angle_row, int64_t interleaved,
+extern "C" void rotate(const float *x, const float *cosine, const float *sine, float *y, int64_t half, int64_t tokens,
+                       int64_t heads, int64_t x_token, int64_t x_head, int64_t angle_row, int64_t interleaved,
                        int64_t threads) {
     const Pairs pairs(interleaved, half);
 #pragma omp parallel for schedule(static) num_threads(threads_for(2 * tokens * heads * half, threads))
@@ -103,8 +103,8 @@ extern "C" void rotate(const float *x, const float *cosine, const float *sine, f
 }
 
 // The other way round, from a gradient whose pairs lie half a head apart.
-extern "C" void rotate_backward(const float *grad, const float *cosine, const float *sine, float *grad_x, int64_t tokens,
-                                int64_t heads, int64_t half, int64_t angle_row, int64_t interleaved, int64_t threads) {
+extern "C" void rotate_backward(const float *grad, const float *cosine, const float *sine, float *grad_x, int64_t half,
+                                int64_t tokens, int64_t heads, int64_t angle_row, int64_t interleaved, int64_t threads) {
     const Pairs pairs(interleaved, half);
 #pragma omp parallel for schedule(static) num_threads(threads_for(2 * tokens * heads * half, threads))
     for (int64_t token = 0; token < tokens; token++)
