@@ -37,7 +37,8 @@ struct Tile {
 
 // tile(i, j) = Σ_k a[i · row + k · step] · b[k · pitch + j]
 inline __attribute__((always_inline)) Tile product(
-    const float *a, int64_t row, int64_t step, const float *b, int64_t pitch, int64_t depth) {
+    const float *a, int64_t row, int64_t step, const float *b, int64_t pitch, int64_t depth
+) {
     Tile tile{};
     for (int64_t k = 0; k < depth; k++, a += step, b += pitch) {
         const Vector left = load(b), right = load(b + LANES);
@@ -77,10 +78,11 @@ struct Head {
 
 // Rows of x that are taken at once, and what is made of them.
 struct Chunk {
-    int64_t first, rows, pitch;  // pitch: the rows filled up to whole tiles, with zeros
+    int64_t first, rows, pitch;    // pitch: the rows filled up to whole tiles, with zeros
+    int64_t slope_pitch;           // an odd number of lines of a cache, so that a column of them does not evict itself
     const float *across;         // x / temperature: panels of WIDE rows, in each of them a column's WIDE numbers in a line
     const float *along;          // x / temperature: panels of WIDE columns, in each of them a row's WIDE numbers in a line
-    const float *highest, *total;  // of the softmax of each row
+    const float *highest, *scale;  // of each row: the largest logit, and weight / sum of the exponentials
 };
 
 void pack_across(const Head &head, int64_t first, int64_t rows, int64_t panel, float *to) {
@@ -145,43 +147,45 @@ void statistics(const float *z, int64_t count, int64_t pitch, float *highest, fl
 }
 
 // weight · (softmax − onehot)
-void slopes(const Chunk &chunk, const int64_t *target, const float *weight, const float *z, int64_t v, int64_t count,
-            float *to) {
-    for (int64_t r = 0; r < chunk.pitch; r += LANES) {
-        Vector scale{};
-        for (int64_t lane = 0; lane < LANES && r + lane < chunk.rows; lane++)
-            scale[lane] = weight[chunk.first + r + lane] / chunk.total[r + lane];
-        const Vector highest = load(chunk.highest + r);
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t at = i * chunk.pitch + r;
-            store(to + at, exponential(load(z + at) - highest) * scale);
+void slopes(
+    const Chunk &chunk, const int64_t *target, const float *weight, const float *z, int64_t v, int64_t count, float *to
+) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t r = 0; r < chunk.pitch; r += LANES) {
+            const Vector p = exponential(load(z + i * chunk.pitch + r) - load(chunk.highest + r));
+            store(to + i * chunk.slope_pitch + r, p * load(chunk.scale + r));
         }
-    }
     for (int64_t r = 0; r < chunk.rows; r++) {
         const int64_t row = target[chunk.first + r] - v;
-        if (row >= 0 && row < count) to[row * chunk.pitch + r] -= weight[chunk.first + r];
+        if (row >= 0 && row < count) to[row * chunk.slope_pitch + r] -= weight[chunk.first + r];
     }
 }
 
 // What a block of the head's rows adds to the gradient of x, transposed and of a part of the columns, (span, pitch).
-void add_to_grad_x(const Head &head, const Chunk &chunk, const float *slope, int64_t v, int64_t count, int64_t d,
-                   int64_t span, float *panels, float *grad_x) {
-    for (int64_t j = 0; j < span; j += TALL) {
-        const int64_t columns = std::min(TALL, span - j);
-        const float *w = head.w + v * head.width + d + j;
-        float *panel = panels + j * count;
-        for (int64_t i = 0; i < count; i++, w += head.width, panel += TALL)
-            for (int64_t k = 0; k < TALL; k++) panel[k] = k < columns ? w[k] : 0.0f;
+void add_to_grad_x(
+    const Head &head, const Chunk &chunk, const float *slope, int64_t v, int64_t count, int64_t d, int64_t span,
+    float *panels, float *grad_x
+) {
+    for (int64_t i = 0; i < count; i++) {
+        const float *w = head.w + (v + i) * head.width + d;
+        float *panel = panels + i * TALL;
+        for (int64_t j = 0; j < span; j += TALL, panel += TALL * count)
+            if (j + TALL <= span)
+                std::memcpy(panel, w + j, TALL * sizeof(float));
+            else
+                for (int64_t k = 0; k < TALL; k++) panel[k] = j + k < span ? w[j + k] : 0.0f;
     }
     for (int64_t r = 0; r < chunk.pitch; r += WIDE)
         for (int64_t j = 0; j < span; j += TALL)
-            add(product(panels + j * count, 1, TALL, slope + r, chunk.pitch, count), grad_x + (d + j) * chunk.pitch + r,
+            add(product(panels + j * count, 1, TALL, slope + r, chunk.slope_pitch, count), grad_x + (d + j) * chunk.pitch + r,
                 chunk.pitch);
 }
 
 // What a chunk adds to the gradient of a block of the head's rows, of a part of the columns.
-void add_to_grad_w(const Head &head, const Chunk &chunk, const float *slope, int64_t v, int64_t count, int64_t d,
-                   int64_t span, float *grad_w) {
+void add_to_grad_w(
+    const Head &head, const Chunk &chunk, const float *slope, int64_t v, int64_t count, int64_t d, int64_t span,
+    float *grad_w
+) {
     for (int64_t j = d; j < d + span; j += WIDE) {
         const int64_t columns = std::min(WIDE, head.width - j);
         for (int64_t i = 0; i < count; i += TALL) {
@@ -189,7 +193,7 @@ void add_to_grad_w(const Head &head, const Chunk &chunk, const float *slope, int
             const int64_t rows = std::min(TALL, count - i);
             for (int64_t k = 0; k < rows; k++) __builtin_prefetch(place + k * head.width, 1);
             const Tile tile =
-                product(slope + i * chunk.pitch, chunk.pitch, 1, chunk.along + j * chunk.rows, WIDE, chunk.rows);
+                product(slope + i * chunk.slope_pitch, chunk.slope_pitch, 1, chunk.along + j * chunk.rows, WIDE, chunk.rows);
             if (rows == TALL && columns == WIDE)
                 add(tile, place, head.width);
             else
@@ -208,79 +212,104 @@ struct Part {
     }
 };
 
+// The softmax of a part of the vocabulary: each row's largest logit, sum of exponentials and, where its target is in
+// this part, the target's logit. Logits stay in `held`, or are gone with their block where that is null.
+void softmax_part(
+    const Head &head, const Chunk &chunk, const Part &part, const int64_t *target, float *held, float *block,
+    float *highest, float *total, float *aimed
+) {
+    std::fill_n(highest, chunk.pitch, -INFINITY);
+    std::fill_n(total, chunk.pitch, 0.0f);
+    for (int64_t v = part.begin; v < part.end; v += BLOCK) {
+        const int64_t count = std::min(BLOCK, part.end - v);
+        float *z = held ? held + v * chunk.pitch : block;
+        logits(head, chunk, v, count, z);
+        statistics(z, count, chunk.pitch, highest, total);
+        for (int64_t r = 0; r < chunk.rows; r++) {
+            const int64_t row = target[chunk.first + r] - v;
+            if (row >= 0 && row < count) aimed[r] = z[row * chunk.pitch + r];
+        }
+    }
+}
+
+// What a part of the vocabulary gives to grad_x, transposed, (width filled up to TALL, pitch), and its rows of grad_w.
+void gradient_part(
+    const Head &head, const Chunk &chunk, const Part &part, const int64_t *target, const float *weight,
+    const float *held, float *block, float *panels, float *grad_x, float *grad_w
+) {
+    std::fill_n(grad_x, up_to(head.width, TALL) * chunk.pitch, 0.0f);
+    for (int64_t v = part.begin; v < part.end; v += BLOCK) {
+        const int64_t count = std::min(BLOCK, part.end - v);
+        slopes(chunk, target, weight, held + v * chunk.pitch, v, count, block);
+        for (int64_t d = 0; d < head.width; d += SPAN) {
+            const int64_t span = std::min(SPAN, head.width - d);
+            add_to_grad_x(head, chunk, block, v, count, d, span, panels, grad_x);
+            add_to_grad_w(head, chunk, block, v, count, d, span, grad_w);
+        }
+    }
+}
+
+// What the parts found of row r, as one: the largest logit and the sum of exponentials.
+struct Softmax {
+    float highest = -INFINITY, total = 0;
+    Softmax(const float *part_highest, const float *part_total, int64_t parts, int64_t most, int64_t r) {
+        for (int64_t part = 0; part < parts; part++) highest = std::max(highest, part_highest[part * most + r]);
+        for (int64_t part = 0; part < parts; part++)
+            total += part_total[part * most + r] * std::exp(part_highest[part * most + r] - highest);
+    }
+};
+
 }  // namespace
 
-// The loss of each row, −log softmax(x·wᵀ / temperature) at its target, and where they are asked for the gradients of
-// Σ weight · loss, that of w added to what is there. At once `rows_at_once` rows, whose logits are held in `held`,
-// (vocab filled up to TALL, rows_at_once); none is held, and no gradient made, where that is null. All is contiguous; rows_at_once is a multiple of WIDE.
-extern "C" void cross_entropy(const float *x, const float *w, const int64_t *target, const float *weight, int64_t rows,
-                              int64_t width, int64_t vocab, double inverse_temperature, int64_t rows_at_once,
-                              float *held, float *loss, float *grad_x, float *grad_w,
-                              int64_t threads) {
+// The loss of each row, −log softmax(x·wᵀ / temperature) at its target; and the gradients of Σ weight · loss, that of w
+// added to what is there, unless `held` is null. `most` rows, a whole number of tiles, are taken at once, and their
+// logits stay in `held`, (vocab filled up to TALL, most). Each thread takes a part of the vocabulary.
+extern "C" void cross_entropy(
+    const float *x, const float *w, const int64_t *target, const float *weight, int64_t rows, int64_t width,
+    int64_t vocab, double inverse_temperature, int64_t most, float *held, float *loss, float *grad_x, float *grad_w,
+    int64_t threads
+) {
     const Head head{x, w, width, vocab, static_cast<float>(inverse_temperature)};
-    const int64_t most = std::min(rows_at_once, up_to(rows, WIDE)), panels = up_to(width, WIDE) / WIDE;
-    const int64_t tall = up_to(width, TALL);
+    const int64_t panels = up_to(width, WIDE) / WIDE, transposed = held ? up_to(width, TALL) * most : 0;
     const Floats across = floats(most * width), along = floats(most * panels * WIDE);
-    const Floats highest = floats((threads + 1) * most), total = floats((threads + 1) * most), aimed = floats(most);
-    const Floats partial = floats(held ? threads * tall * most : 0);
+    const Floats part_highest = floats(threads * most), part_total = floats(threads * most);
+    const Floats highest = floats(most), scale = floats(most), aimed = floats(most);
+    const Floats part_grad_x = floats(threads * transposed);
 #pragma omp parallel num_threads(threads)
     {
-        const Floats block = floats(BLOCK * most), spans = floats(BLOCK * SPAN);
-        for (int64_t first = 0; first < rows; first += rows_at_once) {
-            const int64_t count = std::min(rows_at_once, rows - first), pitch = up_to(count, WIDE);
-            const Chunk chunk{first, count, pitch, across.get(), along.get(), &highest[threads * most], &total[threads * most]};
+        const Floats block = floats(BLOCK * (most + WIDE)), spans = floats(BLOCK * SPAN);
+        for (int64_t first = 0; first < rows; first += most) {
+            const int64_t count = std::min(most, rows - first), pitch = up_to(count, WIDE);
+            const Chunk chunk{first, count, pitch, pitch | WIDE, across.get(), along.get(), highest.get(), scale.get()};
 #pragma omp for schedule(static) nowait
             for (int64_t panel = 0; panel < pitch / WIDE; panel++) pack_across(head, first, count, panel, across.get());
 #pragma omp for schedule(static)
-            for (int64_t panel = 0; panel < panels; panel++)
-                if (held) pack_along(head, first, count, panel, along.get());
+            for (int64_t panel = 0; panel < panels; panel++) pack_along(head, first, count, panel, along.get());
 #pragma omp for schedule(static, 1)
-            for (int64_t part = 0; part < threads; part++) {
-                std::fill_n(&highest[part * most], pitch, -INFINITY);
-                std::fill_n(&total[part * most], pitch, 0.0f);
-                const Part own(vocab, part, threads);
-                for (int64_t v = own.begin; v < own.end; v += BLOCK) {
-                    const int64_t here = std::min(BLOCK, own.end - v);
-                    float *z = held ? held + v * pitch : block.get();
-                    logits(head, chunk, v, here, z);
-                    statistics(z, here, pitch, &highest[part * most], &total[part * most]);
-                    for (int64_t r = 0; r < count; r++) {
-                        const int64_t row = target[first + r] - v;
-                        if (row >= 0 && row < here) aimed[r] = z[row * pitch + r];
-                    }
-                }
-            }
-#pragma omp single
+            for (int64_t part = 0; part < threads; part++)
+                softmax_part(
+                    head, chunk, {vocab, part, threads}, target, held, block.get(), &part_highest[part * most],
+                    &part_total[part * most], aimed.get()
+                );
+#pragma omp for schedule(static)
             for (int64_t r = 0; r < pitch; r++) {
-                float above = -INFINITY, sum = 0;
-                for (int64_t part = 0; part < threads; part++) above = std::max(above, highest[part * most + r]);
-                for (int64_t part = 0; part < threads; part++)
-                    sum += total[part * most + r] * std::exp(highest[part * most + r] - above);
-                highest[threads * most + r] = above;
-                total[threads * most + r] = sum;
-                if (r < count) loss[first + r] = std::log(sum) - (aimed[r] - above);
+                const Softmax found(part_highest.get(), part_total.get(), threads, most, r);
+                highest[r] = found.highest;
+                scale[r] = held && r < count ? weight[first + r] / found.total : 0.0f;
+                if (r < count) loss[first + r] = std::log(found.total) - (aimed[r] - found.highest);
             }
             if (!held) continue;
 #pragma omp for schedule(static, 1)
-            for (int64_t part = 0; part < threads; part++) {
-                float *own_grad_x = &partial[part * tall * most];
-                std::fill_n(own_grad_x, tall * pitch, 0.0f);
-                const Part own(vocab, part, threads);
-                for (int64_t v = own.begin; v < own.end; v += BLOCK) {
-                    const int64_t here = std::min(BLOCK, own.end - v);
-                    slopes(chunk, target, weight, held + v * pitch, v, here, block.get());
-                    for (int64_t d = 0; d < width; d += SPAN) {
-                        const int64_t span = std::min(SPAN, width - d);
-                        add_to_grad_x(head, chunk, block.get(), v, here, d, span, spans.get(), own_grad_x);
-                        add_to_grad_w(head, chunk, block.get(), v, here, d, span, grad_w);
-                    }
-                }
-            }
+            for (int64_t part = 0; part < threads; part++)
+                gradient_part(
+                    head, chunk, {vocab, part, threads}, target, weight, held, block.get(), spans.get(),
+                    &part_grad_x[part * transposed], grad_w
+                );
 #pragma omp for schedule(static)
             for (int64_t r = 0; r < count; r++)
                 for (int64_t d = 0; d < width; d++) {
                     float sum = 0;
-                    for (int64_t part = 0; part < threads; part++) sum += partial[part * tall * most + d * pitch + r];
+                    for (int64_t part = 0; part < threads; part++) sum += part_grad_x[part * transposed + d * pitch + r];
                     grad_x[(first + r) * width + d] = sum * head.inverse_temperature;
                 }
         }
