@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
+from gristmill.kernels.linear import linear
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.norm_rope import rms_norm, rotate, rotate_halves
 from gristmill.kernels.swiglu import swiglu
@@ -58,7 +59,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        self.product = F.linear
+        self.product = linear
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)

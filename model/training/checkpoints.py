@@ -53,15 +53,19 @@ class CheckpointWriter:
         """Whether a save was begun and is not published yet."""
         return self._step is not None
 
-    def begin(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    def begin(
+        self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], *, settled: bool = False
+    ) -> None:
         """Copy what is to be saved, and write it from a thread; every rank calls this, with its own pieces.
+
+        What is `settled` nothing changes until it is written: on a CPU it needs no copy.
 
         Raises:
             RuntimeError: the save before it is not published yet.
         """
         if self.busy:
             raise RuntimeError(f"the checkpoint of step {self._step} is still being written: publish it first")
-        copies = {key: tensor.detach().to("cpu", copy=True).reshape(-1) for key, tensor in tensors.items()}
+        copies = {key: tensor.detach().to("cpu", copy=not settled).reshape(-1) for key, tensor in tensors.items()}
         told = json.dumps(state, sort_keys=True) if self.rank == 0 else None
         self._step, self._failure = step, None
         self._thread = threading.Thread(target=self._write, args=(copies, told), name="checkpoint", daemon=True)

@@ -100,6 +100,8 @@ class Engine:
             config=self._described(batch_sequences // self.shares),
             dist_init_required=False,
         )[0]
+        if self.ranks == 1 and layout.zero_stage == 0:
+            self.engine.enable_backward_allreduce = False  # a copy of all gradients, to no end
         if layout.zero_stage == 3:
             deepspeed.zero.register_external_parameter(self.objective, model.lm_head.weight)
         tell_optimizer(self.optimizer, self.engine, self.names)
@@ -233,8 +235,8 @@ class Engine:
     def _admit(self) -> float | None:
         """What the gradient is multiplied by; none to drop it."""
         if self.layout.zero_stage == 0:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients, foreach=True)
+            sums = self._squares[0].sums
+            norm = torch.zeros(()) if sums is None else sums.sum().sqrt()
         else:
             norm = torch.as_tensor(self.engine.optimizer._global_grad_norm)
         if self.experts:

@@ -251,9 +251,8 @@ class Run:
             self._publish()
         if due:
             tensors = {f"{kind}/{name}@{start}": numbers for kind, name, start, numbers in self.engine.tensors()}
-            self.writer.begin(
-                done, tensors, {**vars(self.history), "optimizer_steps": self.engine.optimizer.steps_done}
-            )
+            state = {**vars(self.history), "optimizer_steps": self.engine.optimizer.steps_done}
+            self.writer.begin(done, tensors, state, settled=done == self.training.steps)
 
     def _publish(self) -> None:
         while not self.writer.written():

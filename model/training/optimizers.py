@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gristmill.kernels.optim import AdamW, adamw
 from gristmill.model.training.config import OptimizerConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-ADAM_EPS = 1e-8
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]
+        self.watch([(p.grad, g["pieces"][p]) for g in self.param_groups for p in g["params"] if p.grad is not None])
         if not self._asked:
             self._asked, self._coefficient = True, self.admit()
             self.steps_done += self._coefficient is not None
-        self.watch([(p.grad, g["pieces"][p]) for g in self.param_groups for p in g["params"] if p.grad is not None])
         if self._coefficient is None:
             return
         for group in self.param_groups:
@@ -117,14 +118,14 @@ class MuonAdamW(torch.optim.Optimizer):
             rate = group["lr"] * self.scale
             if not parameters:
                 continue
+            if group["kind"] == "adam":
+                self._adam(parameters, rate, group["decay"])
+                continue
             if self._coefficient != 1.0:
                 torch._foreach_mul_([p.grad for p in parameters], self._coefficient)
             if group["decay"] and rate:
                 torch._foreach_mul_(parameters, 1 - rate * group["decay"])
-            if group["kind"] == "muon":
-                self._muon(parameters, group["pieces"], rate)
-            else:
-                self._adam(parameters, rate)
+            self._muon(parameters, group["pieces"], rate)
 
     def _muon(self, parameters: list[Tensor], pieces: dict[Tensor, tuple[Piece, ...]], rate: float) -> None:
         stacks: dict[tuple[int, int], list[tuple[Tensor, Piece, Tensor]]] = {}
@@ -153,19 +154,18 @@ class MuonAdamW(torch.optim.Optimizer):
         buffer.copy_(exact)
         return gradient.lerp(exact, momentum)
 
-    def _adam(self, parameters: list[Tensor], rate: float) -> None:
-        beta1, beta2 = self.config.beta1, self.config.beta2
+    def _adam(self, parameters: list[Tensor], rate: float, decay: float) -> None:
+        assert self._coefficient is not None
+        how = AdamW(
+            rate=rate,
+            step=self.steps_done,
+            decay=decay,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            coefficient=self._coefficient,
+        )
         gradients = [p.grad for p in parameters if p.grad is not None]
-        kept = [[self._moment(p, kind) for p in parameters] for kind in ("exp_avg", "exp_avg_sq")]
-        first, second = ([m.to(g.dtype) for m, g in zip(ms, gradients, strict=True)] for ms in kept)
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-        size = torch._foreach_sqrt(torch._foreach_div(second, 1 - beta2**self.steps_done))
-        torch._foreach_add_(size, ADAM_EPS)
-        torch._foreach_addcdiv_(parameters, first, size, -rate / (1 - beta1**self.steps_done))
-        if self.config.moments != "float32":
-            torch._foreach_copy_([*kept[0], *kept[1]], [*first, *second])
+        adamw(parameters, gradients, *([self._moment(p, kind) for p in parameters] for kind in ADAM_MOMENTS), how)
 
     def _moment(self, parameter: Tensor, kind: str) -> Tensor:
         state = self.state[parameter]
@@ -192,7 +192,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """Take the moments from `read(kind, piece)`, flat; none stands for zeros."""
         self.state.clear()
         for group in self.param_groups:
-            kinds = ("momentum",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq")
+            kinds = ("momentum",) if group["kind"] == "muon" else ADAM_MOMENTS
             for tensor, pieces in group["pieces"].items():
                 for kind, piece in ((kind, piece) for kind in kinds for piece in pieces):
                     found = read(kind, piece)

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from gristmill.data.shards import BOS_ID, EOS_ID, PAD_ID, TokenShards
+from gristmill.kernels.linear import linear
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.model.generate import Sampling, sample
 from gristmill.model.training.batches import torch_seed
@@ -79,7 +79,7 @@ def _why_not(layout: LayoutConfig) -> str:
 def _float32_products(model: Transformer) -> Iterator[None]:
     """Within it the model decodes in the one dtype that decoding takes, that of its weights."""
     changed: list[tuple[Any, Any, Any]] = [
-        (module, module.product, F.linear if isinstance(module, Linear) else moe_mlp)
+        (module, module.product, linear if isinstance(module, Linear) else moe_mlp)
         for module in model.modules()
         if isinstance(module, Linear | Experts)
     ]

@@ -1,0 +1,75 @@
+"""x·wᵀ + b with its gradients: the products outside the routed experts.
+
+On a CPU in float32, and where there are rows enough to pack the weights for, by `cpu.cpp`; elsewhere by torch's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gristmill.kernels.compiled import needed
+from gristmill.kernels.dispatch import chosen, require
+
+__all__ = ["linear", "multiply"]
+SOURCE = "linear/cpu.cpp"
+LEAST_ROWS = 96  # with fewer, packing the weights costs more than it saves
+
+
+def linear(x: Tensor, w_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
+    """x·wᵀ + bias over the last dimension, (…, M), in x's dtype; differentiable once on the compiled path.
+
+    Args:
+        x: rows, (…, K).
+        w_MK: a matrix as Hugging Face stores it, (out, in).
+        bias_M: what is added to each row.
+
+    Raises:
+        ValueError: the inner sizes differ, or w is no matrix.
+    """
+    require(w_MK.ndim == 2, ValueError, "linear: rank of w_MK", w_MK.ndim, 2)
+    require(x.shape[-1] == w_MK.shape[1], ValueError, "linear: inner size of w_MK", w_MK.shape[1], x.shape[-1])
+    fits = x.numel() >= LEAST_ROWS * x.shape[-1] > 0 and w_MK.dtype == torch.float32 and w_MK.is_contiguous()
+    if chosen("linear", x, SOURCE if fits else None) != "compiled":
+        return F.linear(x, w_MK, bias_M)
+    y = NativeLinear.apply(x, w_MK)
+    return y if bias_M is None else y + bias_M
+
+
+def multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> None:
+    """out = a·b by `cpu.cpp`: float32 on a CPU, in each of a and b one stride 1, out contiguous."""
+    sizes = (*a_MK.shape, b_KN.shape[1])
+    strides = a_MK.stride(), b_KN.stride()
+    needed(SOURCE)("multiply", a_MK, *strides[0], b_KN, *strides[1], out_MN, sizes[0], sizes[2], sizes[1])
+
+
+class NativeLinear(torch.autograd.Function):
+    """The product without a bias, and both gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w_MK: Tensor) -> Tensor:
+        x_NK = x.reshape(-1, x.shape[-1]).contiguous()
+        ctx.save_for_backward(x_NK, w_MK)
+        ctx.shape = x.shape
+        y_NM = x.new_empty(len(x_NK), len(w_MK))
+        multiply(x_NK, w_MK.t(), y_NM)
+        return y_NM.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        x_NK, w_MK = ctx.saved_tensors
+        grad_NM = grad.reshape(len(x_NK), len(w_MK)).contiguous()
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x_NK)
+            multiply(grad_NM, w_MK, grad_x)
+            grad_x = grad_x.view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            grad_w = torch.empty_like(w_MK)
+            multiply(grad_NM.t(), x_NK, grad_w)
+        return grad_x, grad_w

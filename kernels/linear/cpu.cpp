@@ -1,0 +1,22 @@
+// A product of two matrices by all threads, in blocks that each thread takes whole.
+#include "gemm.h"
+
+namespace {
+constexpr int64_t STRIP = 16 * TILE_COLUMNS;  // columns of a block
+}
+
+// c (rows, columns), its rows side by side, = a · b; strides of a and b in numbers, one of each matrix's being 1.
+extern "C" void multiply(
+    const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row, int64_t b_column, float *c,
+    int64_t rows, int64_t columns, int64_t depth, int64_t threads
+) {
+    const int64_t high = block_rows(rows), down = (rows + high - 1) / high, across = (columns + STRIP - 1) / STRIP;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t block = 0; block < down * across; block++) {
+        const int64_t i = block % down * high, j = block / down * STRIP;
+        product(
+            {a + i * a_row, a_row, a_column}, {b + j * b_column, b_row, b_column}, c + i * columns + j, columns,
+            std::min(high, rows - i), std::min(STRIP, columns - j), depth
+        );
+    }
+}

@@ -1,0 +1,65 @@
+"""AdamW over many tensors at once (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2), clipping included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gristmill.kernels.compiled import needed
+from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.optim.reference import adamw_reference
+
+__all__ = ["AdamW", "adamw"]
+SOURCE = "optim/cpu.cpp"
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The numbers of an update: those of a run, and those of its step (1, 2, …)."""
+
+    rate: float
+    step: int
+    decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    coefficient: float = 1.0  # what gradients are multiplied by, as clipping says
+
+
+@torch.no_grad()
+def adamw(
+    parameters: list[Tensor], gradients: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], how: AdamW
+) -> None:
+    """Update the parameters and both moments where they lie; gradients are only read.
+
+    With g' = coefficient · g: m ← β₁m + (1 − β₁)g', v ← β₂v + (1 − β₂)g'², and
+    p ← (1 − rate · decay) p − rate · m̂ / (√v̂ + ε), where m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ). Moments may be
+    bfloat16: they are computed in the gradient's dtype and rounded to nearest as they are put down.
+
+    Raises:
+        ValueError: the lists differ in length, or a gradient or moment in shape or device from its parameter.
+    """
+    lists = {"gradients": gradients, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name, tensors in lists.items():
+        require(len(tensors) == len(parameters), ValueError, f"adamw: length of {name}", len(tensors), len(parameters))
+        for i, (tensor, parameter) in enumerate(zip(tensors, parameters, strict=True)):
+            got, wanted = (tuple(tensor.shape), tensor.device), (tuple(parameter.shape), parameter.device)
+            require(got == wanted, ValueError, f"adamw: shape and device of {name}[{i}]", got, wanted)
+    if not parameters:
+        return
+    plain = all(t.is_contiguous() for tensors in (parameters, *lists.values()) for t in tensors)
+    float32 = all(t.dtype == torch.float32 for tensors in (parameters, gradients) for t in tensors)
+    moments = {t.dtype for tensors in (exp_avg, exp_avg_sq) for t in tensors}
+    fits = plain and float32 and moments in ({torch.float32}, {torch.bfloat16})
+    if chosen("adamw", parameters[0], SOURCE if fits else None) != "compiled":
+        adamw_reference(parameters, gradients, exp_avg, exp_avg_sq, how)
+        return
+    addresses = [[t.data_ptr() for t in tensors] for tensors in (parameters, *lists.values())]
+    counts = torch.tensor([p.numel() for p in parameters])
+    needed(SOURCE)(
+        "adamw", torch.tensor(addresses), counts, len(parameters), int(moments == {torch.bfloat16}),
+        float(how.coefficient), 1 - how.rate * how.decay, how.beta1, how.beta2, how.eps,
+        how.rate / (1 - how.beta1**how.step), 1 / (1 - how.beta2**how.step),
+    )  # fmt: skip

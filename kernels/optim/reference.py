@@ -1,0 +1,29 @@
+"""AdamW by torch's operations on lists of tensors: the specification, and what runs on GPUs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gristmill.kernels.optim import AdamW
+
+
+def adamw_reference(
+    parameters: list[Tensor], gradients: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], how: AdamW
+) -> None:
+    """See `adamw`."""
+    scaled = torch._foreach_mul(gradients, how.coefficient)
+    first, second = ([m.to(g.dtype) for m, g in zip(ms, scaled, strict=True)] for ms in (exp_avg, exp_avg_sq))
+    torch._foreach_lerp_(first, scaled, 1 - how.beta1)
+    torch._foreach_mul_(second, how.beta2)
+    torch._foreach_addcmul_(second, scaled, scaled, 1 - how.beta2)
+    size = torch._foreach_sqrt(torch._foreach_div(second, 1 - how.beta2**how.step))
+    torch._foreach_add_(size, how.eps)
+    torch._foreach_mul_(parameters, 1 - how.rate * how.decay)
+    torch._foreach_addcdiv_(parameters, first, size, -how.rate / (1 - how.beta1**how.step))
+    for kept, made in ((exp_avg, first), (exp_avg_sq, second)):
+        if any(k is not m for k, m in zip(kept, made, strict=True)):
+            torch._foreach_copy_(kept, made)
