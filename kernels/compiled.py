@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,34 +31,45 @@ FLAGS = (
     # Nothing that moves a rounding but the fused multiply-add: what is not a number, and the order of sums, stay.
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
 )  # fmt: skip
-Argument = Tensor | int | float
+TORCH_ALONE = os.environ.get("GRISTMILL_KERNELS") == "torch"  # read once: a call of a kernel takes microseconds
+Argument = Tensor | int | float | None
 
 
 class Compiled:
-    """The functions of one source. Tensors are passed as they lie: the caller sees to dtype, order and size."""
+    """The functions of one source. Tensors are passed as they lie: the caller sees to dtype, order and size.
+
+    No tensor is a null pointer.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        self._functions: dict[str, Any] = {}
 
     def __call__(self, function: str, *arguments: Argument) -> None:
-        passed = [_as_c(argument) for argument in arguments]
-        getattr(self._library, function)(*passed, ctypes.c_int64(torch.get_num_threads()))
+        known = self._functions.get(function) or self._declared(function, arguments)
+        known(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], torch.get_num_threads())
+
+    def _declared(self, function: str, arguments: tuple[Argument, ...]) -> Any:
+        """The function, told once what its arguments are: else each call would convert them by hand."""
+        declared = self._functions[function] = getattr(self._library, function)
+        declared.argtypes = [*(_kind(argument) for argument in arguments), ctypes.c_int64]
+        return declared
 
 
-def _as_c(argument: Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_double:
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_double(argument)
+def _kind(argument: Argument) -> Any:
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_int64 if isinstance(argument, int) else ctypes.c_double
 
 
 def compiled(source: str) -> Compiled | None:
     """The functions of a source, named as `moe_mlp/cpu.cpp`; none where it cannot be compiled here."""
-    return None if os.environ.get("GRISTMILL_KERNELS") == "torch" else _compiled(source)
+    return None if TORCH_ALONE else _compiled(source)
 
 
 def needed(source: str) -> Compiled:
     """The functions of a source that `compiled` was found to have."""
-    library = compiled(source)
+    library = _compiled(source)
     assert library is not None, source
     return library
 

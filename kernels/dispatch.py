@@ -16,6 +16,7 @@ from torch import Tensor
 from gristmill.kernels.compiled import compiled
 
 log = logging.getLogger("gristmill.kernels")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton looks once, too
 _counts: Counter[tuple[str, str]] = Counter()
 _reference: ContextVar[bool] = ContextVar("gristmill_kernels_reference", default=False)
 _said: set[tuple[str, str]] = set()
@@ -30,7 +31,7 @@ def chosen(operation: str, x: Tensor, source: str | None = None, *, triton: bool
     """
     if _reference.get():
         picked = "reference"
-    elif x.is_cuda or (os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("GRISTMILL_KERNELS") == "gpu"):
+    elif x.is_cuda or (INTERPRETED and os.environ.get("GRISTMILL_KERNELS") == "gpu"):
         picked = "gpu" if triton else "torch"
     elif x.device.type == "cpu":
         native = source is not None and x.dtype == torch.float32 and compiled(source) is not None

@@ -24,7 +24,9 @@ from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.linear import linear
 from gristmill.kernels.mla_attention import attention, latent_attention
 from gristmill.kernels.moe_mlp import moe_mlp
+from gristmill.kernels.norm_rope import rms_norm, rotate_halves
 from gristmill.kernels.router import Choice, route
+from gristmill.kernels.swiglu import swiglu
 from gristmill.model.config import ModelConfig
 
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps is: DeepSeek's own code gives them none
@@ -72,7 +74,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(self.weight.dtype), (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps)
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
@@ -118,12 +120,6 @@ def score_scale(config: ModelConfig) -> float:
     if config.attention == "mla" and scaling is not None and scaling.type == "yarn" and scaling.mscale_all_dim:
         scale *= yarn_amplitude(scaling.factor, scaling.mscale_all_dim) ** 2
     return scale
-
-
-def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (xᵢ, xᵢ₊ₕ), h being half the width, as the weights of Llama and Qwen expect."""
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -201,8 +197,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class Gate(nn.Module):

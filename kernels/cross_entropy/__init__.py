@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gristmill.kernels.cross_entropy import native
 from gristmill.kernels.cross_entropy.chunked import LinearCrossEntropyMean, LinearLogProbs
 from gristmill.kernels.cross_entropy.reference import (
     linear_cross_entropy_mean_reference,
@@ -25,13 +26,15 @@ def linear_cross_entropy_mean(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weig
 
     Raises:
         TypeError: x and w differ in dtype or device.
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or (on a CPU) a target is not in the vocabulary.
         RuntimeError: (of the backward pass) its gradients were taken before.
     """
     _check("linear_cross_entropy_mean", x_TD, w_VD, target_T)
-    implementation = chosen("linear_cross_entropy_mean", x_TD)
+    implementation = chosen("linear_cross_entropy_mean", x_TD, native.SOURCE)
     if implementation == "reference":
         return linear_cross_entropy_mean_reference(x_TD, w_VD, target_T, weight_T)
+    if implementation == "compiled":
+        return native.linear_cross_entropy_mean(x_TD, w_VD, target_T, weight_T)
     return LinearCrossEntropyMean.apply(x_TD, w_VD, target_T, weight_T, implementation)
 
 
@@ -40,13 +43,19 @@ def linear_log_probs(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: 
 
     Raises:
         TypeError: x and w differ in dtype or device.
-        ValueError: the shapes do not fit, or the temperature is not positive.
+        ValueError: the shapes do not fit, the temperature is not positive, or (on a CPU) a target is not in the
+            vocabulary.
     """
     _check("linear_log_probs", x_TD, w_VD, target_T)
+    if target_T.device.type == "cpu" and target_T.numel():
+        least = int(target_T.min())
+        require(least >= 0, ValueError, "linear_log_probs: least of target_T", least, "a token id, 0 or more")
     require(temperature > 0, ValueError, "linear_log_probs: temperature", temperature, "more than 0")
-    implementation = chosen("linear_log_probs", x_TD)
+    implementation = chosen("linear_log_probs", x_TD, native.SOURCE)
     if implementation == "reference":
         return linear_log_probs_reference(x_TD, w_VD, target_T, temperature)
+    if implementation == "compiled":
+        return native.NativeLogProbs.apply(x_TD, w_VD, target_T, temperature)
     return LinearLogProbs.apply(x_TD, w_VD, target_T, temperature, implementation)
 
 
@@ -68,3 +77,6 @@ def _check(operation: str, x: Tensor, w: Tensor, target: Tensor) -> None:
         tuple(target.shape),
         (x.shape[0],),
     )
+    if target.device.type == "cpu" and target.numel():  # on a GPU, looking means waiting
+        most, rows = int(target.max()), w.shape[0]
+        require(most < rows, ValueError, f"{operation}: largest of target_T", most, f"less than the {rows} of w_VD")

@@ -1,0 +1,72 @@
+"""Row by row between the products: RMSNorm (arXiv 1910.07467) and rotary embedding (arXiv 2104.09864)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from gristmill.kernels.dispatch import chosen
+from gristmill.kernels.norm_rope import native
+from gristmill.kernels.norm_rope.reference import rms_norm_reference, rotate_halves_reference, rotate_reference
+
+__all__ = ["rms_norm", "rotate", "rotate_halves"]
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / √(mean x² + eps) · weight of the last dimension, (..., D), differentiable once in x and weight.
+
+    Two runs give equal bits: the weight's gradient is summed over blocks of rows that depend on their number alone.
+
+    Raises:
+        TypeError: x and weight differ in dtype.
+        ValueError: the shapes or devices do not fit, or eps is negative.
+    """
+    if x.dtype != weight_D.dtype:
+        raise TypeError(f"rms_norm: weight_D is {weight_D.dtype}; wanted the dtype of x, {x.dtype}")
+    if x.device != weight_D.device:
+        raise ValueError(f"rms_norm: device of weight_D is {weight_D.device}; wanted that of x, {x.device}")
+    if weight_D.ndim != 1 or x.shape[-1:] != weight_D.shape:
+        raise ValueError(f"rms_norm: shape of weight_D is {tuple(weight_D.shape)}; wanted the last of {tuple(x.shape)}")
+    if eps < 0:
+        raise ValueError(f"rms_norm: eps is {eps}; wanted 0 or more")
+    implementation = chosen("rms_norm", x, native.SOURCE)
+    if implementation == "reference":
+        return rms_norm_reference(x, weight_D, eps)
+    if implementation == "compiled":
+        return native.rms_norm(x, weight_D, eps)
+    return F.rms_norm(x, weight_D.shape, weight_D, eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate interleaved pairs (x₀,x₁), (x₂,x₃), … as DeepSeek's weights expect; the result is half-split.
+
+    Queries and keys are permuted alike, so their products are those of the interleaved layout.
+
+    Args:
+        x: (..., R), differentiable once.
+        cos: the angles' cosines, (..., R/2), of dimensions that x's are or that are broadcast to them.
+        sin: their sines, of the same shape.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    _check("rotate", x, cos, sin)
+    if chosen("rotate", x, native.SOURCE) == "compiled" and (rows := native.rows_of(x, cos, sin)) is not None:
+        return native.rotate(x, cos, sin, rows, interleaved=True)
+    return rotate_reference(x, cos, sin)
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (xᵢ, xᵢ₊ₕ), h being half the width, as the weights of Llama and Qwen expect; see `rotate`."""
+    _check("rotate_halves", x, cos, sin)
+    if chosen("rotate_halves", x, native.SOURCE) == "compiled" and (rows := native.rows_of(x, cos, sin)) is not None:
+        return native.rotate(x, cos, sin, rows, interleaved=False)
+    return rotate_halves_reference(x, cos, sin)
+
+
+def _check(operation: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    if not 0 < x.ndim == cos.ndim or 2 * cos.shape[-1] != x.shape[-1]:
+        wanted = f"{x.ndim} dimensions, the last of them half of x's, {tuple(x.shape)}"
+        raise ValueError(f"{operation}: shape of cos is {tuple(cos.shape)}; wanted {wanted}")
+    if sin.shape != cos.shape:
+        raise ValueError(f"{operation}: shape of sin is {tuple(sin.shape)}; wanted that of cos, {tuple(cos.shape)}")

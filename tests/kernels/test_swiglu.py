@@ -1,0 +1,82 @@
+"""SwiGLU, forward and gradient, on each path of a CPU, against its reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gristmill import kernels
+from gristmill.kernels.swiglu import swiglu
+from gristmill.kernels.swiglu.reference import swiglu_reference
+
+pytestmark = pytest.mark.usefixtures("cpu_path")
+EPS = torch.finfo(torch.float32).eps
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def both_ways(gate_up: Tensor, seen: Tensor) -> list[Tensor]:
+    gate_up = gate_up.detach().requires_grad_()
+    out = swiglu(gate_up)
+    return [out.detach(), *torch.autograd.grad(out, gate_up, seen)]
+
+
+def wanted_of(gate_up: Tensor, seen: Tensor) -> list[Tensor]:
+    gate_up = gate_up.detach().double().requires_grad_()
+    out = swiglu_reference(gate_up)
+    return [out.detach(), *torch.autograd.grad(out, gate_up, seen.double())]
+
+
+@given(
+    rows=st.integers(0, 12) | st.just(300), hidden=st.integers(0, 70), size=st.sampled_from([0.1, 1.0, 40.0]),
+    strided=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_swiglu(rows: int, hidden: int, size: float, strided: bool) -> None:
+    gate_up, seen = draw(0, rows, 2 * hidden, 2) * size, draw(1, rows, hidden, 2)
+    gate_up, seen = (t[..., 0] if strided else t[..., 0].contiguous() for t in (gate_up, seen))
+    got, wanted = both_ways(gate_up, seen), wanted_of(gate_up, seen)
+    with torch.no_grad():
+        assert swiglu(gate_up).equal(got[0])
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.shape == theirs.shape
+        if mine.numel():
+            # an exponential errs by an eps of its argument at most, whose sigmoid falls as fast: some roundings are left
+            assert float((mine.double() - theirs).abs().max()) <= 16 * EPS * max(1.0, float(theirs.abs().max()))
+
+
+def test_the_ends_of_the_range() -> None:
+    gate = torch.tensor([-1e4, -100.0, -88.0, 0.0, 88.0, 100.0, 1e4, float("nan")])
+    out, grad = both_ways(torch.cat((gate, torch.ones(8))), torch.ones(8))
+    assert out[:3].abs().max() < 1e-35
+    assert out[3:7].equal(gate[3:7])
+    assert grad[:7].tolist() == pytest.approx([0, 0, 0, 0.5, 1, 1, 1], abs=1e-30, rel=4 * EPS)
+    assert out[7].isnan()
+    assert grad[[7, 15]].isnan().all()
+    assert not grad[[*range(7), *range(8, 15)]].isnan().any()
+
+
+def test_two_runs_give_equal_bits() -> None:
+    gate_up, seen = draw(2, 200, 130), draw(3, 200, 65)
+    assert all(map(torch.equal, both_ways(gate_up, seen), both_ways(gate_up, seen)))
+
+
+def test_other_dtypes_and_the_reference_on_demand() -> None:
+    gate_up = draw(4, 3, 10)
+    assert swiglu(gate_up.bfloat16()).dtype == torch.bfloat16
+    with kernels.use_reference():
+        assert swiglu(gate_up).equal(swiglu_reference(gate_up))
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"swiglu: shape of gate_up is \(2, 5\); wanted a last dimension of two halves"
+    ):
+        swiglu(draw(5, 2, 5))
+    with pytest.raises(TypeError, match=r"swiglu: gate_up is torch.int64; wanted a floating dtype"):
+        swiglu(torch.ones(2, 4, dtype=torch.long))
