@@ -227,7 +227,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     for one in below:
         with suppress(psutil.NoSuchProcess):
             one.kill()
-    psutil.wait_procs(below, timeout=10)
+    deadline = time.monotonic() + END_SECONDS
+    while not all(map(_is_over, below)) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+def _is_over(process: psutil.Process) -> bool:
+    """Whether it runs no more; its parent may not have asked for its exit code yet."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", re.DOTALL)
