@@ -9,6 +9,7 @@ sums. Legend: as in `transformer.py`; P places of a slot that a step looks at.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -30,6 +31,7 @@ from gristmill.model.transformer import (
 DENSE_TOKENS = 64  # up to so many tokens, all experts at once are cheaper than sorting rows by expert,
 DENSE_SHARE = 4  # where a token takes at least one in so many of them
 PADDED_TOKENS = 256  # beyond it an expert's own product is long enough
+PROMPT_SCORES = 1 << 25  # numbers of a layer's attention scores while prompts are read; a few such tensors live at once
 
 
 class SlotCache:
@@ -256,6 +258,16 @@ class Decoder:
         for layer, cache_BSC in zip(self.layers, cache.latent_LBSC, strict=True):
             x_BSD = layer(x_BSD, step, cache_BSC)
         return x_BSD
+
+    def portions(self, length: int, cache: SlotCache) -> Iterator[slice]:
+        """Positions of prompts of this length, in order, so few at a time that `PROMPT_SCORES` holds their scores.
+
+        Prompts that are read at once have a score for each pair of their positions: memory that grows with the square.
+        """
+        slots, places = cache.latent_LBSC.shape[1:3]
+        size = max(1, PROMPT_SCORES // (slots * places * self.config.num_attention_heads))
+        for first in range(0, length, size):
+            yield slice(first, min(first + size, length))
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
