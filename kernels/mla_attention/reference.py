@@ -5,14 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs (x₀,x₁), (x₂,x₃), … as DeepSeek's weights expect; the result is half-split.
-
-    Queries and keys are permuted alike, so their products are those of the interleaved layout.
-    """
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.cat((even * cos - odd * sin, odd * cos + even * sin), -1)
+from gristmill.kernels.norm_rope.reference import rotate_reference
 
 
 def joined(
@@ -24,8 +17,8 @@ def joined(
     cos, sin = rotary
     q_BSHN, q_BSHR = q_BSHQ.split([width, turning], -1)
     k_BSHN, v_BSHW = kv_BSHX.split([width, kv_BSHX.shape[-1] - width], -1)
-    q_BSHR = rotate(q_BSHR, cos[:, :, None], sin[:, :, None]).to(q_BSHN.dtype)
-    key_BSR = rotate(key_BSR, cos, sin).to(k_BSHN.dtype)
+    q_BSHR = rotate_reference(q_BSHR, cos[:, :, None], sin[:, :, None]).to(q_BSHN.dtype)
+    key_BSR = rotate_reference(key_BSR, cos, sin).to(k_BSHN.dtype)
     k_BSHQ = torch.cat((k_BSHN, key_BSR[:, :, None].expand(-1, -1, heads, -1)), -1)
     return torch.cat((q_BSHN, q_BSHR), -1), k_BSHQ, v_BSHW
 

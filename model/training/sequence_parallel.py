@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from gristmill.kernels.mla_attention import attention, rotate
+from gristmill.kernels.mla_attention import attention
+from gristmill.kernels.norm_rope import rotate
 from gristmill.model.training.batches import TrainingBatch
 from gristmill.model.training.collectives import exchange_rows, gather_parts, sum_parts
 from gristmill.model.transformer import (
