@@ -27,6 +27,9 @@ from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.fp8_gemm import bench_rows
 from gristmill.kernels.grouped_gemm import grouped_gemm
 from gristmill.kernels.moe_mlp import moe_mlp
+from gristmill.kernels.norm_rope import rms_norm, rotate
+from gristmill.kernels.norm_rope.reference import rotate_reference
+from gristmill.kernels.swiglu import swiglu
 
 RUNS, WARM = 9, 2
 Work = Callable[[], Any]
@@ -183,6 +186,22 @@ def cross_entropy(device: str, dtype: torch.dtype, rows: int, width: int, vocab:
     )
 
 
+def between_products(device: str, dtype: torch.dtype, rows: int, width: int) -> Iterator[Case]:
+    """Norm, rotation (8 heads of which half is turned) and activation, against torch's operations one by one."""
+    x, weight = torch.randn(rows, width, device=device, dtype=dtype), torch.ones(width, device=device, dtype=dtype)
+    ours, theirs = (lambda a, b: rms_norm(a, b, 1e-6)), (lambda a, b: F.rms_norm(a, (width,), b, 1e-6))
+    peers = {"torch.nn.functional.rms_norm": (both_ways(theirs, x, weight), None)}
+    yield Case("rms_norm", f"{rows} × {width}", 12 * x.numel(), both_ways(ours, x, weight), peers)
+    heads = x.view(rows, 8, -1)
+    angle = torch.rand(rows, 1, heads.shape[-1] // 4, device=device)
+    turning, rotary = heads[..., heads.shape[-1] // 2 :], (angle.cos(), angle.sin())
+    peers = {"slices and cat": (both_ways(lambda a: rotate_reference(a, *rotary), turning), None)}
+    yield Case("rotate", f"{rows} × {width}", 3 * x.numel(), both_ways(lambda a: rotate(a, *rotary), turning), peers)
+    gate_up = torch.randn(rows, 8 * width, device=device, dtype=dtype)
+    peers = {"silu and product": (both_ways(lambda a: F.silu(a.chunk(2, -1)[0]) * a.chunk(2, -1)[1], gate_up), None)}
+    yield Case("swiglu", f"{rows} × {4 * width}", 8 * gate_up.numel(), both_ways(swiglu, gate_up), peers)
+
+
 def fp8(device: str, _: torch.dtype) -> Iterator[Case]:
     """FP8 against our own products in 16 bits; every shape at once."""
     for row in bench_rows.rows(device):
@@ -233,7 +252,7 @@ def said(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--op", choices=["grouped_gemm", "moe_mlp", "cross_entropy", "fp8_gemm"])
+    parser.add_argument("--op", choices=["grouped_gemm", "moe_mlp", "cross_entropy", "between_products", "fp8_gemm"])
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     asked = parser.parse_args()
     device, dtype = asked.device, torch.bfloat16 if asked.device == "cuda" else torch.float32
@@ -241,12 +260,14 @@ def main() -> None:
         "grouped_gemm": grouped,
         "moe_mlp": experts_mlp,
         "cross_entropy": cross_entropy,
+        "between_products": between_products,
         "fp8_gemm": fp8,
     }
     shapes: dict[str, list[tuple[int, ...]]] = {
         "grouped_gemm": [(8, 1024, 4, 128, 128), (32, 2048, 4, 256, 256), (64, 2048, 4, 512, 512)],
         "moe_mlp": [(32, 2048, 4, 256, 128), (64, 2048, 4, 512, 256)],
         "cross_entropy": [(2048, 128, 1024), (2048, 256, 8192), (2048, 256, 32_768)],
+        "between_products": [(1, 256), (2048, 256)],
         "fp8_gemm": [()],
     }
     if device == "cuda":
@@ -254,6 +275,7 @@ def main() -> None:
             "grouped_gemm": [(256, tokens, 8, 7168, 2048) for tokens in (4096, 8192, 32_768)],
             "moe_mlp": [(64, 8192, 6, 2048, 1408)],  # of the 16B model
             "cross_entropy": [(8192, 2048, 32_768), (16_384, 7168, 129_280)],
+            "between_products": [(8192, 2048)],
             "fp8_gemm": [()],
         }
     best = limit(device, dtype)

@@ -53,9 +53,7 @@ class CheckpointWriter:
         """Whether a save was begun and is not published yet."""
         return self._step is not None
 
-    def begin(
-        self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], *, settled: bool = False
-    ) -> None:
+    def begin(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], *, settled: bool = False) -> None:
         """Copy what is to be saved, and write it from a thread; every rank calls this, with its own pieces.
 
         What is `settled` nothing changes until it is written: on a CPU it needs no copy.
