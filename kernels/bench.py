@@ -189,17 +189,25 @@ def cross_entropy(device: str, dtype: torch.dtype, rows: int, width: int, vocab:
 def between_products(device: str, dtype: torch.dtype, rows: int, width: int) -> Iterator[Case]:
     """Norm, rotation (8 heads of which half is turned) and activation, against torch's operations one by one."""
     x, weight = torch.randn(rows, width, device=device, dtype=dtype), torch.ones(width, device=device, dtype=dtype)
-    ours, theirs = (lambda a, b: rms_norm(a, b, 1e-6)), (lambda a, b: F.rms_norm(a, (width,), b, 1e-6))
-    peers = {"torch.nn.functional.rms_norm": (both_ways(theirs, x, weight), None)}
-    yield Case("rms_norm", f"{rows} × {width}", 12 * x.numel(), both_ways(ours, x, weight), peers)
-    heads = x.view(rows, 8, -1)
-    angle = torch.rand(rows, 1, heads.shape[-1] // 4, device=device)
-    turning, rotary = heads[..., heads.shape[-1] // 2 :], (angle.cos(), angle.sin())
-    peers = {"slices and cat": (both_ways(lambda a: rotate_reference(a, *rotary), turning), None)}
-    yield Case("rotate", f"{rows} × {width}", 3 * x.numel(), both_ways(lambda a: rotate(a, *rotary), turning), peers)
-    gate_up = torch.randn(rows, 8 * width, device=device, dtype=dtype)
-    peers = {"silu and product": (both_ways(lambda a: F.silu(a.chunk(2, -1)[0]) * a.chunk(2, -1)[1], gate_up), None)}
-    yield Case("swiglu", f"{rows} × {4 * width}", 8 * gate_up.numel(), both_ways(swiglu, gate_up), peers)
+    turning, gate_up = x.view(rows, 8, -1)[..., width // 16 :], torch.randn(rows, 8 * width, device=device, dtype=dtype)
+    angle = torch.rand(rows, 1, width // 32, device=device)
+    cos, sin = angle.cos(), angle.sin()
+
+    def activated(a: Tensor) -> Tensor:
+        gate, up = a.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def case(op: str, size: int, flops: int, ours: Work, peer: str, theirs: Work) -> Case:
+        return Case(op, f"{rows} × {size}", flops, ours, {peer: (theirs, None)})
+
+    norm = both_ways(lambda a, b: rms_norm(a, b, 1e-6), x, weight)
+    peer = both_ways(lambda a, b: F.rms_norm(a, (width,), b, 1e-6), x, weight)
+    yield case("rms_norm", width, 12 * x.numel(), norm, "torch.nn.functional.rms_norm", peer)
+    turned = both_ways(lambda a: rotate(a, cos, sin), turning)
+    peer = both_ways(lambda a: rotate_reference(a, cos, sin), turning)
+    yield case("rotate", width // 2, 6 * turning.numel(), turned, "slices and cat", peer)
+    peer = both_ways(activated, gate_up)
+    yield case("swiglu", 4 * width, 8 * gate_up.numel(), both_ways(swiglu, gate_up), "silu and product", peer)
 
 
 def fp8(device: str, _: torch.dtype) -> Iterator[Case]:
