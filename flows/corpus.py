@@ -10,8 +10,8 @@ from gristmill.flows.stage import Artifact
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """What the corpus stages made, one after the other; `trimmed` is `unique` where the recipe has no `spans`."""
+class Tokenized:
+    """What made the tokens, one after the other; `trimmed` is `unique` where the recipe has no `spans`."""
 
     ingested: Artifact
     unique: Artifact
@@ -20,11 +20,23 @@ class Corpus:
     exam: Artifact
     clean: Artifact
     tokens: Artifact
+
+
+@dataclass(frozen=True)
+class Corpus(Tokenized):
+    """What all corpus stages made."""
+
     mixture: Artifact
 
 
 def corpus(recipe: Recipe) -> Corpus:
-    """Ingest, deduplicate, filter, take out what the evaluation asks, tokenize and mix."""
+    """Sources to tokens, and the mixture of them that the recipe's pretraining reads."""
+    text = tokenized(recipe)
+    return Corpus(**vars(text), mixture=stages.mix(recipe.mixing, tokens=text.tokens, seed=recipe.seed))
+
+
+def tokenized(recipe: Recipe) -> Tokenized:
+    """Ingest, deduplicate, filter, take out what the evaluation asks, and tokenize."""
     seed = recipe.seed
     ingested = stages.ingest(recipe.ingest, seed=seed)
     unique = stages.dedup(recipe.dedup, documents=ingested)
@@ -33,5 +45,4 @@ def corpus(recipe: Recipe) -> Corpus:
     exam = stages.exam(recipe.problems.exam, seed=seed)
     clean = stages.decontaminate(recipe.decontaminate, documents=filtered, problems=exam)
     tokens = stages.tokenize(recipe.tokenize, documents=clean, seed=seed)
-    mixture = stages.mix(recipe.mixing, tokens=tokens, seed=seed)
-    return Corpus(ingested, unique, trimmed, filtered, exam, clean, tokens, mixture)
+    return Tokenized(ingested, unique, trimmed, filtered, exam, clean, tokens)

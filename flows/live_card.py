@@ -16,7 +16,9 @@ class LiveCard:
     """The card of one attempt at a stage, a single artifact that is updated in place."""
 
     def __init__(self, stage: str, title: str, folder: Path, every: float = CARD_SECONDS) -> None:
-        self.stage, self.title, self.folder, self.every = stage, title, folder, every
+        from gristmill.flows.cards.run_log import RunLog
+
+        self.stage, self.title, self.log, self.every = stage, title, RunLog(folder), every
         self.artifact: UUID | None = None
         self.last = time.monotonic()
 
@@ -29,7 +31,7 @@ class LiveCard:
             return None
         from gristmill.flows.cards.training import live_card
 
-        card = live_card(self.stage, self.title, self.folder)
+        card = live_card(self.stage, self.title, self.log)
         if card is not None:
             self._show(card)
         self.last = time.monotonic()  # what the picture took is not part of the pause

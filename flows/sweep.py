@@ -1,11 +1,11 @@
-"""A sweep as a pipeline: the corpus of a recipe, a ladder of models pretrained on it, and the law of their losses."""
+"""A sweep as a pipeline: the tokens of a recipe, a ladder of models pretrained on it, and the law of their losses."""
 
 from __future__ import annotations
 
 from pydantic import ValidationError
 
 from gristmill.flows import stages
-from gristmill.flows.corpus import corpus
+from gristmill.flows.corpus import tokenized
 from gristmill.flows.errors import UsageError
 from gristmill.flows.recipe import Recipe
 from gristmill.flows.stage import Artifact
@@ -22,16 +22,16 @@ def sweep(recipe: Recipe) -> Artifact:
     the training text is that of the recipe's seed in all of them, so that all are checked on the same held-out text.
     """
     runs = sweep_ladder(recipe)
-    text = corpus(recipe)
-    mixtures = {recipe.mixing.sequences: text.mixture}
+    tokens = tokenized(recipe).tokens
+    mixtures: dict[int, Artifact] = {}
 
     def trained(config: PretrainConfig) -> list[Artifact]:
         asked = recipe.mixing_of(config)
         if asked.sequences not in mixtures:
-            mixtures[asked.sequences] = stages.mix(asked, tokens=text.tokens, seed=recipe.seed)
+            mixtures[asked.sequences] = stages.mix(asked, tokens=tokens, seed=recipe.seed)
         mixture = mixtures[asked.sequences]
         seeds = range(recipe.seed, recipe.seed + recipe.sweep.seeds)
-        return [stages.pretrain(config, tokens=text.tokens, mixture=mixture, seed=seed) for seed in seeds]
+        return [stages.pretrain(config, tokens=tokens, mixture=mixture, seed=seed) for seed in seeds]
 
     return stages.scaling(
         recipe.sweep.fit,

@@ -26,6 +26,8 @@ from torch import Tensor
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.fp8_gemm import bench_rows
 from gristmill.kernels.grouped_gemm import grouped_gemm
+from gristmill.kernels.mla_attention import latent_attention
+from gristmill.kernels.mla_attention.sdpa import sdpa_latent_attention
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.norm_rope import rms_norm, rotate
 from gristmill.kernels.norm_rope.reference import rotate_reference
@@ -210,6 +212,29 @@ def between_products(device: str, dtype: torch.dtype, rows: int, width: int) -> 
     yield case("swiglu", 4 * width, 8 * gate_up.numel(), both_ways(swiglu, gate_up), "silu and product", peer)
 
 
+def attention(
+    device: str, dtype: torch.dtype, batch: int, length: int, heads: int, width: int, turning: int, values: int
+) -> Iterator[Case]:
+    """Causal attention of MLA's projections against torch's own, with the copies that it needs."""
+    shapes = ((heads, width + turning), (heads, width + values), (turning,))
+    leaves = [torch.randn(batch, length, *shape, device=device, dtype=dtype) for shape in shapes]
+    angle = torch.rand(batch, length, turning // 2, device=device)
+    rotary, scale = (angle.cos(), angle.sin()), (width + turning) ** -0.5
+
+    def ours(q: Tensor, kv: Tensor, key: Tensor) -> Tensor:
+        return latent_attention(q, kv, key, rotary, scale)
+
+    def theirs(q: Tensor, kv: Tensor, key: Tensor) -> Tensor:
+        return sdpa_latent_attention(q, kv, key, rotary, scale)
+
+    shape = f"{batch} × {length}, {heads} × {width}+{turning}/{values}"
+    flops = batch * heads * length * (length + 1) * (width + turning + values)
+    peer = "rotate, cat, scaled_dot_product"
+    forward = without_gradients(lambda: ours(*leaves)), without_gradients(lambda: theirs(*leaves))
+    yield Case("attention forward", shape, flops, forward[0], {peer: (forward[1], None)})
+    yield Case("attention", shape, 7 * flops // 2, both_ways(ours, *leaves), {peer: (both_ways(theirs, *leaves), None)})
+
+
 def fp8(device: str, _: torch.dtype) -> Iterator[Case]:
     """FP8 against our own products in 16 bits; every shape at once."""
     for row in bench_rows.rows(device):
@@ -260,13 +285,15 @@ def said(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--op", choices=["grouped_gemm", "moe_mlp", "cross_entropy", "between_products", "fp8_gemm"])
+    operations = ["grouped_gemm", "moe_mlp", "attention", "cross_entropy", "between_products", "fp8_gemm"]
+    parser.add_argument("--op", choices=operations)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     asked = parser.parse_args()
     device, dtype = asked.device, torch.bfloat16 if asked.device == "cuda" else torch.float32
     makers: dict[str, Callable[..., Iterator[Case]]] = {
         "grouped_gemm": grouped,
         "moe_mlp": experts_mlp,
+        "attention": attention,
         "cross_entropy": cross_entropy,
         "between_products": between_products,
         "fp8_gemm": fp8,
@@ -274,6 +301,7 @@ def main() -> None:
     shapes: dict[str, list[tuple[int, ...]]] = {
         "grouped_gemm": [(8, 1024, 4, 128, 128), (32, 2048, 4, 256, 256), (64, 2048, 4, 512, 512)],
         "moe_mlp": [(32, 2048, 4, 256, 128), (64, 2048, 4, 512, 256)],
+        "attention": [(8, 256, 8, 16, 16, 32), (8, 256, 8, 32, 32, 64), (1, 1024, 4, 128, 64, 128)],
         "cross_entropy": [(2048, 128, 1024), (2048, 256, 8192), (2048, 256, 32_768)],
         "between_products": [(1, 256), (2048, 256)],
         "fp8_gemm": [()],
@@ -282,6 +310,7 @@ def main() -> None:
         shapes = {
             "grouped_gemm": [(256, tokens, 8, 7168, 2048) for tokens in (4096, 8192, 32_768)],
             "moe_mlp": [(64, 8192, 6, 2048, 1408)],  # of the 16B model
+            "attention": [(2, 4096, 16, 128, 64, 128)],  # of the 16B model
             "cross_entropy": [(8192, 2048, 32_768), (16_384, 7168, 129_280)],
             "between_products": [(8192, 2048)],
             "fp8_gemm": [()],

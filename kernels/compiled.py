@@ -92,7 +92,7 @@ def _compiled(source: str) -> Compiled | None:
 def _built(source: Path, compiler: str) -> Path:
     """The library of a source, from the cache where these sources were compiled so for such a processor."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    made_of = [source, *sorted(HERE.glob("*.h"))]
+    made_of = [source, *sorted(HERE.glob("*.h")), *sorted(source.parent.glob("*.h"))]
     parts = [*(path.read_bytes() for path in made_of), version.encode(), " ".join(FLAGS).encode(), _processor()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     name = f"{source.parent.name}-{source.stem}-{key}.so"

@@ -22,16 +22,17 @@ _reference: ContextVar[bool] = ContextVar("gristmill_kernels_reference", default
 _said: set[tuple[str, str]] = set()
 
 
-def chosen(operation: str, x: Tensor, source: str | None = None) -> str:
-    """`gpu`, `compiled`, `cpu` or `reference` for an operation on x; the choice is counted.
+def chosen(operation: str, x: Tensor, source: str | None = None, *, triton: bool = True) -> str:
+    """`gpu`, `compiled`, `cpu`, `torch` or `reference` for an operation on x; the choice is counted.
 
     `compiled` is of float32 alone, and where the operation's C++ `source` compiles; `cpu` is a path in torch.
+    `torch` are torch's own operations on a GPU, where the operation has no code in `triton` yet.
     GRISTMILL_KERNELS=gpu with TRITON_INTERPRET=1 runs the GPU's code on a CPU, for its tests.
     """
     if _reference.get():
         picked = "reference"
     elif x.is_cuda or (INTERPRETED and os.environ.get("GRISTMILL_KERNELS") == "gpu"):
-        picked = "gpu"
+        picked = "gpu" if triton else "torch"
     elif x.device.type == "cpu":
         native = source is not None and x.dtype == torch.float32 and compiled(source) is not None
         picked = "compiled" if native else "cpu"

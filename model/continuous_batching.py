@@ -2,7 +2,7 @@
 
 A response that is over leaves its slot to the next request at once. The newcomer's prompt is read but for its last
 token, which goes through the model in the same step as the last tokens of the others. Memory is that of slots × length,
-and for the newcomers of a step their prompts once more.
+and for the newcomers of a step their prompts once more; these are read a portion of positions at a time.
 """
 
 from __future__ import annotations
@@ -163,7 +163,9 @@ def _admit(
     if longest:
         token_BS, _ = padded_prompts([list(prompt) for prompt in distinct], pad, decoder.device)
         own = decoder.cache(len(distinct), longest)
-        decoder.advance(token_BS, torch.zeros(len(distinct), dtype=torch.long, device=decoder.device), own)
+        start_N = torch.zeros(len(distinct), dtype=torch.long, device=decoder.device)
+        for part in decoder.portions(longest, own):
+            decoder.advance(token_BS[:, part], start_N + part.start, own)
         source_N = torch.tensor([number[tuple(r.prompt[:-1])] for r in requests], device=decoder.device)
         latent_LBSC[:, place_N, :longest] = own.latent_LBSC[:, source_N]
     for tensor_B, values in (

@@ -9,6 +9,7 @@ sums. Legend: as in `transformer.py`; P places of a slot that a step looks at.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -30,6 +31,7 @@ from gristmill.model.transformer import (
 DENSE_TOKENS = 64  # up to so many tokens, all experts at once are cheaper than sorting rows by expert,
 DENSE_SHARE = 4  # where a token takes at least one in so many of them
 PADDED_TOKENS = 256  # beyond it an expert's own product is long enough
+PROMPT_SCORES = 1 << 25  # numbers of a layer's attention scores while prompts are read; a few such tensors live at once
 
 
 class SlotCache:
@@ -134,7 +136,10 @@ class GroupedAttention:
         q_BSHR, k_BSGR, v_BSGR = self.module.project(x_BSD, rotary)
         cache_BPC = step.write(cache_BSC, torch.cat((k_BSGR.flatten(2), v_BSGR.flatten(2)), -1))
         k_BPGR, v_BPGR = (part.unflatten(-1, (self.module.groups, -1)) for part in cache_BPC.chunk(2, -1))
-        return self.module.attend(q_BSHR, k_BPGR, v_BPGR, step.seen_BSP)
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHR, k_BPGR, v_BPGR))
+        scale, seen = self.module.scale, step.seen_BSP[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+        return self.module.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class FewTokens:
@@ -173,7 +178,7 @@ class FewTokens:
         return self.module(x_BSD, None)
 
     def _all(self, x_TD: Tensor) -> Tensor:
-        expert_TK, gate_TK, _ = self.module.gate(x_TD)
+        expert_TK, gate_TK, *_ = self.module.gate(x_TD)
         everyone = self.config.n_routed_experts + self.config.n_shared_experts
         weight_TE = x_TD.new_zeros(len(x_TD), everyone)
         weight_TE[:, self.config.n_routed_experts :] = 1.0
@@ -183,7 +188,7 @@ class FewTokens:
         return hidden.view(len(x_TD), -1) @ self.down
 
     def _batched(self, x_TD: Tensor) -> Tensor:
-        expert_TK, gate_TK, _ = self.module.gate(x_TD)
+        expert_TK, gate_TK, *_ = self.module.gate(x_TD)
         experts, chosen = self.config.n_routed_experts, expert_TK.shape[1]
         expert_M = expert_TK.flatten()
         load_E = torch.bincount(expert_M, minlength=experts)
@@ -253,6 +258,16 @@ class Decoder:
         for layer, cache_BSC in zip(self.layers, cache.latent_LBSC, strict=True):
             x_BSD = layer(x_BSD, step, cache_BSC)
         return x_BSD
+
+    def portions(self, length: int, cache: SlotCache) -> Iterator[slice]:
+        """Positions of prompts of this length, in order, so few at a time that `PROMPT_SCORES` holds their scores.
+
+        Prompts that are read at once have a score for each pair of their positions: memory that grows with the square.
+        """
+        slots, places = cache.latent_LBSC.shape[1:3]
+        size = max(1, PROMPT_SCORES // (slots * places * self.config.num_attention_heads))
+        for first in range(0, length, size):
+            yield slice(first, min(first + size, length))
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

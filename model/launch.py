@@ -24,10 +24,12 @@ from typing import Any
 
 import psutil
 
+from gristmill.model.signs_of_life import SignsOfLife, allowed_silence, rank_of
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.config import LayoutConfig
 
 POLL_SECONDS = 0.2
+END_SECONDS = 10.0  # that a job has to end by itself
 LAST_WORDS = 20_000  # characters of a log in which torchrun says what failed
 MEETING_PORTS = range(29_400, 30_400)  # of the first node, where torchrun's agents find each other: one a Slurm job
 
@@ -101,11 +103,11 @@ def _refuse_beside_another(log: Path, seconds: float) -> None:
     """
     for path in log.glob("alive-*"):
         with suppress(FileNotFoundError):
-            silent_for = time.time() - path.stat().st_mtime
-            if silent_for < seconds:
+            silent_for, allowed = time.time() - path.stat().st_mtime, allowed_silence(path, seconds)
+            if silent_for < allowed:
                 raise JobFailed(
-                    f"rank {int(path.name.removeprefix('alive-'))} of an earlier start was alive {silent_for:.0f} s "
-                    f"ago: end that job, or start again once it has been silent for {seconds:g} s"
+                    f"rank {rank_of(path.name)} of an earlier start was alive {silent_for:.0f} s ago: end that job, or "
+                    f"start again once it has been silent for {allowed:g} s"
                 )
 
 
@@ -187,39 +189,8 @@ def _environment(threads: int, device: str, nodes: int) -> dict[str, str]:
     return {**os.environ, **fixed, **({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})}
 
 
-class SignsOfLife:
-    """Notes when each rank's file last changed, by this machine's clock: those of several nodes may differ."""
-
-    def __init__(self, log: Path, seconds: float) -> None:
-        self.log, self.seconds = log, seconds
-        self._seen: dict[str, tuple[int, float]] = {}
-
-    def look(self) -> None:
-        """Raise JobHung if no rank has shown life for too long.
-
-        Ranks wait for each other in sums, so one that hangs silences all, and is the one that stopped first; one that
-        writes a model while the others wait for it shows life for all.
-        """
-        now, before = time.monotonic(), self._seen
-        self._seen = {}
-        for path in self.log.glob("alive-*"):
-            with suppress(FileNotFoundError):  # a rank that is through its steps removes its own
-                changed = path.stat().st_mtime_ns
-                known, since = before.get(path.name, (0, now))
-                self._seen[path.name] = (changed, since if known == changed else now)
-        if not self._seen:
-            return
-        name, _ = min(self._seen.items(), key=lambda item: item[1][1])
-        if now - max(since for _, since in self._seen.values()) > self.seconds:
-            raise JobHung(
-                f"rank {int(name.removeprefix('alive-'))} showed no sign of life for {self.seconds:g} s, so the job "
-                f"was stopped; started again it goes on from its last checkpoint. If a batch takes longer, raise "
-                f"execution.layout.hang_seconds"
-            )
-
-
 def _follow(process: subprocess.Popen[bytes], told: Path, progress: Progress, signs: SignsOfLife) -> int:
-    """Pass on what the job tells of its progress until it ends; the exit code."""
+    """Pass on what the job tells of its progress until it ends; the exit code. Raises JobHung."""
     position = 0
     while True:
         code = process.poll()
@@ -234,7 +205,11 @@ def _follow(process: subprocess.Popen[bytes], told: Path, progress: Progress, si
                 progress(row["done"], row["total"], **row["values"])
         if code is not None:
             return code
-        signs.look()
+        if (hung := signs.hung()) is not None:
+            raise JobHung(
+                f"rank {hung[0]} showed no sign of life for {hung[1]:g} s, so the job was stopped; started again it "
+                f"goes on from its last checkpoint. If a batch takes longer, raise execution.layout.hang_seconds"
+            )
         time.sleep(POLL_SECONDS)
 
 
@@ -245,14 +220,24 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     below = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(timeout=10)
+        process.wait(END_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
     for one in below:
         with suppress(psutil.NoSuchProcess):
             one.kill()
-    psutil.wait_procs(below, timeout=10)
+    deadline = time.monotonic() + END_SECONDS
+    while not all(map(_is_over, below)) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+def _is_over(process: psutil.Process) -> bool:
+    """Whether it runs no more; its parent may not have asked for its exit code yet."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", re.DOTALL)

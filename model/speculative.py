@@ -77,11 +77,13 @@ class _Batch:
         room = token_BS.shape[1] + sampling.max_new_tokens
         self.cache, self.drafter = decoder.cache(len(prompts), room), decoder.cache(len(prompts), room, layers=1)
         end_B, row_B = self.position_B - 1, torch.arange(len(prompts), device=decoder.device)
-        hidden_BSD = decoder.advance(token_BS, start_B, self.cache)
+        parts = list(decoder.portions(token_BS.shape[1], self.cache))
+        hidden_BSD = torch.cat([decoder.advance(token_BS[:, p], start_B + p.start, self.cache) for p in parts], 1)
         self.logits_BV = decoder.logits(hidden_BSD[row_B, end_B])
         self.last_B, self.place_B = self._first(), torch.ones_like(start_B)
         next_BS = token_BS.roll(-1, 1).scatter(1, end_B[:, None], self.last_B[:, None])
-        self.drafted_BD = decoder.drafts(hidden_BSD, next_BS, start_B, self.drafter)[row_B, end_B]
+        made = [decoder.drafts(hidden_BSD[:, p], next_BS[:, p], start_B + p.start, self.drafter) for p in parts]
+        self.drafted_BD = torch.cat(made, 1)[row_B, end_B]
 
     def _first(self) -> Tensor:
         if self.sampling.temperature == 0:

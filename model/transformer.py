@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.linear import linear
+from gristmill.kernels.mla_attention import attention, latent_attention
 from gristmill.kernels.moe_mlp import moe_mlp
-from gristmill.kernels.norm_rope import rms_norm, rotate, rotate_halves
+from gristmill.kernels.norm_rope import rms_norm, rotate_halves
+from gristmill.kernels.router import Choice, route
 from gristmill.kernels.swiglu import swiglu
 from gristmill.model.config import ModelConfig
 
@@ -138,34 +140,22 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size)
 
-    def project(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries without and with rotation (B,S,H,·), the normalised latent (B,S,C), the rotary key (B,S,R)."""
-        c, (batch, length, _) = self.config, x_BSD.shape
+    def project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B,S,H,N+R), the normalised latent (B,S,C) and the shared key (B,S,R), neither yet rotated."""
+        c = self.config
         if c.q_lora_rank is None:
             q = self.q_proj(x_BSD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
-        q_BSHn = q.view(batch, length, c.num_attention_heads, -1)
-        q_BSHN, q_BSHR = q_BSHn.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent_BSC, key_BSR = self.kv_a_proj_with_mqa(x_BSD).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        cos, sin = rotary
-        q_BSHR = rotate(q_BSHR, cos[:, :, None], sin[:, :, None]).to(q_BSHN.dtype)
-        key_BSR = rotate(key_BSR, cos, sin).to(latent_BSC.dtype)
-        return q_BSHN, q_BSHR, self.kv_a_layernorm(latent_BSC), key_BSR
+        return q.unflatten(-1, (c.num_attention_heads, -1)), self.kv_a_layernorm(latent_BSC), key_BSR
 
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
         """Training and prefill: keys and values are expanded from the latent."""
-        c, (batch, length, _) = self.config, x_BSD.shape
-        q_BSHN, q_BSHR, latent_BSC, key_BSR = self.project(x_BSD, rotary)
-        kv = self.kv_b_proj(latent_BSC).view(batch, length, c.num_attention_heads, -1)
-        k_BSHN, v_BSHW = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-        q = torch.cat((q_BSHN, q_BSHR), -1).transpose(1, 2)
-        k = torch.cat((k_BSHN, key_BSR[:, :, None].expand(*k_BSHN.shape[:3], -1)), -1).transpose(1, 2)
-        mask = None if mask_BSS is None else mask_BSS[:, None]
-        out = F.scaled_dot_product_attention(
-            q, k, v_BSHW.transpose(1, 2), attn_mask=mask, is_causal=mask is None, scale=self.scale
-        )
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        q_BSHQ, latent_BSC, key_BSR = self.project(x_BSD)
+        kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.config.num_attention_heads, -1))
+        out_BSHW = latent_attention(q_BSHQ, kv_BSHX, key_BSR, rotary, self.scale, mask_BSS)
+        return self.o_proj(out_BSHW.flatten(2))
 
 
 class GroupedQueryAttention(nn.Module):
@@ -194,16 +184,8 @@ class GroupedQueryAttention(nn.Module):
         q_BSHR, k_BSGR = (rotate_halves(x, cos, sin).to(v_BSGR.dtype) for x in (q_BSHR, k_BSGR))
         return q_BSHR, k_BSGR, v_BSGR
 
-    def attend(self, q_BSHR: Tensor, k_BSGR: Tensor, v_BSGR: Tensor, mask_BSS: Tensor | None) -> Tensor:
-        mask = None if mask_BSS is None else mask_BSS[:, None]
-        q, k, v = (x.transpose(1, 2) for x in (q_BSHR, k_BSGR, v_BSGR))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
-        return self.attend(*self.project(x_BSD, rotary), mask_BSS)
+        return self.o_proj(attention(*self.project(x_BSD, rotary), self.scale, mask_BSS).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -223,34 +205,17 @@ class Gate(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.choice = Choice(
+            config.num_experts_per_tok, config.scoring_func, config.n_group, config.topk_group,
+            normalised=config.norm_topk_prob, scale=config.routed_scaling_factor,
+        )  # fmt: skip
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
         self.e_score_correction_bias: Tensor
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Chosen experts (T,K), their gate values (T,K) and all affinities (T,E), in float32."""
-        c = self.config
-        logit_TE = F.linear(x_TD.float(), self.weight.float())
-        score_TE = logit_TE.sigmoid() if c.scoring_func == "sigmoid" else logit_TE.softmax(-1)
-        with torch.no_grad():
-            choice_TE = score_TE + self.e_score_correction_bias
-            if c.n_group > 1:
-                choice_TE = choice_TE.masked_fill(~self._allowed(choice_TE), -torch.inf)
-            expert_TK = choice_TE.topk(c.num_experts_per_tok, -1, sorted=False).indices
-        gate_TK = score_TE.gather(1, expert_TK)
-        if c.norm_topk_prob:
-            gate_TK = gate_TK / (gate_TK.sum(-1, keepdim=True) + 1e-20)
-        return expert_TK, gate_TK * c.routed_scaling_factor, score_TE
-
-    def _allowed(self, choice_TE: Tensor) -> Tensor:
-        """Experts of the best groups; a group's score is the sum of its two highest biased affinities (V2: highest)."""
-        c = self.config
-        groups = choice_TE.view(-1, c.n_group, c.n_routed_experts // c.n_group)
-        scored = groups.topk(2 if c.scoring_func == "sigmoid" else 1, -1).values.sum(-1)
-        best = scored.topk(c.topk_group, -1, sorted=False).indices
-        allowed = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
-        return allowed[..., None].expand_as(groups).reshape_as(choice_TE)
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Chosen experts (T,K), their gate values (T,K) and all affinities (T,E), in float32, and loads (E)."""
+        return route(x_TD.float(), self.weight.float(), self.e_score_correction_bias, self.choice)
 
 
 class Experts(nn.Module):
@@ -285,8 +250,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_BSD: Tensor, routing: Routing | None) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        expert_TK, gate_TK, score_TE = self.gate(x_TD)
-        load_E = torch.bincount(expert_TK.reshape(-1), minlength=self.config.n_routed_experts)
+        expert_TK, gate_TK, score_TE, load_E = self.gate(x_TD)
         out_TD = self.experts(x_TD, expert_TK, gate_TK, load_E)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from gristmill.model.launch import boot
+from gristmill.model.signs_of_life import SignOfLife
 
 WATCH_SECONDS = 0.5
 TELL_SECONDS = 0.2
@@ -28,17 +29,17 @@ class Teller:
     """
 
     def __init__(self, log: Path, rank: int) -> None:
-        self.path, self.alive, self.rank = log / "progress.jsonl", log / f"alive-{rank:05d}", rank
+        self.path, self.life, self.rank = log / "progress.jsonl", SignOfLife(log, rank), rank
         self.told = self.shown = 0.0
         self.done = -1
 
     def __call__(self, done: int, total: int, **values: float) -> None:
         now = time.monotonic()
         if done == total:
-            self.alive.unlink(missing_ok=True)
+            self.life.end()
         elif now - self.shown > TELL_SECONDS:
             self.shown = now
-            self.alive.touch()
+            self.life.show()
         new = done != self.done or values
         if self.rank == 0 and new and (now - self.told > TELL_SECONDS or done == total):
             self.told, self.done = now, done

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 from gristmill.flows.cards import charts, figures, text, training_figures
 from gristmill.flows.cards.folder import Row, StageFolder, is_number
+from gristmill.flows.cards.run_log import RunLog
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,19 +18,13 @@ LATEST = 4  # samples of the last check
 
 def training_parts(stage: StageFolder) -> list[str]:
     """Speed, held-out text by source and the gradient by group of a finished stage."""
-    rows, timings = stage.rows("curves.jsonl"), by_step(_told(stage.path / "log" / "timings.jsonl"))
-    return _sections(rows, timings, _peak(stage.path))
+    log = RunLog(stage.path)
+    return _sections(stage.rows("curves.jsonl"), log.timings(), log.peak())
 
 
-def live_card(name: str, title: str, folder: Path) -> str | None:
-    """The card of a stage that still runs, as Markdown, from what it has told in log/ so far; none where it is silent.
-
-    Args:
-        name: of the stage.
-        folder: that it fills.
-    """
-    log = folder / "log"
-    rows, timings = _told(log / "curves.jsonl"), by_step(_told(log / "timings.jsonl"))
+def live_card(name: str, title: str, log: RunLog) -> str | None:
+    """The card of the stage of this name while it still runs, as Markdown; none where it has told nothing yet."""
+    rows = log.curves()
     if not rows:
         return None
     last = {key: value for row in rows for key, value in row.items() if is_number(value) and key != "step"}
@@ -42,21 +34,11 @@ def live_card(name: str, title: str, folder: Path) -> str | None:
         f"**Running**: {rows[-1]['step'] + 1:,} steps are done.",
         text.table(("latest", "value"), sorted(shown.items()), right=(1,)),
         *_pictures("Curves", f"Curves of {name}", figures.small_multiples(rows), 80),
-        *_sections(rows, timings, _peak(folder)),
-        *_pictures(
-            "Load of the experts",
-            "Load of the experts",
-            figures.expert_loads(_told(log / "expert_load.jsonl")),
-            90,
-        ),
-        *_samples(_told(log / "samples.jsonl")),
+        *_sections(rows, log.timings(), log.peak()),
+        *_pictures("Load of the experts", "Load of the experts", figures.expert_loads(log.loads()), 90),
+        *_samples(log.samples()),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def by_step(timings: Sequence[Row]) -> list[Row]:
-    """The last row of each step: a killed run took some of them twice."""
-    return [row for _, row in sorted({row["step"]: row for row in timings if "step" in row}.items())]
 
 
 def _sections(rows: list[Row], timings: list[Row], peak: Row) -> list[str]:
@@ -97,20 +79,3 @@ def _samples(rows: list[Row]) -> list[str]:
 
 def _pictures(title: str, caption: str, figure: Figure | None, dpi: int) -> list[str]:
     return [] if figure is None else [f"## {title}", f"![{caption}]({charts.png_uri(figure, dpi)})"]
-
-
-def _peak(folder: Path) -> Row:
-    file = folder / "log" / "peak.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def _told(file: Path) -> list[Row]:
-    """The rows of a log file, without a line that is on its way or was when its writer was killed."""
-    found: list[Row] = []
-    if file.exists():
-        for line in file.read_bytes().splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-    return found

@@ -34,7 +34,7 @@ def linear(x: Tensor, w_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
     require(w_MK.ndim == 2, ValueError, "linear: rank of w_MK", w_MK.ndim, 2)
     require(x.shape[-1] == w_MK.shape[1], ValueError, "linear: inner size of w_MK", w_MK.shape[1], x.shape[-1])
     fits = x.numel() >= LEAST_ROWS * x.shape[-1] > 0 and w_MK.dtype == torch.float32 and w_MK.is_contiguous()
-    if chosen("linear", x, SOURCE if fits else None) != "compiled":
+    if chosen("linear", x, SOURCE if fits else None, triton=False) != "compiled":
         return F.linear(x, w_MK, bias_M)
     y = NativeLinear.apply(x, w_MK)
     return y if bias_M is None else y + bias_M

@@ -53,7 +53,7 @@ def adamw(
     float32 = all(t.dtype == torch.float32 for tensors in (parameters, gradients) for t in tensors)
     moments = {t.dtype for tensors in (exp_avg, exp_avg_sq) for t in tensors}
     fits = plain and float32 and moments in ({torch.float32}, {torch.bfloat16})
-    if chosen("adamw", parameters[0], SOURCE if fits else None) != "compiled":
+    if chosen("adamw", parameters[0], SOURCE if fits else None, triton=False) != "compiled":
         adamw_reference(parameters, gradients, exp_avg, exp_avg_sq, how)
         return
     addresses = [[t.data_ptr() for t in tensors] for tensors in (parameters, *lists.values())]

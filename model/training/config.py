@@ -156,7 +156,8 @@ class LayoutConfig(Config):
         gt=0,
         title="Hang",
         description="Without a sign of life from any rank for so long the job is stopped, and tried again as often as "
-        "`retries` says; more than a micro-batch, an optimizer's step or the copy of a checkpoint takes.",
+        "`retries` says; more than a micro-batch, an optimizer's step or the copy of a checkpoint takes. The first of "
+        "each shape, whose kernels may be compiled, text samples and the export of a profile have half an hour.",
     )
     kept_checkpoints: int = Field(default=2, ge=1, title="Checkpoints", description="How many are kept to resume from.")
     profile: tuple[Annotated[int, Field(ge=0)], ...] = Field(

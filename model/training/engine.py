@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -76,12 +76,17 @@ class Engine:
         batch_sequences: int,
         layout: LayoutConfig,
         alive: Callable[[], None],
+        before_first: Callable[[], None],
         ema_decay: float = 0.0,
     ) -> None:
-        """`alive` is called at every batch, so that a rank that hangs can be told from one that works."""
+        """`alive` is called at every batch, so that a rank that hangs can be told from one that works.
+
+        `before_first` is called before work of a new kind or shape, whose kernels may be compiled for minutes first.
+        """
         import deepspeed
 
         self.model, self.layout, self.clip, self.alive = model, layout, optimizer.gradient_clip, alive
+        self.before_first, self._done_before = before_first, set[tuple[str, tuple[int, ...]]]()
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.place = Layout.of(self.ranks, layout)
         self.shares = self.place.shares
@@ -178,7 +183,9 @@ class Engine:
         for part in range(self.layout.micro_batches):
             if part:
                 self.engine.step()  # not at a boundary: DeepSpeed counts the micro-batch
-            loss, parts = self.engine(self._own_positions(self._fetched(batches, step, first + part)))
+            batch = self._fetched(batches, step, first + part)
+            self._say_alive_before("batch", batch.target_BS.shape)
+            loss, parts = self.engine(self._own_positions(batch))
             self.engine.backward(loss)
             found.append(parts)
             self.alive()
@@ -189,6 +196,12 @@ class Engine:
             dist.all_reduce(values)
             values /= self.ranks
         return dict(zip(found[0], values.tolist(), strict=True))
+
+    def _say_alive_before(self, kind: str, shape: Sequence[int] = ()) -> None:
+        """Show life, and where work of this kind and shape is done for the first time say that it may be long."""
+        work = kind, tuple(shape)
+        self.alive() if work in self._done_before else self.before_first()
+        self._done_before.add(work)
 
     def _fetched(self, batches: Batches, step: int, share: int) -> TrainingBatch:
         """A micro-batch, with what it adds to the step's tokens and wait noted."""
@@ -208,6 +221,7 @@ class Engine:
 
         It is dropped where it is not `admitted` and where its norm, in `norm` afterwards, is not finite.
         """
+        self._say_alive_before("step")
         self.norm, self._admitted, self._coefficient = None, admitted, None
         for squares in self._squares:
             squares.begin()
@@ -252,7 +266,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: TrainingBatch) -> float:
         """Mean cross-entropy of a batch that every rank has; all ranks call it."""
-        self.alive()
+        self._say_alive_before("evaluation", batch.target_BS.shape)
         self.engine.eval()
         _, parts = self.engine(self._own_positions(batch))
         self.engine.train()

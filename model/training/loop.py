@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gristmill.model.signs_of_life import SignOfLife
 from gristmill.model.stage_types import Progress
 from gristmill.model.training.batches import Batches
 from gristmill.model.training.checkpoints import CheckpointWriter, last_checkpoint
@@ -34,7 +35,7 @@ from gristmill.model.transformer import Transformer
 
 Row = dict[str, Any]
 HeldOut = Callable[[int, Engine], Row]
-Texts = Callable[[int], list[Row]]
+Texts = Callable[[int, Callable[[], None]], list[Row]]
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def train(
 ) -> History:
     """Train `model` and leave it in `out/model`; returns what there is to tell.
 
-    `held_out(step, engine)` gives further numbers for the rows of some steps; all ranks call it. `texts(step)` gives
-    samples of the model's text at some steps; the first rank calls it.
+    `held_out(step, engine)` gives further numbers for the rows of some steps; all ranks call it. `texts(step, before)`
+    gives samples of the model's text at some steps, having called `before()` if so; the first rank calls it.
 
     Raises:
         FloatingPointError: a loss, a gradient or the weights were not finite and `spikes` says stop, or too often.
@@ -112,6 +113,7 @@ class Run:
     ) -> None:
         self.model, self.batches, self.training, self.out = model, batches, training, out
         self.progress, self.at = progress, 0
+        self.life = SignOfLife(out / "log", dist.get_rank())
         self.engine = Engine(
             model,
             training.optimizer,
@@ -119,6 +121,7 @@ class Run:
             batch_sequences=training.batch_sequences,
             layout=layout,
             alive=self.alive,
+            before_first=self.life.ask_for_silence,
             ema_decay=training.ema_decay,
         )
         self.rank, self.ranks = self.engine.rank, self.engine.ranks
@@ -148,8 +151,7 @@ class Run:
                 row |= held_out(step, self.engine)
             self.history.curves.append({"step": step, **row})
             if texts is not None and self.rank == 0:
-                self.alive()
-                self.history.samples += texts(step)
+                self.history.samples += texts(step, self.life.ask_for_silence)
             worked = time.perf_counter()
             self._save(step + 1)
             now = time.perf_counter()
@@ -181,7 +183,8 @@ class Run:
     def _profiled(self, step: int) -> AbstractContextManager[None]:
         if self.rank or step not in self.engine.layout.profile:
             return nullcontext()
-        return profiled(step, self.out / "log", torch.device(self.engine.engine.device))
+        device = torch.device(self.engine.engine.device)
+        return profiled(step, self.out / "log", device, self.life.ask_for_silence)
 
     def _record(self, recorder: Recorder, step: int, spent: Spent) -> None:
         timings = recorder.step(step, spent, self.engine.tokens, self.engine.sequence_length)

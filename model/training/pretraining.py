@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,11 @@ def train_on_mixture(
                 row["held_out_bpb_ema"] = held_out.loss(engine)["held_out_bpb"]
         return row
 
-    def write(step: int) -> list[Row]:
-        return texts.rows(step) if due(step) else []
+    def write(step: int, before: Callable[[], None]) -> list[Row]:
+        if not due(step):
+            return []
+        before()
+        return texts.rows(step)
 
     batches = token_batches(config, mixture, "train", device)
     history = train(model, batches, asked, out, progress, look, layout, write)

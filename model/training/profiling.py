@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,13 +13,17 @@ OPERATORS = 20  # of the table beside the trace
 
 
 @contextmanager
-def profiled(step: int, log: Path, device: torch.device) -> Iterator[None]:
-    """Leave `profile-step-….json.gz`, a Chrome trace, and a table of the costliest operators in `log`."""
+def profiled(step: int, log: Path, device: torch.device, before_export: Callable[[], None]) -> Iterator[None]:
+    """Leave `profile-step-….json.gz`, a Chrome trace, and a table of the costliest operators in `log`.
+
+    `before_export` is called before the events are gathered and written, which takes minutes for a large model.
+    """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as taken:
         yield
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        before_export()
     name = f"profile-step-{step:04d}"
     taken.export_chrome_trace(str(log / f"{name}.json.gz"))
     order = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from gristmill.kernels.mla_attention import attention
+from gristmill.kernels.norm_rope import rotate
 from gristmill.model.training.batches import TrainingBatch
 from gristmill.model.training.collectives import exchange_rows, gather_parts, sum_parts
 from gristmill.model.transformer import (
@@ -100,7 +102,11 @@ class SequenceParallelLatentAttention(MultiHeadLatentAttention):
 
     def forward(self, x_BsD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
         c, own = self.config, self.config.num_attention_heads // self.group.size()
-        q_BsHN, q_BsHR, latent_BsC, key_BsR = self.project(x_BsD, rotary)
+        q_BsHQ, latent_BsC, key_BsR = self.project(x_BsD)
+        cos, sin = rotary
+        q_BsHN, q_BsHR = q_BsHQ.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        q_BsHR = rotate(q_BsHR, cos[:, :, None], sin[:, :, None]).to(q_BsHN.dtype)
+        key_BsR = rotate(key_BsR, cos, sin).to(latent_BsC.dtype)
         q_BSh = heads_of_all_positions(torch.cat((q_BsHN, q_BsHR), -1), self.group)
         shared_BSC = all_positions(torch.cat((latent_BsC, key_BsR), -1), self.group)
         latent_BSC, key_BSR = shared_BSC.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
@@ -181,12 +187,7 @@ def _attended(q_BSh: Tensor, k_BSg: Tensor, v_BSg: Tensor, mask_BSS: Tensor | No
             f"the mask is of {mask_BSS.shape[-1]} positions and the ranks together hold {k_BSg.shape[1]}: give each "
             f"rank its part of the batch by split_sequence, and the whole mask"
         )
-    q, k, v = (x.transpose(1, 2) for x in (q_BSh, k_BSg, v_BSg))
-    mask, shared = (None if mask_BSS is None else mask_BSS[:, None]), q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=shared
-    )
-    return out.transpose(1, 2)
+    return attention(q_BSh, k_BSg, v_BSg, scale, mask_BSS)
 
 
 def _take_over(new: nn.Module, old: nn.Module) -> None:

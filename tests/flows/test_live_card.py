@@ -12,7 +12,8 @@ import pytest
 
 from gristmill.flows import live_card as module
 from gristmill.flows.cards import card_markdown, training_figures
-from gristmill.flows.cards.training import by_step, live_card
+from gristmill.flows.cards.run_log import GrowingRows, RunLog
+from gristmill.flows.cards.training import live_card
 from gristmill.flows.live_card import LiveCard
 
 GROUPS = {"embedding": 0.02, "attention": 0.3, "feed_forward": 0.2, "experts": 0.5, "gates": 0.01, "mtp": 0.4}
@@ -68,7 +69,7 @@ def running(tmp_path: Path) -> Path:
 
 
 def test_a_running_stage_has_a_card(running: Path) -> None:
-    card = live_card("pretrain", "Pretraining", running)
+    card = live_card("pretrain", "Pretraining", RunLog(running))
     assert card is not None
     assert "40 steps are done" in card
     assert "20,480 tokens a second" in card
@@ -80,24 +81,53 @@ def test_a_running_stage_has_a_card(running: Path) -> None:
 
 
 def test_a_stage_that_told_nothing_yet_has_none(tmp_path: Path) -> None:
-    assert live_card("ingest", "Ingest", tmp_path) is None
+    assert live_card("ingest", "Ingest", RunLog(tmp_path)) is None
     (tmp_path / "log").mkdir()
     write(tmp_path / "log" / "curves.jsonl", [], torn='{"step": 0')
-    assert live_card("pretrain", "Pretraining", tmp_path) is None
+    assert live_card("pretrain", "Pretraining", RunLog(tmp_path)) is None
 
 
 def test_what_an_older_or_other_run_wrote_does_not_break_it(running: Path) -> None:
     """Timings without utilisation, and no curve but the loss."""
     write(running / "log" / "curves.jsonl", [{"step": 0, "loss": 2.0, "spike": "gradient"}])
     write(running / "log" / "timings.jsonl", [{"step": 0, "seconds": 0.2, "saving_seconds": 0.0}, {"seconds": 1}])
-    card = live_card("rl", "RL", running)
+    card = live_card("rl", "RL", RunLog(running))
     assert card is not None
     assert "tokens a second" not in card
 
 
-def test_a_step_that_was_taken_twice_counts_once() -> None:
-    rows = [timing(0), timing(1), timing(1, mfu=0.5), timing(2)]
-    assert [(row["step"], row["mfu"]) for row in by_step(rows)] == [(0, 0.31), (1, 0.5), (2, 0.31)]
+def test_a_step_that_was_taken_twice_counts_once(running: Path) -> None:
+    write(running / "log" / "timings.jsonl", [timing(0), timing(1), timing(1, mfu=0.5), timing(2)])
+    assert [(row["step"], row["mfu"]) for row in RunLog(running).timings()] == [(0, 0.31), (1, 0.5), (2, 0.31)]
+
+
+def test_a_look_reads_what_was_appended_since_the_last(tmp_path: Path) -> None:
+    """Also the end of a line that was on its way, and not what one of a killed writer has become."""
+    file = tmp_path / "curves.jsonl"
+    rows = GrowingRows(file)
+    assert rows.look() == []
+    write(file, [{"step": 0}, {"step": 1}], torn='{"st')
+    assert [row["step"] for row in rows.look()] == [0, 1]
+    with file.open("r+", encoding="utf-8") as other:
+        other.write('{"step": 7}')  # in the place of the first, which nobody reads again
+        other.seek(0, 2)
+        other.write('ep": 2}\n{"torn{"step": 3}\n{"step": 4}\n')
+    assert [row["step"] for row in rows.look()] == [0, 1, 2, 4]
+    assert [row["step"] for row in rows.look()] == [0, 1, 2, 4]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 30])
+def test_a_file_that_begins_anew_is_read_from_its_start(steps: int, tmp_path: Path) -> None:
+    """A run that goes on from its checkpoint writes its curves again, and may be past where it was at the next look."""
+    file = tmp_path / "curves.jsonl"
+    rows = GrowingRows(file)
+    write(file, [{"step": step, "try": 1} for step in range(3)])
+    rows.look()
+    again = [{"step": step, "try": 2} for step in range(steps)]
+    write(file, again)
+    assert rows.look() == again
+    file.unlink()
+    assert rows.look() == []
 
 
 def test_one_source_has_no_figure_of_its_own() -> None:

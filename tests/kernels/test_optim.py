@@ -97,7 +97,7 @@ def test_strides_are_respected_and_the_report_says_what_ran(cpu_path: str) -> No
     wanted = wanted_of(ours, how)
     before = kernels.report().get("adamw", {})
     adamw(*(ours[name] for name in LISTS), how)
-    here = cpu_path if DEVICE == "cpu" else "gpu"
+    here = cpu_path if DEVICE == "cpu" else "torch"
     assert kernels.report()["adamw"][here] == before.get(here, 0) + 1
     turned = {name: [t.t().contiguous().t() for t in tensors] for name, tensors in draw([(12, 10)]).items()}
     adamw(*(turned[name] for name in LISTS), how)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from gristmill.model import decoding
 from gristmill.model.config import ModelConfig
 from gristmill.model.continuous_batching import Piece, Request, stream
 from gristmill.model.generate import Sample, Sampling, sample
@@ -62,6 +65,38 @@ def test_tokens_do_not_depend_on_slots(
     assert [own.tokens for own in made] == expected
 
 
+class LargestMade(TorchDispatchMode):
+    """How many numbers the largest tensor had that was made within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, tuple | list) else [made]:
+            self.numbers = max(self.numbers, each.numel() if isinstance(each, torch.Tensor) else 0)
+        return made
+
+
+def test_long_prompts_are_read_in_little_memory_as_the_same_tokens(
+    model: Transformer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, 449 positions of 3 prompts and 4 heads have 2.4 million scores."""
+    long = [(prompt * 450)[:450] for prompt in prompts[:3]]
+
+    def made() -> tuple[list[Sample], int]:
+        with LargestMade() as largest:
+            return sample(model, long, [0, 1, 2], Sampling(10), eos=EOS, pad=PAD), largest.numbers
+
+    whole, most = made()
+    monkeypatch.setattr(decoding, "PROMPT_SCORES", 100_000)
+    portioned, least = made()
+    assert [own.tokens for own in portioned] == [own.tokens for own in whole]
+    assert most == 3 * 449 * 4 * 449
+    assert least == decoding.Decoder(model).cache(3, 460).latent_LBSC.numel()  # nothing is larger than the slots
+
+
 @pytest.mark.parametrize("order_seed", [0, 1])
 def test_tokens_do_not_depend_on_the_order(
     order_seed: int, model: Transformer, prompts: list[list[int]], expected: list[list[int]]
@@ -95,8 +130,6 @@ def test_every_slot_speaks_in_every_step_while_requests_wait(model: Transformer,
 
 
 def test_the_cache_is_no_larger_than_the_slots(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gristmill.model import decoding
-
     made: list[tuple[int, ...]] = []
     begin = decoding.SlotCache.__init__
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -17,7 +16,6 @@ import torch.distributed
 from gristmill.model.launch import JobFailed, JobHung, command, launch
 from gristmill.model.stage_types import silent
 from gristmill.model.training.config import LayoutConfig
-from gristmill.model.worker import Teller
 
 JOB = Path("/store/pretrain/key/log/job.json")
 
@@ -74,25 +72,6 @@ def test_nodes_that_cannot_be_are_refused(ranks: int, layout: LayoutConfig, said
         command(JOB, ranks, layout, {})
 
 
-def test_a_teller_shows_life_until_its_last_step(tmp_path: Path) -> None:
-    teller = Teller(tmp_path, 0)
-    teller(0, 2)
-    assert (tmp_path / "alive-00000").exists()
-    teller(2, 2, loss=1.0)
-    assert not (tmp_path / "alive-00000").exists()
-    assert json.loads((tmp_path / "progress.jsonl").read_text().splitlines()[-1])["values"] == {"loss": 1.0}
-
-
-def test_a_job_on_several_nodes_is_not_started_beside_itself(tmp_path: Path) -> None:
-    (tmp_path / "log").mkdir()
-    (tmp_path / "log" / "alive-00003").touch()
-    with pytest.raises(JobFailed, match=r"rank 3 of an earlier start was alive \d s ago"):
-        launch(
-            "test_launch:busy", {}, tmp_path, threads=1, device="cpu", progress=silent, ranks=4,
-            layout=LayoutConfig(nodes=2),
-        )  # fmt: skip
-
-
 def busy(job: dict[str, Any], out: Path, device: Any, progress: Any) -> dict[str, Any]:
     """A job of ranks that work for a while, wait for each other, and say that they are alive."""
     torch.distributed.init_process_group("gloo")
@@ -110,6 +89,7 @@ def test_a_rank_that_hangs_or_dies_ends_the_job_on_all(
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr("gristmill.model.launch.END_SECONDS", 2.0)
     pids: list[int] = []
 
     def strike() -> None:

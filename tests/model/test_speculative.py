@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 
+from gristmill.model import decoding
 from gristmill.model.config import ModelConfig
 from gristmill.model.generate import Sampling, sample
 from gristmill.model.sampling import probabilities
@@ -98,6 +99,15 @@ def test_a_sample_does_not_depend_on_its_batch_mates(model: Transformer) -> None
         (alone,), _ = speculate(model, [prompt], [seed], sampling, eos=EOS, pad=PAD)
         assert alone.tokens == expected.tokens
     assert len({len(s.tokens) for s in together}) > 1  # so that the batch was made smaller on the way
+
+
+def test_prompts_that_are_read_in_portions_give_the_same(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = Sampling(12, temperature=0.9)
+    whole, found = speculate(model, PROMPTS, [5, 6, 7], sampling, eos=EOS, pad=PAD)
+    monkeypatch.setattr(decoding, "PROMPT_SCORES", 3 * 18 * 4 * 2)  # two positions of three slots
+    parts, again = speculate(model, PROMPTS, [5, 6, 7], sampling, eos=EOS, pad=PAD)
+    assert [s.tokens for s in parts] == [s.tokens for s in whole]
+    assert again == found
 
 
 def test_a_model_without_the_module_is_refused() -> None:

@@ -9,55 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from gristmill.model.config import ModelConfig
 from gristmill.model.stage_types import silent
-from gristmill.model.training.batches import TrainingBatch
 from gristmill.model.training.config import OptimizerConfig, ScheduleConfig, SpikeConfig
-from gristmill.model.training.engine import start_distributed
 from gristmill.model.training.loop import Training, train
 from gristmill.model.training.models import load_model
 from gristmill.model.training.spikes import LEAST, Spikes
-from gristmill.model.transformer import Batch, Transformer
+from gristmill.model.transformer import Transformer
+from tests.model.windows import MODEL, VOCAB, Windows
 
-MODEL = ModelConfig(
-    hidden_size=16, num_hidden_layers=1, first_k_dense_replace=0, num_attention_heads=2, kv_lora_rank=8,
-    qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8, intermediate_size=16, n_routed_experts=2,
-    num_experts_per_tok=1, moe_intermediate_size=8, num_nextn_predict_layers=0, max_position_embeddings=16,
-)  # fmt: skip
-STEPS, VOCAB, LENGTH = 40, 32, 16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patched:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}.items():
-            patched.setenv(name, value)
-        store = tmp_path_factory.mktemp("meeting") / "store"
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-        start_distributed(torch.device("cpu"))
-        yield
-        dist.destroy_process_group()
-
-
-class Windows:
-    """The same few sequences again and again; at some steps their weights make the loss jump, or no number of it."""
-
-    def __init__(self, spoilt: dict[int, float]) -> None:
-        self.spoilt = spoilt
-
-    def step(self, step: int, rank: int, ranks: int) -> TrainingBatch:
-        generator = torch.Generator().manual_seed(step % 4)
-        token = torch.randint(0, VOCAB // 4, (4, LENGTH + 1), generator=generator)
-        share = self.spoilt.get(step, 1.0)
-        if step in self.spoilt and math.isfinite(share):  # tokens that it has not seen
-            token, share = token + VOCAB // 2, 1.0
-        position = torch.arange(LENGTH).expand(4, -1)
-        return TrainingBatch(Batch(token[:, :-1], position), token[:, 1:], None, torch.ones(4, LENGTH), share)
-
-    def documents(self, step: int) -> list[str]:
-        return [f"document {step}"]
+STEPS = 40
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def run(out: Path, spoilt: dict[int, float], **how: Any) -> tuple[list[dict], list[dict]]:

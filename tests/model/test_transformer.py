@@ -237,7 +237,7 @@ def test_group_limited_choice_stays_in_the_best_groups() -> None:
     config = SHAPES["query latent, groups"]
     gate = Gate(config)
     torch.nn.init.normal_(gate.weight, generator=torch.Generator().manual_seed(10))
-    expert_TK, gate_TK, _ = gate(torch.randn(50, config.hidden_size, generator=torch.Generator().manual_seed(11)))
+    expert_TK, gate_TK, *_ = gate(torch.randn(50, config.hidden_size, generator=torch.Generator().manual_seed(11)))
     groups = expert_TK // (config.n_routed_experts // config.n_group)
     assert all(len(set(row)) <= config.topk_group for row in groups.tolist())
     torch.testing.assert_close(gate_TK.sum(1), torch.ones(50), **CLOSE)

@@ -1,0 +1,74 @@
+"""How a job's launcher tells ranks that work from ranks that hang: a file of each in log/ changes as the rank works."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+
+LONG_SECONDS = 1800.0  # what tells nothing on its way, and may take long: kernels that are compiled, a profile's export
+
+
+class SignOfLife:
+    """A rank's own file. What is written in it is how many seconds of silence the rank asks for; mostly nothing."""
+
+    def __init__(self, log: Path, rank: int) -> None:
+        self.path = log / f"alive-{rank:05d}"
+
+    def show(self) -> None:
+        """Say that this rank works."""
+        self.path.write_text("", encoding="ascii")
+
+    def ask_for_silence(self, seconds: float = LONG_SECONDS) -> None:
+        """Say that this rank works, and that its next sign may be as far off as this."""
+        self.path.write_text(f"{seconds:g}", encoding="ascii")
+
+    def end(self) -> None:
+        """Be watched no longer."""
+        self.path.unlink(missing_ok=True)
+
+
+class SignsOfLife:
+    """Notes when each rank's file last changed, by this machine's clock: those of several nodes may differ.
+
+    Args:
+        seconds: of silence that a rank may keep without asking.
+    """
+
+    def __init__(self, log: Path, seconds: float) -> None:
+        self.log, self.seconds = log, seconds
+        self._seen: dict[str, tuple[int, float]] = {}
+
+    def hung(self) -> tuple[int, float] | None:
+        """(the rank that stopped first, the seconds it had) where every rank has been silent for too long.
+
+        Ranks wait for each other in sums, so one that hangs silences all, and is the one that stopped first; one that
+        writes a model while the others wait for it shows life for all, and so does one that asked for silence.
+        """
+        now, before = time.monotonic(), self._seen
+        self._seen, allowed = {}, {}
+        for path in self.log.glob("alive-*"):
+            with suppress(FileNotFoundError):  # a rank that is through its steps removes its own
+                changed = path.stat().st_mtime_ns
+                allowed[path.name] = allowed_silence(path, self.seconds)
+                known, since = before.get(path.name, (0, now))
+                self._seen[path.name] = (changed, since if known == changed else now)
+        if not self._seen or any(now - since <= allowed[name] for name, (_, since) in self._seen.items()):
+            return None
+        first = min(self._seen, key=lambda name: self._seen[name][1])
+        return rank_of(first), allowed[first]
+
+
+def allowed_silence(path: Path, seconds: float) -> float:
+    """Seconds that the rank of this file may be silent: those it asked for, and these at least.
+
+    Raises:
+        FileNotFoundError: it was removed meanwhile.
+    """
+    asked = path.read_text(encoding="ascii")
+    return max(seconds, float(asked)) if asked else seconds
+
+
+def rank_of(name: str) -> int:
+    """The rank whose file has this name."""
+    return int(name.removeprefix("alive-"))

@@ -1,0 +1,133 @@
+"""The gate of a mixture of experts: its choices against a plain loop, numbers and gradients against float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gristmill import kernels
+from gristmill.kernels.router import Choice, route
+from gristmill.kernels.router.reference import route_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@st.composite
+def cases(draw_) -> tuple[int, int, int, Choice]:
+    groups = draw_(st.sampled_from([1, 1, 2, 4]))
+    experts = groups * draw_(st.integers(2, 20))
+    allowed = draw_(st.integers(1, groups))
+    how = Choice(
+        chosen=draw_(st.integers(1, min(8, experts // groups * allowed))),
+        affinity=draw_(st.sampled_from(["sigmoid", "softmax"])),
+        groups=groups,
+        groups_allowed=allowed,
+        normalised=draw_(st.booleans()),
+        scale=draw_(st.sampled_from([1.0, 2.5])),
+    )
+    return draw_(st.sampled_from([1, 7, 95, 200])), experts, draw_(st.integers(1, 70)), how
+
+
+def chosen_by_hand(biased: list[float], how: Choice) -> list[int]:
+    """Equation 16, and the groups of section 2.1.2, for one token's biased affinities."""
+    size, count = len(biased) // how.groups, 2 if how.affinity == "sigmoid" else 1
+    members = [range(g * size, (g + 1) * size) for g in range(how.groups)]
+    score = [sum(sorted((biased[e] for e in group), reverse=True)[:count]) for group in members]
+    best = sorted(range(how.groups), key=lambda g: -score[g])[: how.groups_allowed]
+    free = [e for g in sorted(best) for e in members[g]] if how.groups > 1 else range(len(biased))
+    return sorted(free, key=lambda e: -biased[e])[: how.chosen]
+
+
+@pytest.mark.usefixtures("cpu_path")
+@given(case=cases())
+@settings(max_examples=60, deadline=None)
+def test_choices_numbers_and_gradients(case: tuple[int, int, int, Choice]) -> None:
+    tokens, experts, width, how = case
+    x, weight, bias = draw(0, tokens, width), draw(1, experts, width) * width**-0.5, draw(2, experts) * 0.1
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    expert, gate, score, load = route(*leaves, bias, how)
+    exact = torch.sigmoid(x.double() @ weight.double().t())
+    if how.affinity == "softmax":
+        exact = torch.softmax(x.double() @ weight.double().t(), -1)
+    # A float32 sum of `width` terms of size one, through an affinity of slope one at most
+    torch.testing.assert_close(score.double(), exact, rtol=0, atol=(width + 8) * 2**-24 * 4)
+    # The choice is that of the affinities as they came out, to the last bit
+    assert expert.tolist() == [chosen_by_hand(row, how) for row in (score + bias).tolist()]
+    assert torch.equal(load, torch.bincount(expert.flatten(), minlength=experts))
+    of_gate, of_score = draw(3, tokens, how.chosen), draw(4, tokens, experts)
+    got = torch.autograd.grad((gate, score), leaves, (of_gate, of_score))
+    own = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    affinity = own[0] @ own[1].t()
+    affinity = affinity.sigmoid() if how.affinity == "sigmoid" else affinity.softmax(-1)
+    wanted_gate = affinity.gather(1, expert)
+    if how.normalised:
+        wanted_gate = wanted_gate / wanted_gate.sum(-1, keepdim=True)
+    wanted_gate = wanted_gate * how.scale
+    # A quotient of sums of affinities; 1e-3 is the least that a sum of softmax affinities comes to here
+    torch.testing.assert_close(gate.double(), wanted_gate, rtol=2e-5, atol=1e-6)
+    wanted = torch.autograd.grad((wanted_gate, affinity), own, (of_gate.double(), of_score.double()))
+    for a, b in zip(got, wanted, strict=True):
+        size = float(b.abs().max()) + 1e-6
+        # Sums over experts, and over tokens: at most 200 terms, on top of the quotient's rounding above
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=(200 + width) * 2**-24 * 10 * max(size, 1.0))
+
+
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_of_equal_experts_the_first_are_chosen(tokens: int) -> None:
+    x, weight = torch.zeros(tokens, 4, device=DEVICE), draw(0, 12, 4)
+    how = Choice(chosen=3, groups=4, groups_allowed=2)
+    expert, *_ = route(x, weight, torch.zeros(12, device=DEVICE), how)
+    assert expert.tolist() == [[0, 1, 2]] * tokens
+
+
+def test_both_paths_of_a_cpu_choose_alike(cpu_path: str) -> None:
+    x, weight, bias = draw(0, 512, 32), draw(1, 16, 32), draw(2, 16) * 0.1
+    how = Choice(chosen=4, groups=4, groups_allowed=2)
+    before = kernels.report().get("router", {})
+    got, wanted = route(x, weight, bias, how), route_reference(x, weight, bias, how)
+    here = cpu_path if DEVICE == "cpu" else "torch"
+    assert kernels.report()["router"][here] == before.get(here, 0) + 1
+    assert float((got[0] == wanted[0]).double().mean()) > 0.999  # affinities a rounding apart may change places
+    torch.testing.assert_close(got[2], wanted[2], rtol=0, atol=32 * 2**-24 * 8)
+
+
+@pytest.mark.usefixtures("cpu_path")
+def test_what_is_no_number_is_passed_on_and_stays_in_its_row() -> None:
+    x, weight = draw(0, 150, 8), draw(1, 6, 8)
+    x[40] = math.nan
+    expert, gate, score, _ = route(x, weight, torch.zeros(6, device=DEVICE), Choice(chosen=2))
+    assert gate[40].isnan().all()
+    assert score[40].isnan().all()
+    others = [i for i in range(150) if i != 40]
+    assert gate[others].isfinite().all()
+    assert int(expert.min()) >= 0
+    assert int(expert.max()) < 6
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x_TD": torch.zeros(4)}, ValueError, "rank of x_TD is 1; wanted 2"),
+        ({"x_TD": torch.zeros(4, 3)}, ValueError, "width of x_TD is 3; wanted 5"),
+        ({"x_TD": torch.zeros(4, 5).double()}, TypeError, "dtype of x_TD is torch.float64; wanted torch.float32"),
+        ({"bias_E": torch.zeros(5)}, ValueError, r"shape of bias_E is \(5,\); wanted \(6,\)"),
+        ({"how": Choice(2, groups=4)}, ValueError, "groups is 4; wanted a divisor of 6 experts"),
+        ({"how": Choice(2, groups=6)}, ValueError, "experts a group is 1; wanted >= 2"),
+        ({"how": Choice(2, groups=3, groups_allowed=4)}, ValueError, "groups allowed is 4; wanted 1 to groups"),
+        ({"how": Choice(5, groups=3, groups_allowed=2)}, ValueError, "experts chosen is 5; wanted 1 to 4"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    given_ = {"x_TD": torch.zeros(4, 5), "weight_ED": torch.zeros(6, 5), "bias_E": torch.zeros(6), "how": Choice(2)}
+    with pytest.raises(error, match=message):
+        route(**{**given_, **change})
