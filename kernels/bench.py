@@ -26,11 +26,14 @@ from torch import Tensor
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.fp8_gemm import bench_rows
 from gristmill.kernels.grouped_gemm import grouped_gemm
+from gristmill.kernels.linear import linear
 from gristmill.kernels.mla_attention import latent_attention
 from gristmill.kernels.mla_attention.sdpa import sdpa_latent_attention
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.norm_rope import rms_norm, rotate
 from gristmill.kernels.norm_rope.reference import rotate_reference
+from gristmill.kernels.optim import AdamW, adamw
+from gristmill.kernels.router import Choice, route
 from gristmill.kernels.swiglu import swiglu
 
 RUNS, WARM = 9, 2
@@ -235,6 +238,63 @@ def attention(
     yield Case("attention", shape, 7 * flops // 2, both_ways(ours, *leaves), {peer: (both_ways(theirs, *leaves), None)})
 
 
+def linear_product(device: str, dtype: torch.dtype, rows: int, inner: int, outer: int) -> Iterator[Case]:
+    """Against torch's own."""
+    x = torch.randn(rows, inner, device=device, dtype=dtype)
+    w = torch.empty(outer, inner, device=device, dtype=dtype).normal_(0, inner**-0.5)
+    peers: dict[str, tuple[Work, float | None]] = {"torch.nn.functional.linear": (both_ways(F.linear, x, w), None)}
+    yield Case("linear", f"{rows} × {inner} → {outer}", 6 * rows * inner * outer, both_ways(linear, x, w), peers)
+
+
+def router(
+    device: str, _: torch.dtype, tokens: int, width: int, experts: int, active: int, groups: int, allowed: int
+) -> Iterator[Case]:
+    """Against the router of `transformers`, in float32 as everywhere."""
+    x, bias = torch.randn(tokens, width, device=device), torch.zeros(experts, device=device)
+    weight = torch.empty(experts, width, device=device).normal_(0, width**-0.5)
+    how = Choice(active, groups=groups, groups_allowed=allowed)
+    peers: dict[str, tuple[Work, float | None]] = {}
+    if importlib.util.find_spec("transformers"):
+        config = importlib.import_module("transformers").DeepseekV3Config(
+            hidden_size=width, n_routed_experts=experts, num_experts_per_tok=active, n_group=groups, topk_group=allowed,
+            norm_topk_prob=True, routed_scaling_factor=1.0,
+        )  # fmt: skip
+        name = "transformers.models.deepseek_v3.modeling_deepseek_v3"
+        module = importlib.import_module(name).DeepseekV3TopkRouter(config).to(device)
+
+        def theirs(a: Tensor, b: Tensor) -> Tensor:
+            _, gates, expert = torch.func.functional_call(module, {"weight": b}, (a,))
+            torch.bincount(expert.flatten(), minlength=experts)  # which ours gives too, and their experts count
+            return gates
+
+        peers["transformers"] = (both_ways(theirs, x, weight), 2.0)
+    ours = both_ways(lambda a, b: route(a, b, bias, how)[1], x, weight)
+    shape = f"{tokens} × {width}, {active} of {experts}, {groups} groups"
+    yield Case("router", shape, 6 * tokens * width * experts, ours, peers)
+
+
+def optim(device: str, _: torch.dtype, matrices: int, size: int) -> Iterator[Case]:
+    """Against torch.optim.AdamW in both of its settings."""
+    shapes = [(32, size, size)] * (matrices // 32) + [(size, size)] * 32 + [(size,)] * 32
+    ours = [[torch.randn(shape, device=device) for shape in shapes] for _ in range(4)]
+    ours[3] = [t.square_() for t in ours[3]]
+
+    def peer(**how: bool) -> Work:
+        leaves = [p.clone().requires_grad_() for p in ours[0]]
+        for leaf, gradient in zip(leaves, ours[1], strict=True):
+            leaf.grad = gradient
+        return torch.optim.AdamW(leaves, lr=1e-3, weight_decay=0.1, **how).step
+
+    numbers = sum(t.numel() for t in ours[0])
+    peers: dict[str, tuple[Work, float | None]] = {
+        "torch.optim.AdamW(fused)": (peer(fused=True), 1.5),
+        "torch.optim.AdamW(foreach)": (peer(foreach=True), 1.5),
+    }
+    p, g, m, v = ours
+    step = partial(adamw, p, g, m, v, AdamW(rate=1e-3, step=10, decay=0.1))
+    yield Case("optim", f"{len(shapes)} tensors, {numbers / 1e6:.1f} M", 12 * numbers, step, peers)
+
+
 def fp8(device: str, _: torch.dtype) -> Iterator[Case]:
     """FP8 against our own products in 16 bits; every shape at once."""
     for row in bench_rows.rows(device):
@@ -285,8 +345,8 @@ def said(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    operations = ["grouped_gemm", "moe_mlp", "attention", "cross_entropy", "between_products", "fp8_gemm"]
-    parser.add_argument("--op", choices=operations)
+    operations = "linear between_products router optim grouped_gemm moe_mlp attention cross_entropy fp8_gemm"
+    parser.add_argument("--op", choices=operations.split())
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     asked = parser.parse_args()
     device, dtype = asked.device, torch.bfloat16 if asked.device == "cuda" else torch.float32
@@ -296,6 +356,9 @@ def main() -> None:
         "attention": attention,
         "cross_entropy": cross_entropy,
         "between_products": between_products,
+        "linear": linear_product,
+        "router": router,
+        "optim": optim,
         "fp8_gemm": fp8,
     }
     shapes: dict[str, list[tuple[int, ...]]] = {
@@ -304,6 +367,9 @@ def main() -> None:
         "attention": [(8, 256, 8, 16, 16, 32), (8, 256, 8, 32, 32, 64), (1, 1024, 4, 128, 64, 128)],
         "cross_entropy": [(2048, 128, 1024), (2048, 256, 8192), (2048, 256, 32_768)],
         "between_products": [(1, 256), (2048, 256)],
+        "linear": [(2048, 256, 256), (2048, 512, 2048)],
+        "router": [(2048, 256, 32, 4, 1, 1), (2048, 512, 64, 4, 8, 4)],
+        "optim": [(320, 256)],
         "fp8_gemm": [()],
     }
     if device == "cuda":
@@ -313,6 +379,9 @@ def main() -> None:
             "attention": [(2, 4096, 16, 128, 64, 128)],  # of the 16B model
             "cross_entropy": [(8192, 2048, 32_768), (16_384, 7168, 129_280)],
             "between_products": [(8192, 2048)],
+            "linear": [(8192, 7168, 2048)],
+            "router": [(8192, 7168, 256, 8, 8, 4)],
+            "optim": [(320, 1024)],
             "fp8_gemm": [()],
         }
     best = limit(device, dtype)
