@@ -30,8 +30,11 @@ from gristmill.kernels.linear import linear
 from gristmill.kernels.mla_attention import latent_attention
 from gristmill.kernels.mla_attention.sdpa import sdpa_latent_attention
 from gristmill.kernels.moe_mlp import moe_mlp
+from gristmill.kernels.norm_rope import rms_norm, rotate
+from gristmill.kernels.norm_rope.reference import rotate_reference
 from gristmill.kernels.optim import AdamW, adamw
 from gristmill.kernels.router import Choice, route
+from gristmill.kernels.swiglu import swiglu
 
 RUNS, WARM = 9, 2
 Work = Callable[[], Any]
@@ -188,6 +191,30 @@ def cross_entropy(device: str, dtype: torch.dtype, rows: int, width: int, vocab:
     )
 
 
+def between_products(device: str, dtype: torch.dtype, rows: int, width: int) -> Iterator[Case]:
+    """Norm, rotation (8 heads of which half is turned) and activation, against torch's operations one by one."""
+    x, weight = torch.randn(rows, width, device=device, dtype=dtype), torch.ones(width, device=device, dtype=dtype)
+    turning, gate_up = x.view(rows, 8, -1)[..., width // 16 :], torch.randn(rows, 8 * width, device=device, dtype=dtype)
+    angle = torch.rand(rows, 1, width // 32, device=device)
+    cos, sin = angle.cos(), angle.sin()
+
+    def activated(a: Tensor) -> Tensor:
+        gate, up = a.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def case(op: str, size: int, flops: int, ours: Work, peer: str, theirs: Work) -> Case:
+        return Case(op, f"{rows} × {size}", flops, ours, {peer: (theirs, None)})
+
+    norm = both_ways(lambda a, b: rms_norm(a, b, 1e-6), x, weight)
+    peer = both_ways(lambda a, b: F.rms_norm(a, (width,), b, 1e-6), x, weight)
+    yield case("rms_norm", width, 12 * x.numel(), norm, "torch.nn.functional.rms_norm", peer)
+    turned = both_ways(lambda a: rotate(a, cos, sin), turning)
+    peer = both_ways(lambda a: rotate_reference(a, cos, sin), turning)
+    yield case("rotate", width // 2, 6 * turning.numel(), turned, "slices and cat", peer)
+    peer = both_ways(activated, gate_up)
+    yield case("swiglu", 4 * width, 8 * gate_up.numel(), both_ways(swiglu, gate_up), "silu and product", peer)
+
+
 def attention(
     device: str, dtype: torch.dtype, batch: int, length: int, heads: int, width: int, turning: int, values: int
 ) -> Iterator[Case]:
@@ -318,10 +345,8 @@ def said(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument(
-        "--op",
-        choices=["linear", "router", "optim", "grouped_gemm", "moe_mlp", "attention", "cross_entropy", "fp8_gemm"],
-    )
+    operations = "linear between_products router optim grouped_gemm moe_mlp attention cross_entropy fp8_gemm"
+    parser.add_argument("--op", choices=operations.split())
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     asked = parser.parse_args()
     device, dtype = asked.device, torch.bfloat16 if asked.device == "cuda" else torch.float32
@@ -330,6 +355,7 @@ def main() -> None:
         "moe_mlp": experts_mlp,
         "attention": attention,
         "cross_entropy": cross_entropy,
+        "between_products": between_products,
         "linear": linear_product,
         "router": router,
         "optim": optim,
@@ -340,6 +366,7 @@ def main() -> None:
         "moe_mlp": [(32, 2048, 4, 256, 128), (64, 2048, 4, 512, 256)],
         "attention": [(8, 256, 8, 16, 16, 32), (8, 256, 8, 32, 32, 64), (1, 1024, 4, 128, 64, 128)],
         "cross_entropy": [(2048, 128, 1024), (2048, 256, 8192), (2048, 256, 32_768)],
+        "between_products": [(1, 256), (2048, 256)],
         "linear": [(2048, 256, 256), (2048, 512, 2048)],
         "router": [(2048, 256, 32, 4, 1, 1), (2048, 512, 64, 4, 8, 4)],
         "optim": [(320, 256)],
@@ -351,6 +378,7 @@ def main() -> None:
             "moe_mlp": [(64, 8192, 6, 2048, 1408)],  # of the 16B model
             "attention": [(2, 4096, 16, 128, 64, 128)],  # of the 16B model
             "cross_entropy": [(8192, 2048, 32_768), (16_384, 7168, 129_280)],
+            "between_products": [(8192, 2048)],
             "linear": [(8192, 7168, 2048)],
             "router": [(8192, 7168, 256, 8, 8, 4)],
             "optim": [(320, 1024)],

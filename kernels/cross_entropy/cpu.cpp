@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t TALL = 6, WIDE = 2 * LANES;  // of a product's tile, whose sums stay in registers
 constexpr int64_t BLOCK = 16 * TALL;           // rows of the head at a time
-constexpr int64_t DEPTH = 256;                 // terms of a logit at a time, so that a panel of x stays in the first cache
+constexpr int64_t DEPTH = 256;                 // terms of a logit at a time: a panel of x stays in the first cache
 constexpr int64_t SPAN = 64 * TALL;            // columns of the head at a time in the gradients
 
 int64_t up_to(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
@@ -80,8 +80,7 @@ struct Head {
 struct Chunk {
     int64_t first, rows, pitch;    // pitch: the rows filled up to whole tiles, with zeros
     int64_t slope_pitch;           // an odd number of lines of a cache, so that a column of them does not evict itself
-    const float *across;         // x / temperature: panels of WIDE rows, in each of them a column's WIDE numbers in a line
-    const float *along;          // x / temperature: panels of WIDE columns, in each of them a row's WIDE numbers in a line
+    const float *across, *along;   // x / temperature: panels of WIDE rows, column by column; of WIDE columns, row by row
     const float *highest, *scale;  // of each row: the largest logit, and weight / sum of the exponentials
 };
 
@@ -119,7 +118,7 @@ void logits(const Head &head, const Chunk &chunk, int64_t v, int64_t count, floa
                 if (i + TALL > count) {
                     row = DEPTH;
                     for (int64_t k = 0; k < TALL; k++)
-                        std::memcpy(last + k * DEPTH, w + std::min(k, count - i - 1) * head.width, depth * sizeof(float));
+                        std::copy_n(w + std::min(k, count - i - 1) * head.width, depth, last + k * DEPTH);
                     w = last;
                 }
                 const Tile tile = product(w, row, 1, x, WIDE, depth);
@@ -176,9 +175,10 @@ void add_to_grad_x(
                 for (int64_t k = 0; k < TALL; k++) panel[k] = j + k < span ? w[j + k] : 0.0f;
     }
     for (int64_t r = 0; r < chunk.pitch; r += WIDE)
-        for (int64_t j = 0; j < span; j += TALL)
-            add(product(panels + j * count, 1, TALL, slope + r, chunk.slope_pitch, count), grad_x + (d + j) * chunk.pitch + r,
-                chunk.pitch);
+        for (int64_t j = 0; j < span; j += TALL) {
+            const Tile tile = product(panels + j * count, 1, TALL, slope + r, chunk.slope_pitch, count);
+            add(tile, grad_x + (d + j) * chunk.pitch + r, chunk.pitch);
+        }
 }
 
 // What a chunk adds to the gradient of a block of the head's rows, of a part of the columns.
@@ -188,12 +188,12 @@ void add_to_grad_w(
 ) {
     for (int64_t j = d; j < d + span; j += WIDE) {
         const int64_t columns = std::min(WIDE, head.width - j);
+        const float *x = chunk.along + j * chunk.rows;
         for (int64_t i = 0; i < count; i += TALL) {
             float *place = grad_w + (v + i) * head.width + j;
             const int64_t rows = std::min(TALL, count - i);
             for (int64_t k = 0; k < rows; k++) __builtin_prefetch(place + k * head.width, 1);
-            const Tile tile =
-                product(slope + i * chunk.slope_pitch, chunk.slope_pitch, 1, chunk.along + j * chunk.rows, WIDE, chunk.rows);
+            const Tile tile = product(slope + i * chunk.slope_pitch, chunk.slope_pitch, 1, x, WIDE, chunk.rows);
             if (rows == TALL && columns == WIDE)
                 add(tile, place, head.width);
             else
@@ -202,13 +202,13 @@ void add_to_grad_w(
     }
 }
 
-// One of `parts` of the blocks of the vocabulary.
+// One of `parts` of the vocabulary, which begin at whole tiles.
 struct Part {
     int64_t begin, end;
     Part(int64_t vocab, int64_t part, int64_t parts) {
-        const int64_t blocks = (vocab + BLOCK - 1) / BLOCK;
-        begin = blocks * part / parts * BLOCK;
-        end = std::min(vocab, blocks * (part + 1) / parts * BLOCK);
+        const int64_t tiles = (vocab + TALL - 1) / TALL;
+        begin = tiles * part / parts * TALL;
+        end = std::min(vocab, tiles * (part + 1) / parts * TALL);
     }
 };
 
@@ -309,7 +309,8 @@ extern "C" void cross_entropy(
             for (int64_t r = 0; r < count; r++)
                 for (int64_t d = 0; d < width; d++) {
                     float sum = 0;
-                    for (int64_t part = 0; part < threads; part++) sum += part_grad_x[part * transposed + d * pitch + r];
+                    for (int64_t part = 0; part < threads; part++)
+                        sum += part_grad_x[part * transposed + d * pitch + r];
                     grad_x[(first + r) * width + d] = sum * head.inverse_temperature;
                 }
         }

@@ -89,5 +89,6 @@ class NativeLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_T: Tensor):
-        _, grad_x, grad_w = losses_and_gradients(*ctx.saved_tensors, -grad_T, ctx.temperature)
+        x_TD, w_VD, target_T = ctx.saved_tensors
+        _, grad_x, grad_w = losses_and_gradients(x_TD, w_VD, target_T, -grad_T, ctx.temperature)
         return grad_x, grad_w, None, None

@@ -44,8 +44,8 @@ struct Pairs {
 
 // y = x / √(mean x² + eps) · weight; of each row the 1 / √ is kept in `scale`, where it is asked for.
 extern "C" void rms_norm(
-    const float *x, const float *__restrict weight, float *y, float *scale, int64_t rows, int64_t width, int64_t
-    x_row, double eps, int64_t threads
+    const float *x, const float *__restrict weight, float *y, float *scale, int64_t rows, int64_t width, int64_t x_row,
+    double eps, int64_t threads
 ) {
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows * width, threads))
     for (int64_t row = 0; row < rows; row++) {
@@ -60,8 +60,8 @@ extern "C" void rms_norm(
 // Gradients of x and of the weight. The latter is summed over blocks of rows, (blocks, width) in `partial`, and then over
 // the blocks, so that the order is that of the rows and not of the threads.
 extern "C" void rms_norm_backward(
-    const float *x, const float *__restrict weight, const float *scale, const float *grad, float *grad_x, float
-    *__restrict grad_weight, float *partial, int64_t rows, int64_t width, int64_t x_row, int64_t block_rows,
+    const float *x, const float *__restrict weight, const float *scale, const float *grad, float *grad_x,
+    float *__restrict grad_weight, float *partial, int64_t rows, int64_t width, int64_t x_row, int64_t block_rows,
     int64_t threads
 ) {
     const int64_t blocks = (rows + block_rows - 1) / block_rows;
@@ -89,14 +89,15 @@ extern "C" void rms_norm_backward(
 // The heads of a token are turned by the token's angles, whose cosines and sines begin `angle_row` apart. Pairs of x lie
 // interleaved or half a head apart, those of y half a head apart.
 extern "C" void rotate(
-    const float *x, const float *cosine, const float *sine, float *y, int64_t half, int64_t tokens, int64_t
-    heads, int64_t x_token, int64_t x_head, int64_t angle_row, int64_t interleaved, int64_t threads
+    const float *x, const float *cosine, const float *sine, float *y, int64_t half, int64_t tokens, int64_t heads,
+    int64_t x_token, int64_t x_head, int64_t angle_row, int64_t interleaved, int64_t threads
 ) {
     const Pairs pairs(interleaved, half);
 #pragma omp parallel for schedule(static) num_threads(threads_for(2 * tokens * heads * half, threads))
     for (int64_t token = 0; token < tokens; token++)
         for (int64_t head = 0; head < heads; head++) {
-            const float *__restrict first = x + token * x_token + head * x_head, *__restrict second = first + pairs.apart;
+            const float *__restrict first = x + token * x_token + head * x_head;
+            const float *__restrict second = first + pairs.apart;
             const float *__restrict c = cosine + token * angle_row, *__restrict s = sine + token * angle_row;
             float *__restrict to = y + (token * heads + head) * 2 * half;
             for (int64_t i = 0; i < half; i++) {

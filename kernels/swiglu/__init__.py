@@ -22,14 +22,14 @@ def swiglu(gate_up: Tensor) -> Tensor:
         TypeError: gate_up is not of a floating dtype.
         ValueError: its last dimension has no halves.
     """
-    if not gate_up.is_floating_point():
-        raise TypeError(f"swiglu: gate_up is {gate_up.dtype}; wanted a floating dtype")
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu: shape of gate_up is {tuple(gate_up.shape)}; wanted a last dimension of two halves")
     implementation = chosen("swiglu", gate_up, native.SOURCE)
-    if implementation == "reference":
-        return swiglu_reference(gate_up)
     if implementation == "compiled":
         return native.swiglu(gate_up)
+    if not gate_up.is_floating_point():
+        raise TypeError(f"swiglu: gate_up is {gate_up.dtype}; wanted a floating dtype")
+    if implementation == "reference":
+        return swiglu_reference(gate_up)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up

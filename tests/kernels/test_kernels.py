@@ -83,6 +83,7 @@ def test_grouped_gemm_of_nothing_and_of_nan() -> None:
     assert grouped_gemm(x, w, ends_at(2, 2, 6)).nan_to_num().equal(y.nan_to_num())
 
 
+@pytest.mark.usefixtures("cpu_path")
 @given(
     rows=st.integers(1, 40),
     width=st.integers(1, 24),
@@ -125,6 +126,7 @@ def test_targets_and_ends_may_be_a_column_of_something() -> None:
     assert grouped_gemm(x, experts, ends).equal(grouped_gemm(x, experts, ends.contiguous()))
 
 
+@pytest.mark.usefixtures("cpu_path")
 @given(rows=st.integers(1, 40), vocab=st.integers(2, 1300), temperature=st.sampled_from([0.6, 1.0, 2.0]))
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_linear_log_probs(rows: int, vocab: int, temperature: float) -> None:
@@ -157,6 +159,7 @@ def test_two_runs_give_equal_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the memory of the CPU path")
 def test_the_logits_are_never_held() -> None:
     from torch.profiler import ProfilerActivity, profile
@@ -170,6 +173,7 @@ def test_the_logits_are_never_held() -> None:
     assert largest < 0.05 * rows * vocab * 4
 
 
+@pytest.mark.usefixtures("cpu_path")
 def test_a_loss_gives_its_gradients_once() -> None:
     x, w = draw(27, 6, 5).requires_grad_(), draw(28, 9, 5).requires_grad_()
     target, weight = draw_ids(29, 0, 9, 6), torch.ones(6, device=DEVICE)
