@@ -55,10 +55,10 @@ def both_ways(function: Any, given_: Tensors, seen: torch.Tensor) -> Tensors:
 
 
 def close(got: Tensors, wanted: Tensors, seen: torch.Tensor, length: int, width: int) -> None:
-    """A result and its gradients. Each is a sum of at most length · width products of normal numbers of either sign,
-    whose errors of eps grow with the root of their number; scores come to some 5 and stand in an exponential, so their
-    errors count as often. Gradients of scores are differences, of terms that are seen · values long."""
-    allowed = 5 * EPS * (length + width) ** 0.5
+    """A result and its gradients: sums of up to length + width terms of either sign, each rounded by at most eps / 2, so
+    that errors grow with the root of their number. Gradients of scores are differences, of terms that are seen · values
+    long: where these cancel, what is left of them is rounding of that size."""
+    allowed = EPS / 2 * (length + width) ** 0.5
     for i, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
         assert mine.shape == theirs.shape
         size = max(float(theirs.norm()), 0.0 if i == 0 else float(seen.norm()) * seen.shape[-1] ** 0.5)
