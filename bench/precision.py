@@ -69,6 +69,8 @@ def run(precision: str, steps: int, seed: int, device: str) -> tuple[list[float]
     seen: list[float] = []
 
     def said(done: int, total: int, **numbers: float) -> None:
+        if not numbers:  # a sign of life between steps
+            return
         seen.append(numbers["loss"])
         if done % (2 * LAST) == 0:
             last = statistics.fmean(seen[-LAST:])
