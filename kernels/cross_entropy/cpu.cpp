@@ -273,11 +273,11 @@ extern "C" void cross_entropy(
     const int64_t panels = up_to(width, WIDE) / WIDE, transposed = held ? up_to(width, TALL) * most : 0;
     const Floats across = floats(most * width), along = floats(most * panels * WIDE);
     const Floats part_highest = floats(threads * most), part_total = floats(threads * most);
-    const Floats highest = floats(most), scale = floats(most), aimed = floats(most);
-    const Floats part_grad_x = floats(threads * transposed);
+    const Floats aimed = floats(most), part_grad_x = floats(threads * transposed);
 #pragma omp parallel num_threads(threads)
     {
         const Floats block = floats(BLOCK * (most + WIDE)), spans = floats(BLOCK * SPAN);
+        const Floats highest = floats(most), scale = floats(most);  // in each thread, which saves waiting
         for (int64_t first = 0; first < rows; first += most) {
             const int64_t count = std::min(most, rows - first), pitch = up_to(count, WIDE);
             const Chunk chunk{first, count, pitch, pitch | WIDE, across.get(), along.get(), highest.get(), scale.get()};
@@ -291,12 +291,15 @@ extern "C" void cross_entropy(
                     head, chunk, {vocab, part, threads}, target, held, block.get(), &part_highest[part * most],
                     &part_total[part * most], aimed.get()
                 );
-#pragma omp for schedule(static)
             for (int64_t r = 0; r < pitch; r++) {
                 const Softmax found(part_highest.get(), part_total.get(), threads, most, r);
                 highest[r] = found.highest;
                 scale[r] = held && r < count ? weight[first + r] / found.total : 0.0f;
-                if (r < count) loss[first + r] = std::log(found.total) - (aimed[r] - found.highest);
+            }
+#pragma omp for schedule(static) nowait
+            for (int64_t r = 0; r < count; r++) {
+                const Softmax found(part_highest.get(), part_total.get(), threads, most, r);
+                loss[first + r] = std::log(found.total) - (aimed[r] - found.highest);
             }
             if (!held) continue;
 #pragma omp for schedule(static, 1)
@@ -305,7 +308,7 @@ extern "C" void cross_entropy(
                     head, chunk, {vocab, part, threads}, target, weight, held, block.get(), spans.get(),
                     &part_grad_x[part * transposed], grad_w
                 );
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int64_t r = 0; r < count; r++)
                 for (int64_t d = 0; d < width; d++) {
                     float sum = 0;
