@@ -11,11 +11,13 @@
 constexpr int64_t TILE_ROWS = 6;          // with two vectors of columns: twelve sums, of sixteen registers
 constexpr int64_t TILE_COLUMNS = 2 * LANES;
 constexpr int64_t DEPTH = 256;            // of a panel: 16 KiB of eight lanes
-constexpr int64_t BLOCK_ROWS = 42 * TILE_ROWS;  // of a, at most: 252 KiB of a panel's depth
+constexpr int64_t BLOCK_ROWS = 48 * TILE_ROWS;  // of a, at most: 288 KiB of a panel's depth
 
-// Rows of each of as few blocks as there can be, as even as whole tiles are.
-static inline int64_t block_rows(int64_t rows) {
-    const int64_t blocks = std::max<int64_t>(1, (rows + BLOCK_ROWS - 1) / BLOCK_ROWS);
+// Rows of each of as few blocks as there can be, as even as whole tiles are; their number a multiple of `times`, if
+// there are rows for that.
+static inline int64_t block_rows(int64_t rows, int64_t times = 1) {
+    const int64_t least = std::max<int64_t>(1, (rows + BLOCK_ROWS - 1) / BLOCK_ROWS);
+    const int64_t blocks = (least + times - 1) / times * times;
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     return std::max<int64_t>(1, (tiles + blocks - 1) / blocks) * TILE_ROWS;
 }

@@ -10,7 +10,8 @@ extern "C" void multiply(
     const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row, int64_t b_column, float *c,
     int64_t rows, int64_t columns, int64_t depth, int64_t threads
 ) {
-    const int64_t high = block_rows(rows), down = (rows + high - 1) / high, across = (columns + STRIP - 1) / STRIP;
+    const int64_t across = (columns + STRIP - 1) / STRIP;
+    const int64_t high = block_rows(rows, across % threads == 0 ? 1 : threads), down = (rows + high - 1) / high;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t block = 0; block < down * across; block++) {
         const int64_t i = block % down * high, j = block / down * STRIP;

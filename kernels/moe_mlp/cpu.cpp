@@ -8,6 +8,8 @@
 
 namespace {
 
+constexpr int64_t PASS_ROWS = 4 * BLOCK_ROWS;  // of an expert, whose gradients are read and written once a pass
+
 struct Task {
     int64_t expert, begin, end;
 };
@@ -108,9 +110,8 @@ void backward(
                 std::fill(grad_up_e, grad_up_e + 2 * hidden * width, 0.0f);
                 std::fill(grad_down_e, grad_down_e + width * hidden, 0.0f);
             }
-            const int64_t most = block_rows(last - first);
-            for (int64_t begin = first; begin < last; begin += most) {
-                const int64_t rows = std::min(most, last - begin);
+            for (int64_t begin = first; begin < last; begin += PASS_ROWS) {
+                const int64_t rows = std::min(PASS_ROWS, last - begin);
                 const int64_t *from = token + begin;
                 h.resize(rows * hidden);
                 slope.resize(rows * 2 * hidden);

@@ -41,4 +41,4 @@ def allowed(choice_TE: Tensor, how: Choice) -> Tensor:
 
 def _highest(value: Tensor, count: int) -> Tensor:
     """Where the highest are, highest first; of equal ones the first."""
-    return value.sort(stable=True, dim=-1, descending=True).indices[..., :count]
+    return value.sort(stable=True, dim=-1, descending=True).indices[..., :count].contiguous()
