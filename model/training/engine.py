@@ -50,8 +50,11 @@ def start_distributed(device: torch.device) -> tuple[int, int]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False, timeout=LONGEST_WAIT)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not dist.is_initialized() and os.environ["WORLD_SIZE"] == "1":  # there is nobody to meet
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    elif not dist.is_initialized():
+        deepspeed.init_distributed(backend, verbose=False, timeout=LONGEST_WAIT)
     return dist.get_rank(), dist.get_world_size()
 
 
