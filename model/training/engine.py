@@ -34,6 +34,7 @@ from gristmill.model.transformer import Transformer
 
 Row = dict[str, Any]
 LONGEST_WAIT = timedelta(days=1)
+LARGEST_BUCKET = 500_000_000  # numbers, DeepSpeed's own
 
 
 def start_distributed(device: torch.device) -> tuple[int, int]:
@@ -152,7 +153,10 @@ class Engine:
 
     def _described(self, micro_batch: int) -> dict[str, Any]:
         """DeepSpeed's configuration. Clipping is ours, which records the norm and may leave a step out."""
+        whole = sum(parameter.numel() for parameter in self.model.parameters())
         zero: dict[str, Any] = {"stage": self.layout.zero_stage}
+        # ZeRO makes a buffer of this size at every step, for gradients on their way.
+        zero["reduce_bucket_size"] = min(whole, LARGEST_BUCKET)
         if self.layout.zero_stage == 3:
             # Vectors stay whole on each rank; a matrix is fetched when its module runs.
             zero["stage3_param_persistence_threshold"] = self.model.config.hidden_size
