@@ -55,8 +55,8 @@ def launch(
 ) -> Metrics:
     """Run `entry` ("module:function" of gristmill.model) on `job`, remove out/work and return the metrics it wrote.
 
-    With `ranks` the job is started by torchrun with that many processes, on the nodes of `layout`; otherwise as one
-    plain process. A job that had ended when its launcher was killed is not run again.
+    With several `ranks` the job is started by torchrun with that many processes, on the nodes of `layout`; otherwise as
+    one plain process. A job that had ended when its launcher was killed is not run again.
 
     Raises:
         JobFailed: the process ended with an error.
@@ -81,7 +81,7 @@ def launch(
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=_environment(threads, device, layout.nodes if layout else 1),
+            env=_environment(threads, device, ranks, layout.nodes if layout else 1),
         )
         try:
             code = _follow(process, told, progress, SignsOfLife(log, layout.hang_seconds if layout else math.inf))
@@ -144,9 +144,9 @@ def command(described: Path, ranks: int | None, layout: LayoutConfig, environmen
     """
     python = [sys.executable, "-P", "-m"]
     worker = ["gristmill.model.worker", str(described)]
-    if ranks is None:
-        return [*python, *worker]
     nodes = layout.nodes
+    if ranks is None or ranks == nodes == 1:
+        return [*python, *worker]
     if nodes == 1:
         return [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", *worker]
     if ranks % nodes:
@@ -175,7 +175,7 @@ def _first_host(nodes: str) -> str:
     return name + re.split("[-,\\]]", rest, maxsplit=1)[0]
 
 
-def _environment(threads: int, device: str, nodes: int) -> dict[str, str]:
+def _environment(threads: int, device: str, ranks: int | None, nodes: int) -> dict[str, str]:
     fixed = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -186,6 +186,8 @@ def _environment(threads: int, device: str, nodes: int) -> dict[str, str]:
     }
     if nodes == 1:
         fixed |= {"GRISTMILL_LAUNCHER": str(os.getpid()), "GLOO_SOCKET_IFNAME": "lo"}
+    if ranks == nodes == 1:
+        fixed |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     return {**os.environ, **fixed, **({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})}
 
 
@@ -244,7 +246,9 @@ ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)"
 
 
 def _sentence(failure: Path, output: Path, code: int) -> str:
-    """What ended a job: the signal that torchrun saw first, a rank's own error, or its last words."""
+    """What ended a job: the signal that torchrun or the launcher saw, a rank's own error, or its last words."""
+    if code < 0:
+        return f"rank 0 was ended by signal {-code}, and the job with it (log: {output})"
     ended = ROOT_CAUSE.search(output.read_text(encoding="utf-8", errors="replace")[-LAST_WORDS:])
     if ended:
         return f"rank {ended[1]} was ended by signal {ended[2]}, and the job with it (log: {output})"

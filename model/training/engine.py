@@ -36,6 +36,7 @@ from gristmill.model.transformer import Transformer
 
 Row = dict[str, Any]
 LONGEST_WAIT = timedelta(days=1)
+LARGEST_BUCKET = 500_000_000  # numbers, DeepSpeed's own
 
 
 def start_distributed(device: torch.device) -> tuple[int, int]:
@@ -54,8 +55,11 @@ def start_distributed(device: torch.device) -> tuple[int, int]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False, timeout=LONGEST_WAIT)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not dist.is_initialized() and os.environ["WORLD_SIZE"] == "1":  # there is nobody to meet
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    elif not dist.is_initialized():
+        deepspeed.init_distributed(backend, verbose=False, timeout=LONGEST_WAIT)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -167,7 +171,10 @@ class Engine:
 
     def _described(self, micro_batch: int) -> dict[str, Any]:
         """DeepSpeed's configuration. Clipping is ours, which records the norm and may leave a step out."""
+        whole = sum(parameter.numel() for parameter in self.model.parameters())
         zero: dict[str, Any] = {"stage": self.layout.zero_stage}
+        # ZeRO makes a buffer of this size at every step, for gradients on their way.
+        zero["reduce_bucket_size"] = min(whole, LARGEST_BUCKET)
         if self.layout.zero_stage == 3:
             # Vectors stay whole on each rank; a matrix is fetched when its module runs.
             zero["stage3_param_persistence_threshold"] = self.model.config.hidden_size

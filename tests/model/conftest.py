@@ -28,25 +28,9 @@ def lesson_tokens(tmp_path_factory: pytest.TempPathFactory, laid_out) -> Path:
 
 
 @pytest.fixture
-def one_rank(one_rank_group: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def one_rank() -> Iterator[None]:
     """This process is the only rank of a job, so that training may run within it."""
-    import torch
-    import torch.distributed as dist
+    from tests.model.in_process import only_rank
 
-    from gristmill.model.training.engine import start_distributed
-
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}.items():
-        monkeypatch.setenv(name, value)
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", init_method=f"file://{one_rank_group}", rank=0, world_size=1)
-    start_distributed(torch.device("cpu"))
-
-
-@pytest.fixture(scope="session")
-def one_rank_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where its process group meets; DeepSpeed keeps the first one for good, so that all tests have it."""
-    import torch.distributed as dist
-
-    yield tmp_path_factory.mktemp("meeting") / "store"
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with only_rank():
+        yield

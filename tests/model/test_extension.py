@@ -34,6 +34,7 @@ from gristmill.model.training.config import ExtendConfig, LayoutConfig, NeedleCo
 from gristmill.model.training.extension import loss_by_position, run, with_config
 from gristmill.model.training.models import load_model, save_model
 from gristmill.model.transformer import Batch, Transformer, rotary_frequencies, score_scale
+from tests.model.in_process import jobs_here
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(
@@ -239,7 +240,8 @@ def lengthened(base: Path, tokens: Path, out: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def made(base: Path, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("extended")
-    return out, lengthened(base, tokens, out)
+    with jobs_here():
+        return out, lengthened(base, tokens, out)
 
 
 def rows(file: Path) -> list[dict[str, Any]]:

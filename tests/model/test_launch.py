@@ -25,6 +25,11 @@ def tail_of(made: list[str]) -> list[str]:
     return made[made.index("-m") + 1 :]
 
 
+@pytest.mark.parametrize("ranks", [None, 1])
+def test_one_process_needs_no_launcher(ranks: int | None) -> None:
+    assert tail_of(command(JOB, ranks, LayoutConfig(), {})) == ["gristmill.model.worker", str(JOB)]
+
+
 def test_one_node_is_torchruns_own() -> None:
     made = command(JOB, 2, LayoutConfig(), {})
     assert tail_of(made) == [

@@ -1,4 +1,8 @@
-"""Training laid out over processes: every layout learns what one process does, and any resumes what another began."""
+"""Training laid out over processes: every layout learns what one process does, and any resumes what another began.
+
+Two ranks take seconds to start, so that all runs of two are made by few jobs: one of those that are tested by default,
+one of the slow ones, and those that are killed.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +23,12 @@ from safetensors.torch import load_file
 from gristmill.data.mix import MixConfig, mix
 from gristmill.data.stage_types import silent as quiet
 from gristmill.model.config import ModelConfig
-from gristmill.model.launch import JobFailed
+from gristmill.model.launch import JobFailed, launch
 from gristmill.model.pretrain import pretrain
-from gristmill.model.stage_types import silent
+from gristmill.model.stage_types import Progress, silent
 from gristmill.model.training.config import LayoutConfig, OptimizerConfig, PretrainConfig, ScheduleConfig, SpikeConfig
+from tests.model.in_process import jobs_here
+from tests.model.several_runs import Stopped, stopping_at
 
 CONFIG = PretrainConfig(
     model=ModelConfig(
@@ -41,6 +49,52 @@ MUON = CONFIG.model_copy(update={"optimizer": OptimizerConfig()})
 ONE = LayoutConfig()
 
 
+def wary(policy: str) -> PretrainConfig:
+    """With a threshold that many a step exceeds, and an average of the weights."""
+    spikes = SpikeConfig(policy=policy, threshold=0.5, window=16, at_most=100)  # type: ignore[arg-type]
+    config = CONFIG.model_copy(update={"spikes": spikes, "ema_decay": 0.9, "schedule": ScheduleConfig(warmup_steps=20)})
+    return config.model_copy(update={"optimizer": OptimizerConfig(muon_learning_rate=0.0, adam_learning_rate=1e-5)})
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A run of two ranks."""
+
+    layout: LayoutConfig
+    config: PretrainConfig = CONFIG
+    stop_at: int | None = None
+
+
+def zero(stage: int, **more: Any) -> LayoutConfig:
+    return LayoutConfig(zero_stage=stage, **more)  # type: ignore[arg-type]
+
+
+SHARED = {
+    "experts2-zero2": zero(2, expert_parallel=2),
+    "experts2": LayoutConfig(expert_parallel=2),
+    "experts2-zero3-micro2": zero(3, expert_parallel=2, micro_batches=2),
+    "sequence2": LayoutConfig(sequence_parallel=2),
+    "experts2-sequence2-zero1-recomputed": zero(1, expert_parallel=2, sequence_parallel=2, recompute="full"),
+}
+BY_DEFAULT = {
+    "zero0": Asked(zero(0)),
+    "zero2": Asked(zero(2)),
+    "zero3": Asked(zero(3)),
+    "experts2-sequence2-zero1-recomputed": Asked(SHARED["experts2-sequence2-zero1-recomputed"]),
+    # These go on from where others stopped.
+    "killed": Asked(zero(2)),
+    "moved": Asked(zero(2, expert_parallel=2), stop_at=17),
+}
+SLOW = {
+    "zero1": Asked(zero(1)),
+    **{f"zero{stage}-muon": Asked(zero(stage), MUON) for stage in (1, 2, 3)},
+    **{name: Asked(layout) for name, layout in SHARED.items() if name not in BY_DEFAULT},
+    **{policy: Asked(zero(2, expert_parallel=2), wary(policy)) for policy in ("skip", "rollback")},
+    "zero1-offload": Asked(zero(1, offload="optimizer")),
+    "zero3-offload": Asked(zero(3, offload="parameters")),
+}
+
+
 @pytest.fixture(scope="module")
 def corpus(lesson_tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     mixture = tmp_path_factory.mktemp("mixture")
@@ -49,13 +103,44 @@ def corpus(lesson_tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return {"tokens": lesson_tokens, "mixture": mixture}
 
 
-def trained(
-    corpus: dict[str, Path], out: Path, config: PretrainConfig = CONFIG, *, ranks: int = 1, layout: LayoutConfig = ONE
-) -> dict[str, Any]:
+def job(corpus: dict[str, Path], out: Path, layout: LayoutConfig) -> None:
+    """Two ranks and no other run."""
     out.mkdir(exist_ok=True)
-    return pretrain(
-        config, **corpus, out=out, seed=0, threads=1, ranks=ranks, device="cpu", layout=layout, progress=silent
-    )
+    pretrain(CONFIG, **corpus, out=out, seed=0, threads=1, ranks=2, device="cpu", layout=layout, progress=silent)
+
+
+def trained(
+    corpus: dict[str, Path],
+    out: Path,
+    config: PretrainConfig = CONFIG,
+    layout: LayoutConfig = ONE,
+    progress: Progress = silent,
+) -> None:
+    """One rank, which is this process."""
+    out.mkdir(exist_ok=True)
+    with jobs_here():
+        pretrain(config, **corpus, out=out, seed=0, threads=1, ranks=1, device="cpu", layout=layout, progress=progress)
+
+
+def trained_by_two(corpus: dict[str, Path], out: Path, asked: dict[str, Asked]) -> Path:
+    """All these runs, each in the folder of its name."""
+    jobs = {
+        name: {
+            "job": {
+                **{kind: str(folder) for kind, folder in corpus.items()},
+                "config": each.config.model_dump(mode="json"),
+                "layout": each.layout.model_dump(mode="json"),
+                "seed": 0,
+            },
+            "stop_at": each.stop_at,
+        }
+        for name, each in asked.items()
+    }
+    here = str(Path(__file__).parent)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", f"{here}:{os.environ.get('PYTHONPATH', '')}")
+        launch("several_runs:run", {"runs": jobs}, out, threads=1, device="cpu", progress=silent, ranks=2, layout=ONE)
+    return out
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -81,7 +166,10 @@ def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> boo
     return set(ours) == set(theirs) and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
-def killed_when(out: Path, there: str, ranks: int) -> threading.Thread:
+IN_A_STEP, IN_A_SAVE = "work/checkpoint-00000004", "work/checkpoint-00000008.tmp"
+
+
+def killed_when(out: Path, there: str) -> threading.Thread:
     """Kill the first rank as soon as something of this pattern is there; torchrun then ends the others."""
 
     def kill() -> None:
@@ -103,49 +191,78 @@ def alone(corpus: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Whole runs of two ranks, by ZeRO stage."""
-    found: dict[int, Path] = {}
+def two(corpus: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of two ranks that are tested by default; one goes on from its kill, one from a single rank."""
+    out = tmp_path_factory.mktemp("two")
+    killed_job(corpus, out / "killed", BY_DEFAULT["killed"].layout, IN_A_SAVE)
+    with pytest.raises(Stopped):
+        trained(corpus, out / "moved", progress=stopping_at(9))
+    return trained_by_two(corpus, out, BY_DEFAULT)
 
-    def run(stage: int) -> Path:
-        if stage not in found:
-            found[stage] = tmp_path_factory.mktemp(f"stage{stage}") / "out"
-            trained(corpus, found[stage], ranks=2, layout=LayoutConfig(zero_stage=stage))  # type: ignore[arg-type]
-        return found[stage]
 
-    return run
+@pytest.fixture(scope="module")
+def more(corpus: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The other runs of two ranks."""
+    return trained_by_two(corpus, tmp_path_factory.mktemp("more"), SLOW)
+
+
+@pytest.fixture
+def by_two(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """The run of two ranks of this name."""
+    return lambda name: request.getfixturevalue("two" if name in BY_DEFAULT else "more") / name
+
+
+def killed_job(corpus: dict[str, Path], out: Path, layout: LayoutConfig, when: str) -> None:
+    (out / "log").mkdir(parents=True)
+    killer = killed_when(out, when)
+    with pytest.raises(JobFailed):
+        job(corpus, out, layout)
+    killer.join()
 
 
 # Two ranks add two halves of a gradient that one adds in one go, and sums of some hundred float32 numbers in another
 # order are apart by a few of its 6e-8; AdamW makes a relative error of it for gradients near zero alone. Twenty steps
 # carry that on, by less than tenfold.
 LOSS, WEIGHTS, NORM = 2e-6, 1e-6, 1e-5
+ByTwo = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3])
-def test_ranks_learn_what_one_process_learns(stage: int, alone: Path, undisturbed: Any) -> None:
-    out = undisturbed(stage)
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=slow), 2, 3])
+def test_ranks_learn_what_one_process_learns(stage: int, alone: Path, by_two: ByTwo) -> None:
+    out = by_two(f"zero{stage}")
     assert curve(out) == pytest.approx(curve(alone), rel=LOSS)
     assert curve(out, "mtp_loss") == pytest.approx(curve(alone, "mtp_loss"), rel=LOSS)
     assert curve(out, "grad_norm") == pytest.approx(curve(alone, "grad_norm"), rel=NORM)
     assert apart(weights(out), weights(alone)) < WEIGHTS
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_changes_no_bit(stage: int, undisturbed: Any) -> None:
-    """Two ranks and nothing clipped: a sum of two numbers has one order, so who adds them up does not matter."""
-    assert equal(weights(undisturbed(stage)), weights(undisturbed(0)))
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=slow), 2])
+def test_zero_changes_no_bit(stage: int, by_two: ByTwo) -> None:
+    """Two ranks and nothing clipped: a sum of two numbers has one order, so who adds them up does not matter.
+
+    Under ZeRO 3 the gradient of a matrix that is used twice (the MTP module's embedding and head) is added up over the
+    ranks at each use, and so in another order.
+    """
+    assert equal(weights(by_two(f"zero{stage}")), weights(by_two("zero0")))
 
 
-@pytest.mark.slow
+def test_buffers_are_no_larger_than_the_model(by_two: ByTwo) -> None:
+    """DeepSpeed's own are of two gigabytes, made and filled at every step."""
+    told = [json.loads(line) for line in (by_two("zero2") / "log" / "timings.jsonl").read_text().splitlines()]
+    assert max(row["memory_bytes"] for row in told) < 1.5e9  # most of it torch and DeepSpeed themselves
+
+
+@slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_muon_orthogonalises_whole_matrices_under_zero(stage: int, corpus: dict[str, Path], tmp_path: Path) -> None:
-    layout = LayoutConfig(zero_stage=stage)  # type: ignore[arg-type]
+def test_muon_orthogonalises_whole_matrices_under_zero(
+    stage: int, by_two: ByTwo, corpus: dict[str, Path], tmp_path: Path
+) -> None:
     trained(corpus, tmp_path / "one", MUON)
-    trained(corpus, tmp_path / "two", MUON, ranks=2, layout=layout)
     # Muon's update has the same size however small the gradient, so rounding grows to about a thousandth of the loss.
-    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=5e-3)
+    assert curve(by_two(f"zero{stage}-muon")) == pytest.approx(curve(tmp_path / "one"), rel=5e-3)
 
 
 def test_recomputing_changes_no_bit(alone: Path, corpus: dict[str, Path], tmp_path: Path) -> None:
@@ -153,121 +270,84 @@ def test_recomputing_changes_no_bit(alone: Path, corpus: dict[str, Path], tmp_pa
     assert equal(weights(tmp_path / "full"), weights(alone))
 
 
-@pytest.mark.slow
-def test_micro_batches_are_the_halves_that_ranks_have(
-    corpus: dict[str, Path], tmp_path: Path, undisturbed: Any
-) -> None:
+def test_micro_batches_are_the_halves_that_ranks_have(corpus: dict[str, Path], tmp_path: Path, by_two: ByTwo) -> None:
     """And their gradients are added up alike; what is computed again is what was."""
     trained(corpus, tmp_path / "some", layout=LayoutConfig(recompute="selective", micro_batches=2))
-    assert equal(weights(tmp_path / "some"), weights(undisturbed(0)))
+    assert equal(weights(tmp_path / "some"), weights(by_two("zero2")))
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(LayoutConfig(expert_parallel=2, zero_stage=2), marks=pytest.mark.slow),
-        pytest.param(LayoutConfig(expert_parallel=2), marks=pytest.mark.slow),
-        pytest.param(LayoutConfig(expert_parallel=2, zero_stage=3, micro_batches=2), marks=pytest.mark.slow),
-        pytest.param(LayoutConfig(sequence_parallel=2), marks=pytest.mark.slow),
-        LayoutConfig(expert_parallel=2, sequence_parallel=2, zero_stage=1, recompute="full"),
-    ],
-    ids=lambda layout: "-".join(f"{k}{v}" for k, v in layout.model_dump(exclude_defaults=True).items()),
-)
-def test_experts_and_sequences_are_shared_out(
-    layout: LayoutConfig, alone: Path, corpus: dict[str, Path], tmp_path: Path
-) -> None:
-    trained(corpus, tmp_path / "out", ranks=2, layout=layout)
-    assert curve(tmp_path / "out") == pytest.approx(curve(alone), rel=LOSS)
-    assert curve(tmp_path / "out", "grad_norm") == pytest.approx(curve(alone, "grad_norm"), rel=NORM)
-    held_out = [
-        [row["held_out_bpb"] for row in rows(out) if "held_out_bpb" in row] for out in (tmp_path / "out", alone)
-    ]
+@pytest.mark.parametrize("name", [n if n in BY_DEFAULT else pytest.param(n, marks=slow) for n in SHARED])
+def test_experts_and_sequences_are_shared_out(name: str, alone: Path, by_two: ByTwo) -> None:
+    out = by_two(name)
+    assert curve(out) == pytest.approx(curve(alone), rel=LOSS)
+    assert curve(out, "grad_norm") == pytest.approx(curve(alone, "grad_norm"), rel=NORM)
+    held_out = [[row["held_out_bpb"] for row in rows(each) if "held_out_bpb" in row] for each in (out, alone)]
     assert held_out[0] == pytest.approx(held_out[1], rel=LOSS)
-    assert apart(weights(tmp_path / "out"), weights(alone)) < WEIGHTS
+    assert apart(weights(out), weights(alone)) < WEIGHTS
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_layouts_leave_out_the_same_steps(policy: str, corpus: dict[str, Path], tmp_path: Path) -> None:
-    """With a threshold that many a step exceeds, and an average of the weights."""
-    spikes = SpikeConfig(policy=policy, threshold=0.5, window=16, at_most=100)  # type: ignore[arg-type]
-    config = CONFIG.model_copy(update={"spikes": spikes, "ema_decay": 0.9, "schedule": ScheduleConfig(warmup_steps=20)})
-    config = config.model_copy(update={"optimizer": OptimizerConfig(muon_learning_rate=0.0, adam_learning_rate=1e-5)})
-    trained(corpus, tmp_path / "one", config)
-    layout = LayoutConfig(zero_stage=2, expert_parallel=2)
-    trained(corpus, tmp_path / "two", config, ranks=2, layout=layout)
-    left = [[row["step"] for row in rows(tmp_path / name) if "spike" in row] for name in ("one", "two")]
+def test_layouts_leave_out_the_same_steps(policy: str, by_two: ByTwo, corpus: dict[str, Path], tmp_path: Path) -> None:
+    one, two = tmp_path / "one", by_two(policy)
+    trained(corpus, one, wary(policy))
+    left = [[row["step"] for row in rows(out) if "spike" in row] for out in (one, two)]
     assert left[0] == left[1]
     assert left[0]
-    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=LOSS)
-    assert apart(weights(tmp_path / "two"), weights(tmp_path / "one")) < WEIGHTS
-    averages = [load_file(tmp_path / name / "model-ema" / "model.safetensors") for name in ("one", "two")]
+    assert curve(two) == pytest.approx(curve(one), rel=LOSS)
+    assert apart(weights(two), weights(one)) < WEIGHTS
+    averages = [load_file(out / "model-ema" / "model.safetensors") for out in (one, two)]
     assert apart(*averages) < WEIGHTS
 
 
-@pytest.mark.slow
-def test_zero_and_muon_on_one_rank(alone: Path, corpus: dict[str, Path], tmp_path: Path) -> None:
+def test_zero_and_muon_on_one_rank(corpus: dict[str, Path], tmp_path: Path) -> None:
     trained(corpus, tmp_path / "plain", MUON)
-    trained(corpus, tmp_path / "zero", MUON, layout=LayoutConfig(zero_stage=1))
-    assert curve(tmp_path / "zero") == pytest.approx(curve(tmp_path / "plain"), rel=5e-3)  # see below: Muon
+    trained(corpus, tmp_path / "zero", MUON, LayoutConfig(zero_stage=1))
+    assert curve(tmp_path / "zero") == pytest.approx(curve(tmp_path / "plain"), rel=5e-3)  # see above: Muon
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("stage", "what"), [(1, "optimizer"), (3, "parameters")])
-def test_offload_changes_no_bit(
-    stage: int, what: str, corpus: dict[str, Path], tmp_path: Path, undisturbed: Any
-) -> None:
-    layout = LayoutConfig(zero_stage=stage, offload=what)  # type: ignore[arg-type]
-    trained(corpus, tmp_path / "out", ranks=2, layout=layout)
-    assert equal(weights(tmp_path / "out"), weights(undisturbed(0)))
+@slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_offload_changes_no_bit(stage: int, by_two: ByTwo) -> None:
+    assert equal(weights(by_two(f"zero{stage}-offload")), weights(by_two(f"zero{stage}")))
 
 
-IN_A_STEP, IN_A_SAVE = "work/checkpoint-00000004", "work/checkpoint-00000008.tmp"
+def steps_begun(out: Path) -> list[int]:
+    """The step that each start of a run began with."""
+    return [json.loads(line)["from_step"] for line in (out / "log" / "starts.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("stage", "when"),
-    [
-        pytest.param(stage, when, marks=[] if (stage, when) == (2, IN_A_SAVE) else [pytest.mark.slow])
-        for stage in (1, 2, 3)
-        for when in (IN_A_STEP, IN_A_SAVE)
-    ],
-)
-def test_killed_it_goes_on_to_the_bit(
-    stage: int, when: str, corpus: dict[str, Path], tmp_path: Path, undisturbed: Any
-) -> None:
-    out, layout = tmp_path / "out", LayoutConfig(zero_stage=stage)  # type: ignore[arg-type]
-    (out / "log").mkdir(parents=True)
-    killer = killed_when(out, when, 2)
-    with pytest.raises(JobFailed):
-        trained(corpus, out, ranks=2, layout=layout)
-    killer.join()
-    trained(corpus, out, ranks=2, layout=layout)
-    starts = [json.loads(line)["from_step"] for line in (out / "log" / "starts.jsonl").read_text().splitlines()]
+def went_on_to_the_bit(out: Path, undisturbed: Path) -> None:
+    starts = steps_begun(out)
     assert starts[0] == 0
     assert starts[-1] >= 4
-    assert equal(weights(out), weights(undisturbed(stage)))
-    assert curve(out) == curve(undisturbed(stage))
+    assert equal(weights(out), weights(undisturbed))
+    assert curve(out) == curve(undisturbed)
 
 
-def test_other_layouts_take_up_a_checkpoint(alone: Path, corpus: dict[str, Path], tmp_path: Path) -> None:
+def test_killed_it_goes_on_to_the_bit(by_two: ByTwo) -> None:
+    went_on_to_the_bit(by_two("killed"), by_two("zero2"))
+
+
+@slow
+@pytest.mark.parametrize(
+    ("stage", "when"), [(s, w) for s in (1, 2, 3) for w in (IN_A_STEP, IN_A_SAVE) if (s, w) != (2, IN_A_SAVE)]
+)
+def test_killed_under_other_stages_and_elsewhere_it_goes_on_to_the_bit(
+    stage: int, when: str, by_two: ByTwo, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    layout = zero(stage)
+    killed_job(corpus, tmp_path / "out", layout, when)
+    job(corpus, tmp_path / "out", layout)
+    went_on_to_the_bit(tmp_path / "out", by_two(f"zero{stage}"))
+
+
+def test_other_layouts_take_up_a_checkpoint(alone: Path, by_two: ByTwo, corpus: dict[str, Path]) -> None:
     """One rank, then two that share experts under ZeRO 2, then one again: every sequence is read once, and the losses are those of one."""
-    out = tmp_path / "out"
-    (out / "log").mkdir(parents=True)
-    for ranks, layout, kill in (
-        (1, ONE, "work/checkpoint-00000004"),
-        (2, LayoutConfig(zero_stage=2, expert_parallel=2), "work/checkpoint-00000012"),
-        (1, ONE, None),
-    ):
-        if kill is None:
-            trained(corpus, out, ranks=ranks, layout=layout)
-            continue
-        killer = killed_when(out, kill, ranks)
-        with pytest.raises(JobFailed):
-            trained(corpus, out, ranks=ranks, layout=layout)
-        killer.join()
-    starts = [json.loads(line)["from_step"] for line in (out / "log" / "starts.jsonl").read_text().splitlines()]
+    out = by_two("moved")
+    trained(corpus, out)
+    starts = steps_begun(out)
     assert starts[0] == 0
     assert 4 <= starts[1] < 12 <= starts[2]
     assert curve(out) == pytest.approx(curve(alone), rel=LOSS)
-    assert [json.loads(line)["step"] for line in (out / "curves.jsonl").read_text().splitlines()] == list(range(20))
+    assert [row["step"] for row in rows(out)] == list(range(20))

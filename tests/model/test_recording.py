@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from gristmill.model.training.optimizers import Piece
 from gristmill.model.training.recording import load_picture
 from gristmill.model.training.throughput import measured_peak, peak_memory
 from gristmill.model.transformer import Transformer, flops_per_token
+from tests.model.in_process import jobs_here
 
 SMALL = ModelConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=8,
@@ -50,7 +52,10 @@ def corpus(lesson_tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 def trained(corpus: dict[str, Path], out: Path, layout: LayoutConfig = PLAIN, ranks: int = 1) -> Path:
     out.mkdir()
-    pretrain(CONFIG, **corpus, out=out, seed=0, threads=1, ranks=ranks, device="cpu", layout=layout, progress=silent)
+    with nullcontext() if ranks > 1 else jobs_here():
+        pretrain(
+            CONFIG, **corpus, out=out, seed=0, threads=1, ranks=ranks, device="cpu", layout=layout, progress=silent
+        )
     return out
 
 

@@ -1,0 +1,40 @@
+"""Several pretraining runs as one job: the ranks of test_layouts.py start once for all of them."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gristmill.model.stage_types import Metrics, Progress
+from gristmill.model.training import pretraining
+from gristmill.model.training.engine import start_distributed
+
+
+class Stopped(Exception):
+    """A run was to end here."""
+
+
+def stopping_at(step: int | None) -> Progress:
+    """A progress that ends the run when so many steps are done."""
+
+    def stop(done: int, total: int, **values: float) -> None:
+        if done == step:
+            raise Stopped
+
+    return stop
+
+
+def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress) -> Metrics:
+    """Each of `job["runs"]` in a folder of its own below `out`, to its end or to the step at which it is to stop."""
+    start_distributed(device)
+    for name, asked in job["runs"].items():
+        for folder in ("log", "work"):
+            (out / name / folder).mkdir(parents=True, exist_ok=True)
+        with suppress(Stopped):
+            pretraining.run(asked["job"], out / name, device, stopping_at(asked["stop_at"]))
+        dist.barrier()
+    return {}
