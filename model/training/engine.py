@@ -5,11 +5,9 @@ The layout decides where numbers lie and who adds them up, and so changes a resu
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,8 +47,6 @@ def start_distributed(device: torch.device) -> tuple[int, int]:
     """
     import deepspeed
 
-    if device.type == "cpu":
-        _keep_freed_memory()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
@@ -61,18 +57,6 @@ def start_distributed(device: torch.device) -> tuple[int, int]:
     elif not dist.is_initialized():
         deepspeed.init_distributed(backend, verbose=False, timeout=LONGEST_WAIT)
     return dist.get_rank(), dist.get_world_size()
-
-
-def _keep_freed_memory() -> None:
-    """Let a step take up what the one before freed: glibc hands it back, and the kernel clears every page anew.
-
-    Nothing is held that was not held at the peak of a step. Other C libraries are left as they are.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(trim_threshold, 1 << 30)
-        libc.mallopt(mmap_threshold, 1 << 30)
 
 
 class Engine:
