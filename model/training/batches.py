@@ -142,8 +142,11 @@ class TokenBatches:
     def text_bytes(self, positions: np.ndarray) -> float:
         """Bytes of text that the targets of these sequences stand for, by each source's bytes a target."""
         sources, _ = self.mixture.orders[self.split].locate(positions)
-        targets = self.mixture.predictions(positions, self.split, across=self.across)[:, 0]
-        return float((self.bytes_per_target()[sources] * targets).sum())
+        return float((self.bytes_per_target()[sources] * self.predicted(positions)).sum())
+
+    def predicted(self, positions: np.ndarray) -> np.ndarray:
+        """How many targets each of these sequences has."""
+        return self.mixture.predictions(positions, self.split, across=self.across)[:, 0]
 
 
 def _plan(size: int, count: int, seed: int) -> np.ndarray:

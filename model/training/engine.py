@@ -272,7 +272,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batch: TrainingBatch) -> float:
-        """Mean cross-entropy of a batch that every rank has; all ranks call it."""
+        """Mean cross-entropy of this rank's batch, which ranks that share its positions have too; all ranks call it."""
         self._say_alive_before("evaluation", batch.target_BS.shape)
         self.engine.eval()
         _, parts = self.engine(self._own_positions(batch))
@@ -282,6 +282,14 @@ class Engine:
             dist.all_reduce(loss, group=self.groups.sequence)
             loss /= self.layout.sequence_parallel
         return float(loss)
+
+    def over_sequences(self, own: Tensor) -> Tensor:
+        """The sum of what each data-parallel rank has found on its sequences, on the CPU; all ranks call it."""
+        if self.ranks == 1:
+            return own
+        whole = own.to(self.engine.device)
+        dist.all_reduce(whole)
+        return (whole / self.layout.sequence_parallel).cpu()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -30,18 +30,29 @@ class HeldOut:
                 yield source, self.batches.at(some), self.batches.text_bytes(some)
 
     def loss(self, engine: Engine) -> dict[str, float]:
-        """`held_out_loss` (nats a token), `held_out_bpb` (bits a byte), and the latter as `held_out_bpb.<source>`."""
-        nats, size, tokens = (dict.fromkeys(self.positions, 0.0) for _ in range(3))
-        for source, batch, text_bytes in self.parts():
-            predicted = int((batch.target_BS != IGNORED).sum())
-            nats[source] += engine.evaluate(batch) * predicted
-            tokens[source] += predicted
-            size[source] += text_bytes
-        whole = sum(nats.values())
+        """`held_out_loss` (nats a token), `held_out_bpb` (bits a byte), and the latter as `held_out_bpb.<source>`.
+
+        Sequences are shared out among the data-parallel ranks, all of which call it: each reads `at_once` of its own.
+        """
+        place, names = engine.place, list(self.positions)
+        nats, tokens, size = (np.zeros(len(names)) for _ in range(3))
+        for source, positions in enumerate(self.positions.values()):
+            for first in range(0, len(positions), self.at_once * place.data_parallel):
+                some = positions[first : first + self.at_once * place.data_parallel]
+                own = np.array_split(some, place.data_parallel)[place.data_rank(engine.rank)]
+                # Ranks meet in each pass, so one that has no sequence reads another's, which does not count.
+                batch = self.batches.at(own if len(own) else some[:1])
+                predicted = int((batch.target_BS != IGNORED).sum()) if len(own) else 0
+                nats[source] += engine.evaluate(batch) * predicted
+                tokens[source] += self.batches.predicted(some).sum()
+                size[source] += self.batches.text_bytes(some)
+        nats_by_source = engine.over_sequences(torch.from_numpy(nats)).tolist()
+        whole = sum(nats_by_source)
+        by_source = zip(names, nats_by_source, size.tolist(), strict=True)
         return {
-            "held_out_loss": whole / sum(tokens.values()),
-            "held_out_bpb": whole / math.log(2) / sum(size.values()),
-            **{f"held_out_bpb.{name}": nats[name] / math.log(2) / size[name] for name in self.positions if size[name]},
+            "held_out_loss": whole / sum(tokens.tolist()),
+            "held_out_bpb": whole / math.log(2) / sum(size.tolist()),
+            **{f"held_out_bpb.{name}": own / math.log(2) / stood for name, own, stood in by_source if stood},
         }
 
     def unigram_bits_per_byte(self, train: TokenBatches, vocab_size: int) -> float:

@@ -151,6 +151,10 @@ def curve(out: Path, name: str = "main_loss") -> list[float]:
     return [row[name] for row in rows(out)]
 
 
+def held_out(out: Path) -> list[float]:
+    return [row["held_out_bpb"] for row in rows(out) if "held_out_bpb" in row]
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model" / "model.safetensors")
 
@@ -235,6 +239,7 @@ def test_ranks_learn_what_one_process_learns(stage: int, alone: Path, by_two: By
     out = by_two(f"zero{stage}")
     assert curve(out) == pytest.approx(curve(alone), rel=LOSS)
     assert curve(out, "mtp_loss") == pytest.approx(curve(alone, "mtp_loss"), rel=LOSS)
+    assert held_out(out) == pytest.approx(held_out(alone), rel=LOSS)
     assert curve(out, "grad_norm") == pytest.approx(curve(alone, "grad_norm"), rel=NORM)
     assert apart(weights(out), weights(alone)) < WEIGHTS
 
@@ -281,8 +286,7 @@ def test_experts_and_sequences_are_shared_out(name: str, alone: Path, by_two: By
     out = by_two(name)
     assert curve(out) == pytest.approx(curve(alone), rel=LOSS)
     assert curve(out, "grad_norm") == pytest.approx(curve(alone, "grad_norm"), rel=NORM)
-    held_out = [[row["held_out_bpb"] for row in rows(each) if "held_out_bpb" in row] for each in (out, alone)]
-    assert held_out[0] == pytest.approx(held_out[1], rel=LOSS)
+    assert held_out(out) == pytest.approx(held_out(alone), rel=LOSS)
     assert apart(weights(out), weights(alone)) < WEIGHTS
 
 
