@@ -279,16 +279,16 @@ def optim(device: str, _: torch.dtype, matrices: int, size: int) -> Iterator[Cas
     ours = [[torch.randn(shape, device=device) for shape in shapes] for _ in range(4)]
     ours[3] = [t.square_() for t in ours[3]]
 
-    def peer(**how: bool) -> Work:
+    def peer(*, fused: bool) -> Work:
         leaves = [p.clone().requires_grad_() for p in ours[0]]
         for leaf, gradient in zip(leaves, ours[1], strict=True):
             leaf.grad = gradient
-        return torch.optim.AdamW(leaves, lr=1e-3, weight_decay=0.1, **how).step
+        return torch.optim.AdamW(leaves, lr=1e-3, weight_decay=0.1, fused=fused, foreach=not fused).step
 
     numbers = sum(t.numel() for t in ours[0])
     peers: dict[str, tuple[Work, float | None]] = {
         "torch.optim.AdamW(fused)": (peer(fused=True), 1.5),
-        "torch.optim.AdamW(foreach)": (peer(foreach=True), 1.5),
+        "torch.optim.AdamW(foreach)": (peer(fused=False), 1.5),
     }
     p, g, m, v = ours
     step = partial(adamw, p, g, m, v, AdamW(rate=1e-3, step=10, decay=0.1))

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from gristmill.kernels.compiled import needed
 from gristmill.kernels.dispatch import chosen, require
-from gristmill.kernels.optim.reference import adamw_reference
+from gristmill.kernels.optim.reference import AdamW, adamw_reference
 
 __all__ = ["AdamW", "adamw"]
 SOURCE = "optim/cpu.cpp"
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """The numbers of an update: those of a run, and those of its step (1, 2, …)."""
-
-    rate: float
-    step: int
-    decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    coefficient: float = 1.0  # what gradients are multiplied by, as clipping says
 
 
 @torch.no_grad()

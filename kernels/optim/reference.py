@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from gristmill.kernels.optim import AdamW
+
+@dataclass(frozen=True)
+class AdamW:
+    """The numbers of an update: those of a run, and those of its step (1, 2, …)."""
+
+    rate: float
+    step: int
+    decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    coefficient: float = 1.0  # what gradients are multiplied by, as clipping says
 
 
 def adamw_reference(

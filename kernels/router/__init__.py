@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,22 +11,10 @@ from torch.autograd.function import once_differentiable
 from gristmill.kernels.compiled import needed
 from gristmill.kernels.dispatch import chosen, require
 from gristmill.kernels.linear import LEAST_ROWS, multiply
-from gristmill.kernels.router.reference import route_reference
+from gristmill.kernels.router.reference import Choice, route_reference
 
 __all__ = ["Choice", "route"]
 SOURCE = "router/cpu.cpp"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How experts are chosen: so many of those in the best groups, and what their affinities become."""
-
-    chosen: int
-    affinity: Literal["sigmoid", "softmax"] = "sigmoid"
-    groups: int = 1
-    groups_allowed: int = 1
-    normalised: bool = True
-    scale: float = 1.0
 
 
 def route(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice) -> tuple[Tensor, Tensor, Tensor, Tensor]:

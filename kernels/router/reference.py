@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from gristmill.kernels.router import Choice
+
+@dataclass(frozen=True)
+class Choice:
+    """How experts are chosen: so many of those in the best groups, and what their affinities become."""
+
+    chosen: int
+    affinity: Literal["sigmoid", "softmax"] = "sigmoid"
+    groups: int = 1
+    groups_allowed: int = 1
+    normalised: bool = True
+    scale: float = 1.0
 
 
 def route_reference(

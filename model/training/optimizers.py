@@ -165,7 +165,8 @@ class MuonAdamW(torch.optim.Optimizer):
             coefficient=self._coefficient,
         )
         gradients = [p.grad for p in parameters if p.grad is not None]
-        adamw(parameters, gradients, *([self._moment(p, kind) for p in parameters] for kind in ADAM_MOMENTS), how)
+        first, second = ([self._moment(p, kind) for p in parameters] for kind in ADAM_MOMENTS)
+        adamw(parameters, gradients, first, second, how)
 
     def _moment(self, parameter: Tensor, kind: str) -> Tensor:
         state = self.state[parameter]
