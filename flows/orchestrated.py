@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any
 
 from gristmill.flows import server
+from gristmill.flows.errors import StageFailed
 from gristmill.flows.execution import Execution
 from gristmill.flows.live_card import LiveCard, artifact_key, show_card
 from gristmill.flows.runners import Pipeline, Plain, Planned, PlanResult, Watcher
@@ -97,20 +99,26 @@ class Orchestrated(Plain):
 
     def perform(self, call: Call, planned: Planned) -> dict[str, Any]:
         made: dict[str, Any] = {}
+        refused = False
 
         def work() -> None:
+            nonlocal refused
             live = LiveCard(call.stage.name, call.stage.title, self.store.folder(call.stage.name, call.key))
             self.watcher.live = live
-            made.update(Plain.perform(self, call, planned))
+            try:
+                made.update(Plain.perform(self, call, planned))
+            except StageFailed as error:
+                refused = isinstance(error.__cause__, ValueError)
+                raise
             try:
                 live.finish(self._card(call, made))
             except Exception as error:  # the stage is done whether or not the server shows it
                 self.watcher.say(f"the card of {call.stage.name} is not shown: {error or type(error).__name__}")
 
-        self._task(call, work, self.execution.retries)()
+        self._task(call, work, self.execution.retries, lambda *_: not refused)()
         return made
 
-    def _task(self, call: Call, body: Any, retries: int) -> Any:
+    def _task(self, call: Call, body: Any, retries: int, again: Callable[..., bool] | None = None) -> Any:
         from prefect import task
         from prefect.cache_policies import NO_CACHE
 
@@ -121,6 +129,7 @@ class Orchestrated(Plain):
             description=call.stage.title,
             tags={"gristmill", f"stage:{call.stage.name}"},
             retries=retries,
+            retry_condition_fn=again,
             cache_policy=NO_CACHE,
             persist_result=False,
             log_prints=False,

@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from gristmill.model.failures import SPARING, kills_for_memory
 from gristmill.model.signs_of_life import SignsOfLife, allowed_silence, rank_of
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.config import LayoutConfig
@@ -39,7 +40,11 @@ class JobFailed(RuntimeError):
 
 
 class JobHung(JobFailed):
-    """A rank of a job showed no sign of life for too long, and the whole job was stopped."""
+    """A rank of a job showed no sign of life for too long, or never one, and the whole job was stopped."""
+
+
+class JobRefused(JobFailed, ValueError):
+    """A job that would fail of the same again: of its input, of numbers that diverge, of too little memory."""
 
 
 def launch(
@@ -59,8 +64,8 @@ def launch(
     one plain process. A job that had ended when its launcher was killed is not run again.
 
     Raises:
-        JobFailed: the process ended with an error.
-        JobHung: a rank showed no sign of life for `layout.hang_seconds`.
+        JobFailed: the process ended with an error; JobRefused: with one that would come again.
+        JobHung: a rank showed no sign of life for `layout.hang_seconds`, or none came when another's had.
         KeyboardInterrupt: Ctrl-C, also where only the job's process was told of it.
     """
     log, work = out / "log", out / "work"
@@ -75,6 +80,7 @@ def launch(
         stale.unlink(missing_ok=True)
     described = {"entry": entry, "job": job, "out": str(out), "threads": threads, "device": device}
     (log / "job.json").write_text(json.dumps(described, indent=1, sort_keys=True), encoding="utf-8")
+    killed = kills_for_memory()
     with (log / "output.log").open("ab") as output:
         process = subprocess.Popen(
             command(log / "job.json", ranks, layout or LayoutConfig(), os.environ),
@@ -84,14 +90,15 @@ def launch(
             env=_environment(threads, device, ranks, layout.nodes if layout else 1),
         )
         try:
-            code = _follow(process, told, progress, SignsOfLife(log, layout.hang_seconds if layout else math.inf))
+            signs = SignsOfLife(log, layout.hang_seconds if layout else math.inf, ranks or 1)
+            code = _follow(process, told, progress, signs)
         finally:
             _end(process)
     if code and _was_interrupted(log / "output.log", code):
         raise KeyboardInterrupt
     ended = None if code else _ended(metrics)
     if ended is None:
-        raise JobFailed(_sentence(failure, log / "output.log", code))
+        raise _failure(failure, log / "output.log", code, kills_for_memory() > killed)
     return _cleared(work, metrics, ended)
 
 
@@ -215,6 +222,12 @@ def _follow(process: subprocess.Popen[bytes], told: Path, progress: Progress, si
                 f"rank {hung[0]} showed no sign of life for {hung[1]:g} s, so the job was stopped; started again it "
                 f"goes on from its last checkpoint. If a batch takes longer, raise execution.layout.hang_seconds"
             )
+        if (absent := signs.absent()) is not None:
+            raise JobHung(
+                f"rank {absent} of {signs.ranks} has not appeared, {signs.seconds:g} s after the first one did, so the "
+                f"job was stopped: see that its machine is up and shares this store. If its start takes longer, raise "
+                f"execution.layout.hang_seconds"
+            )
         time.sleep(POLL_SECONDS)
 
 
@@ -248,17 +261,22 @@ def _is_over(process: psutil.Process) -> bool:
 ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", re.DOTALL)
 
 
-def _sentence(failure: Path, output: Path, code: int) -> str:
-    """What ended a job: the signal that torchrun or the launcher saw, a rank's own error, or its last words."""
-    if code < 0:
-        return f"rank 0 was ended by signal {-code}, and the job with it (log: {output})"
+def _failure(failure: Path, output: Path, code: int, for_memory: bool) -> JobFailed:
+    """What ended a job: the signal that torchrun or the launcher saw, a rank's own error, or its last words.
+
+    `for_memory`: the kernel ended a process of this machine for want of memory meanwhile.
+    """
     ended = ROOT_CAUSE.search(output.read_text(encoding="utf-8", errors="replace")[-LAST_WORDS:])
-    if ended:
-        return f"rank {ended[1]} was ended by signal {ended[2]}, and the job with it (log: {output})"
+    rank, sent = (0, -code) if code < 0 else (int(ended[1]), int(ended[2])) if ended else (0, 0)
+    if sent == signal.SIGKILL and for_memory:
+        return JobRefused(f"rank {rank} was ended by the kernel: out of memory; {SPARING} (log: {output})")
+    if sent:
+        return JobFailed(f"rank {rank} was ended by signal {sent}, and the job with it (log: {output})")
     if failure.exists():
-        return f"{json.loads(failure.read_text(encoding='utf-8'))['error']} (log: {output})"
+        told = json.loads(failure.read_text(encoding="utf-8"))
+        return (JobFailed if told["may_pass"] else JobRefused)(f"{told['error']} (log: {output})")
     last = _last_line(output) or "nothing"
-    return f"the job ended with exit code {code} and last printed {last!r}; its log is {output}"
+    return JobFailed(f"the job ended with exit code {code} and last printed {last!r}; its log is {output}")
 
 
 def _was_interrupted(output: Path, code: int) -> bool:

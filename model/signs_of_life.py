@@ -32,12 +32,14 @@ class SignsOfLife:
     """Notes when each rank's file last changed, by this machine's clock: those of several nodes may differ.
 
     Args:
-        seconds: of silence that a rank may keep without asking.
+        seconds: of silence that a rank may keep without asking, and of its start behind the first one's.
+        ranks: how many there should be.
     """
 
-    def __init__(self, log: Path, seconds: float) -> None:
-        self.log, self.seconds = log, seconds
+    def __init__(self, log: Path, seconds: float, ranks: int) -> None:
+        self.log, self.seconds, self.ranks = log, seconds, ranks
         self._seen: dict[str, tuple[int, float]] = {}
+        self._absent, self._first = set(range(ranks)), 0.0
 
     def hung(self) -> tuple[int, float] | None:
         """(the rank that stopped first, the seconds it had) where every rank has been silent for too long.
@@ -57,6 +59,16 @@ class SignsOfLife:
             return None
         first = min(self._seen, key=lambda name: self._seen[name][1])
         return rank_of(first), allowed[first]
+
+    def absent(self) -> int | None:
+        """The first rank that has not appeared `seconds` after another one did, of those that `hung` has looked at."""
+        if not self._absent:
+            return None
+        now = time.monotonic()
+        if len(self._absent) == self.ranks:
+            self._first = now
+        self._absent -= {rank_of(name) for name in self._seen}
+        return min(self._absent) if self._absent and now - self._first > self.seconds else None
 
 
 def allowed_silence(path: Path, seconds: float) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from gristmill.model import failures
 from gristmill.model.launch import boot
 from gristmill.model.signs_of_life import SignOfLife
 
@@ -24,8 +25,8 @@ TELL_SECONDS = 0.2
 class Teller:
     """Progress as lines in a file, at most a few a second, from the first rank alone; and each rank's sign of life.
 
-    A call that tells nothing new is a sign of life and no more; the last one ends the watch, since what is left to do
-    (a model to write, say) tells nothing.
+    A call that tells nothing new is a sign of life and no more. Behind the last one what is left to do (a model to
+    write, say) tells little, and may be silent for long.
     """
 
     def __init__(self, log: Path, rank: int) -> None:
@@ -36,7 +37,7 @@ class Teller:
     def __call__(self, done: int, total: int, **values: float) -> None:
         now = time.monotonic()
         if done == total:
-            self.life.end()
+            self.life.ask_for_silence()
         elif now - self.shown > TELL_SECONDS:
             self.shown = now
             self.life.show()
@@ -83,14 +84,18 @@ def main(described: Path) -> int:
     torch.set_num_threads(int(job["threads"]))
     torch.use_deterministic_algorithms(True, warn_only=True)
     module, _, function = job["entry"].partition(":")
+    tell = Teller(out / "log", rank)
+    tell.life.ask_for_silence()  # a model may be large to read
     try:
         run = getattr(importlib.import_module(module), function)
-        metrics = run(job["job"], out, chosen_device(job["device"]), Teller(out / "log", rank))
-    except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
+        metrics = run(job["job"], out, chosen_device(job["device"]), tell)
+    except (ValueError, RuntimeError, ArithmeticError, OSError, MemoryError) as error:
         # The first rank's error counts: those that waited for it fail of that, a moment later.
         with suppress(FileExistsError), (out / "log" / "error.json").open("x", encoding="utf-8") as file:
-            file.write(json.dumps({"error": str(error), "kind": type(error).__name__}))
+            file.write(json.dumps({"error": failures.sentence(error), "may_pass": failures.may_pass(error)}))
         raise
+    finally:
+        tell.life.end()
     if rank == 0:
         part = out / "work" / "metrics.tmp"
         part.write_text(json.dumps({"metrics": metrics, "boot": boot()}, sort_keys=True), encoding="utf-8")

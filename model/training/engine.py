@@ -191,7 +191,7 @@ class Engine:
             if part:
                 self.engine.step()  # not at a boundary: DeepSpeed counts the micro-batch
             batch = self._fetched(batches, step, first + part)
-            self._say_alive_before("batch", batch.target_BS.shape)
+            self.alive_before("batch", batch.target_BS.shape)
             loss, parts = self.engine(self._own_positions(batch))
             self.engine.backward(loss)
             found.append(parts)
@@ -204,7 +204,7 @@ class Engine:
             values /= self.ranks
         return dict(zip(found[0], values.tolist(), strict=True))
 
-    def _say_alive_before(self, kind: str, shape: Sequence[int] = ()) -> None:
+    def alive_before(self, kind: str, shape: Sequence[int] = ()) -> None:
         """Show life, and where work of this kind and shape is done for the first time say that it may be long."""
         work = kind, tuple(shape)
         self.alive() if work in self._done_before else self.before_first()
@@ -228,7 +228,7 @@ class Engine:
 
         It is dropped where it is not `admitted` and where its norm, in `norm` afterwards, is not finite.
         """
-        self._say_alive_before("step")
+        self.alive_before("step")
         self.norm, self._admitted, self._coefficient = None, admitted, None
         for squares in self._squares:
             squares.begin()
@@ -273,7 +273,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: TrainingBatch) -> float:
         """Mean cross-entropy of this rank's batch, which ranks that share its positions have too; all ranks call it."""
-        self._say_alive_before("evaluation", batch.target_BS.shape)
+        self.alive_before("evaluation", batch.target_BS.shape)
         self.engine.eval()
         _, parts = self.engine(self._own_positions(batch))
         self.engine.train()

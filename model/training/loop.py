@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ class Run:
                 row |= held_out(step, self.engine)
             self.history.curves.append({"step": step, **row})
             if texts is not None and self.rank == 0:
-                self.history.samples += texts(step, self.life.ask_for_silence)
+                self.history.samples += texts(step, partial(self.engine.alive_before, "texts"))
             worked = time.perf_counter()
             self._save(step + 1)
             now = time.perf_counter()
@@ -258,8 +259,9 @@ class Run:
             self.writer.begin(done, tensors, state, settled=done == self.training.steps)
 
     def _publish(self) -> None:
+        if not self.writer.written():
+            self.life.ask_for_silence()  # and no more signs: a disk that hangs is to be noticed
         while not self.writer.written():
-            self.alive()
             time.sleep(0.01)
         dist.barrier()
         self.writer.publish()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +15,8 @@ import psutil
 import pytest
 import torch.distributed
 
-from gristmill.model.launch import JobFailed, JobHung, command, launch
+from gristmill.model.failures import kills_for_memory
+from gristmill.model.launch import JobFailed, JobHung, JobRefused, command, launch
 from gristmill.model.stage_types import silent
 from gristmill.model.training.config import LayoutConfig
 
@@ -121,3 +124,92 @@ def test_a_rank_that_hangs_or_dies_ends_the_job_on_all(
     thread.join()
     for pid in pids:
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture
+def here_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job's process finds the functions of this file."""
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+
+
+def greedy(job: dict[str, Any], out: Path, device: Any, progress: Any) -> dict[str, Any]:
+    """A job that asks for a pebibyte: of the machine, or of torch."""
+    return {"made": len(bytearray(1 << 50)) if job["plain"] else torch.empty(1 << 50, dtype=torch.uint8).numel()}
+
+
+def refusing(job: dict[str, Any], out: Path, device: Any, progress: Any) -> dict[str, Any]:
+    raise {"ValueError": ValueError, "FloatingPointError": FloatingPointError, "OSError": OSError}[job["kind"]]("no")
+
+
+def meeting(job: dict[str, Any], out: Path, device: Any, progress: Any) -> dict[str, Any]:
+    """A job whose ranks meet at a port of this machine."""
+    address = f"tcp://127.0.0.1:{job['port']}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    torch.distributed.destroy_process_group()
+    return {"met": True}
+
+
+def started(entry: str, job: dict[str, Any], out: Path, **more: Any) -> dict[str, Any]:
+    return launch(f"test_launch:{entry}", job, out, threads=1, device="cpu", progress=silent, **more)
+
+
+@pytest.mark.usefixtures("here_importable")
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_job_without_memory_says_what_takes_less(plain: bool, tmp_path: Path) -> None:
+    with pytest.raises(JobRefused, match=r"out of memory .*micro_batches, recompute .*zero_stage.*offload.*`gristmill"):
+        started("greedy", {"plain": plain}, tmp_path)
+
+
+@pytest.mark.usefixtures("here_importable")
+def test_a_job_that_the_kernel_ended_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's own count tells its ending from anybody's."""
+    counters = tmp_path / "vmstat"
+    counters.write_text("nr_free_pages 5\noom_kill 7\nballoon_inflate 0\n")
+    assert kills_for_memory(counters) == 7
+    assert kills_for_memory(tmp_path / "none") == 0
+    assert kills_for_memory() >= 0
+    counted = iter([7, 8])
+    monkeypatch.setattr("gristmill.model.launch.kills_for_memory", lambda: next(counted))
+    with pytest.raises(JobRefused, match=r"rank 0 was ended by the kernel: out of memory; .*micro_batches"):
+        started("suicidal", {}, tmp_path / "out")
+
+
+def suicidal(job: dict[str, Any], out: Path, device: Any, progress: Any) -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+@pytest.mark.usefixtures("here_importable")
+@pytest.mark.parametrize(("kind", "refused"), [("ValueError", True), ("FloatingPointError", True), ("OSError", False)])
+def test_what_would_fail_again_is_refused(kind: str, refused: bool, tmp_path: Path) -> None:
+    with pytest.raises(JobFailed, match=r"^no ") as raised:
+        started("refusing", {"kind": kind}, tmp_path)
+    assert isinstance(raised.value, ValueError) is refused
+
+
+@pytest.mark.usefixtures("here_importable")
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(JobFailed, match=f"port {port} is taken by another process"):
+            started("meeting", {"port": port}, tmp_path)
+    assert started("meeting", {"port": port}, tmp_path) == {"met": True}
+
+
+@pytest.mark.usefixtures("here_importable")
+def test_a_rank_that_never_appears_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two ranks is started, which waits for the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    worker = [sys.executable, "-P", "-m", "gristmill.model.worker", str(tmp_path / "log" / "job.json")]
+    monkeypatch.setattr("gristmill.model.launch.command", lambda *_: worker)
+    monkeypatch.setattr("gristmill.model.launch.END_SECONDS", 2.0)
+    began = time.monotonic()
+    with pytest.raises(JobHung, match=r"rank 1 of 2 has not appeared, 2 s after the first one did.*machine is up"):
+        started("busy", {}, tmp_path, ranks=2, layout=LayoutConfig(hang_seconds=2))
+    assert time.monotonic() - began < 60
