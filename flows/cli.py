@@ -297,7 +297,13 @@ def chat(
     question: Annotated[str | None, typer.Option("--question", "-q", help="Ask this and leave.")] = None,
     store: StoreOption = DEFAULT_STORE,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.6,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 0.95,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the likeliest that are kept.")] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="So many of the likeliest are kept; 0 keeps all.")] = 0,
+    min_p: Annotated[float, typer.Option(min=0.0, max=0.999, help="Least share of the likeliest's weight.")] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A string that ends the response; several are several.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Talk with a model: its thought first, then its answer."""
@@ -305,12 +311,14 @@ def chat(
     from gristmill.flows.store import Store
 
     model, tokenizer = chat_folders(Store(store), checkpoint)
-    from gristmill.model.generate import stream_chat
+    from gristmill.model.generate import Sampling, stream_chat
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p)
 
     def answer(asked: str, turn: int) -> None:
         dim, plain_again = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
         print(dim, end="")
-        for piece in stream_chat(model, tokenizer, asked, temperature=temperature, top_p=top_p, seed=seed + turn):
+        for piece in stream_chat(model, tokenizer, asked, sampling, seed=seed + turn, stop=tuple(stop or ())):
             print(piece.replace("</think>", f"</think>{plain_again}"), end="", flush=True)
         print(plain_again)
 

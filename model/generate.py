@@ -7,7 +7,7 @@ batch or on how many slots there are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -90,16 +90,18 @@ def stream_chat(
     folder: Path,
     tokenizer: Path,
     question: str,
+    sampling: Sampling,
     *,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
     seed: int = 0,
-    max_new_tokens: int = 256,
+    stop: tuple[str, ...] = (),
 ) -> Iterator[str]:
     """The response to `question`, piece by piece, from the model in `folder` (config.json, model.safetensors).
 
+    It ends at any of the strings `stop`, of which none is said, and at the position limit at the latest.
+
     Raises:
-        ValueError: the question leaves no room for a response, or a folder does not hold what it should.
+        ValueError: the question leaves no room for a response, a folder does not hold what it should, or a stop string
+            is empty.
     """
     from gristmill.model.chat import Chat
     from gristmill.model.training.models import load_model
@@ -109,10 +111,10 @@ def stream_chat(
     room = model.config.max_position_embeddings - len(prompt)
     if room < 1:
         raise ValueError(f"the question has {len(prompt)} tokens, past the position limit: ask a shorter one")
-    sampling = Sampling(min(max_new_tokens, room), temperature, top_p)
+    sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
     length = len(prompt) + sampling.max_new_tokens
     pieces = stream(
         model, [Request(prompt, seed)], sampling, slots=1, length=length, eos=chat.eos, pad=chat.pad,
-        wording=Wording(chat.text),
+        wording=Wording(chat.text, stop),
     )  # fmt: skip
     yield from (piece.text for piece in pieces if piece.text)
