@@ -45,6 +45,11 @@ def chosen(operation: str, x: Tensor, source: str | None = None, *, triton: bool
     return picked
 
 
+def runs_compiled(x: Tensor) -> bool:
+    """Whether operations on such tensors have compiled paths here: float32 on a CPU, with a compiler."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and compiled("moe_mlp/cpu.cpp") is not None
+
+
 @contextmanager
 def use_reference() -> Iterator[None]:
     """Within it every operation runs as its reference."""

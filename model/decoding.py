@@ -1,21 +1,23 @@
 """Cached decoding: new tokens alone through the model, in the latent (V3 section 2.1.1), with few operations a layer.
 
-At a handful of tokens a step the time goes into starting operations and into reading weights. What depends on the
-weights alone is therefore made once for a `Decoder`: the projections that read the same input are one matrix, which
-also gives the rotary parts turned by a right angle, so that a rotation is one product and one fused sum; on a CPU the
-experts' matrices lie as its products read them fastest. Logits are those of `Transformer.forward` to the rounding of
-sums. Legend: as in `transformer.py`; P places of a slot that a step looks at.
+At a handful of tokens a step the time goes into starting operations and into reading weights: the projections that
+read the same input are therefore one matrix, made once for a `Decoder`. Logits are those of `Transformer.forward` to
+the rounding of sums. Legend: as in `transformer.py`; P places of a slot that a step looks at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gristmill.kernels.dispatch import runs_compiled
+from gristmill.kernels.linear import linear
+from gristmill.kernels.mla_decode import mla_decode
 from gristmill.model.config import ModelConfig
 from gristmill.model.transformer import (
     Block,
@@ -30,7 +32,6 @@ from gristmill.model.transformer import (
 
 DENSE_TOKENS = 64  # up to so many tokens, all experts at once are cheaper than sorting rows by expert,
 DENSE_SHARE = 4  # where a token takes at least one in so many of them
-PADDED_TOKENS = 256  # beyond it an expert's own product is long enough
 PROMPT_SCORES = 1 << 25  # numbers of a layer's attention scores while prompts are read; a few such tensors live at once
 
 
@@ -54,14 +55,17 @@ class SlotCache:
 class Step:
     """What all layers share of one step: where its tokens stand, whom they see, how far their rotary parts turn."""
 
-    def __init__(self, turn_SR: tuple[Tensor, Tensor], start_B: Tensor, length: int, dtype: torch.dtype) -> None:
+    def __init__(self, turn_SR: tuple[Tensor, Tensor], start_B: Tensor, length: int) -> None:
         place_S = torch.arange(length, device=start_B.device)
-        self.position_BS = start_B[:, None] + place_S
+        self.start_B, self.position_BS = start_B, start_B[:, None] + place_S
         self.slot_B1 = torch.arange(len(start_B), device=start_B.device)[:, None]
         self.reach = int(start_B.max()) + length
-        self.seen_BSP = torch.arange(self.reach, device=start_B.device) <= self.position_BS[..., None]
-        self.mask_BSP = torch.zeros_like(self.seen_BSP, dtype=dtype).masked_fill_(~self.seen_BSP, -torch.inf)
         self.cos_BSR, self.sin_BSR = (table[self.position_BS] for table in turn_SR)
+
+    @cached_property
+    def seen_BSP(self) -> Tensor:
+        """The places that each token may look at."""
+        return torch.arange(self.reach, device=self.position_BS.device) <= self.position_BS[..., None]
 
     def write(self, cache_BSC: Tensor, new_BSC: Tensor) -> Tensor:
         """Put what is new into a layer's cache; the places that this step looks at."""
@@ -78,50 +82,22 @@ class LatentAttention:
 
     def __init__(self, module: MultiHeadLatentAttention) -> None:
         c = self.config = module.config
-        self.scale, self.query_norm, self.norm, self.out = module.scale, None, module.kv_a_layernorm, module.o_proj
-        latent_CD, key_RD = module.kv_a_proj_with_mqa.weight.split([c.kv_lora_rank, c.qk_rope_head_dim])
-        query = module.q_proj if c.q_lora_rank is None else module.q_b_proj
-        q_HnQ = query.weight.view(c.num_attention_heads, c.head_width, -1)
-        plain_HNQ, turning_HRQ = q_HnQ.split([c.qk_nope_head_dim, c.qk_rope_head_dim], 1)
-        query_Q = torch.cat((plain_HNQ.flatten(0, 1), *(t.flatten(0, 1) for t in _turned(turning_HRQ))))
-        if c.q_lora_rank is None:
-            self.query_weight, first_QD = None, query_Q
-        else:
-            self.query_weight, first_QD, self.query_norm = query_Q, module.q_a_proj.weight, module.q_a_layernorm
-        parts = (first_QD, latent_CD, *_turned(key_RD))
-        self.sizes, self.weight = [len(part) for part in parts], torch.cat(parts)
-        rotary = c.num_attention_heads * c.qk_rope_head_dim
-        self.query_sizes = [c.num_attention_heads * c.qk_nope_head_dim, rotary, rotary]
-        up = module.kv_b_proj.weight.view(c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
-        self.up_HNC, up_HWC = up.split([c.qk_nope_head_dim, c.v_head_dim], 1)
-        self.up_HCW = up_HWC.transpose(1, 2)
+        self.module, self.norm = module, module.kv_a_layernorm
+        first = module.q_proj if c.q_lora_rank is None else module.q_a_proj
+        self.sizes = [len(first.weight), len(module.kv_a_proj_with_mqa.weight)]
+        self.weight = torch.cat((first.weight, module.kv_a_proj_with_mqa.weight))
+        self.up_HXC = module.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1))
 
     def __call__(self, x_BSD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:
-        c, (batch, length, _) = self.config, x_BSD.shape
-        heads, tokens = c.num_attention_heads, batch * length
-        first, latent_BSC, key_BSR, turned_BSR = F.linear(x_BSD, self.weight).split(self.sizes, -1)
-        key_BSR = (key_BSR * step.cos_BSR).addcmul_(turned_BSR, step.sin_BSR)
-        cache_BPC = step.write(cache_BSC, torch.cat((self.norm(latent_BSC), key_BSR.to(x_BSD.dtype)), -1))
-        if self.query_norm is not None and self.query_weight is not None:
-            first = F.linear(self.query_norm(first), self.query_weight)
-        plain, turning, turned = first.split(self.query_sizes, -1)
-        turning, turned = (part.reshape(batch, length, heads, -1) for part in (turning, turned))
-        q_BSHR = (turning * step.cos_BSR[:, :, None]).addcmul_(turned, step.sin_BSR[:, :, None])
-        q_HTC = torch.bmm(plain.reshape(tokens, heads, -1).transpose(0, 1), self.up_HNC)
-        q_BSHC = q_HTC.transpose(0, 1).reshape(batch, length, heads, -1)
-        query = torch.cat((q_BSHC, q_BSHR.to(x_BSD.dtype)), -1).view(batch, length * heads, -1)
-        mask = step.mask_BSP[:, :, None].expand(-1, -1, heads, -1).reshape(batch, length * heads, -1)
-        scores = torch.baddbmm(mask, query, cache_BPC.transpose(1, 2), alpha=self.scale)
-        weights = scores.softmax(-1, dtype=torch.float32).to(x_BSD.dtype)
-        out_BSHC = torch.bmm(weights, cache_BPC[..., : c.kv_lora_rank])
-        out_HTW = torch.bmm(out_BSHC.view(tokens, heads, -1).transpose(0, 1), self.up_HCW)
-        return self.out(out_HTW.transpose(0, 1).reshape(batch, length, -1))
-
-
-def _turned(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of a projection whose results are rotated in interleaved pairs, halves apart; and those a right angle on."""
-    even, odd = rows[..., 0::2, :], rows[..., 1::2, :]
-    return torch.cat((even, odd), -2), torch.cat((-odd, even), -2)
+        c = self.config
+        query, kv_BSY = linear(x_BSD, self.weight).split(self.sizes, -1)
+        if c.q_lora_rank is not None:
+            query = linear(self.module.q_a_layernorm(query), self.module.q_b_proj.weight)
+        out = mla_decode(
+            query.unflatten(-1, (c.num_attention_heads, -1)), kv_BSY, cache_BSC, step.start_B, step.reach,
+            (step.cos_BSR, step.sin_BSR), self.norm.weight, self.norm.eps, self.up_HXC, self.module.scale,
+        )  # fmt: skip
+        return linear(out, self.module.o_proj.weight)
 
 
 class GroupedAttention:
@@ -131,9 +107,7 @@ class GroupedAttention:
         self.module = module
 
     def __call__(self, x_BSD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:
-        half = step.cos_BSR.shape[-1] // 2
-        rotary = step.cos_BSR[..., :half], step.sin_BSR[..., :half]
-        q_BSHR, k_BSGR, v_BSGR = self.module.project(x_BSD, rotary)
+        q_BSHR, k_BSGR, v_BSGR = self.module.project(x_BSD, (step.cos_BSR, step.sin_BSR))
         cache_BPC = step.write(cache_BSC, torch.cat((k_BSGR.flatten(2), v_BSGR.flatten(2)), -1))
         k_BPGR, v_BPGR = (part.unflatten(-1, (self.module.groups, -1)) for part in cache_BPC.chunk(2, -1))
         q, k, v = (x.transpose(1, 2) for x in (q_BSHR, k_BPGR, v_BPGR))
@@ -143,18 +117,17 @@ class GroupedAttention:
 
 
 class FewTokens:
-    """`MixtureOfExperts` at few tokens; at many it is the module itself.
+    """`MixtureOfExperts` at few tokens; at many, and on a CPU that compiles its kernels, it is the module itself.
 
     Where there are few experts for each that a token takes, all of them see every token, with a weight of zero where
-    they were not chosen. Otherwise, on a CPU, each expert's rows are filled up to those of the busiest one, so that all
-    are one batched product; this holds a second copy of the experts' matrices, transposed.
+    they were not chosen.
     """
 
     def __init__(self, module: MixtureOfExperts) -> None:
         c = self.config = module.config
         self.module, experts = module, module.experts
-        self.dense = c.n_routed_experts <= DENSE_SHARE * c.num_experts_per_tok
-        self.padded = not self.dense and experts.down_proj.device.type == "cpu"
+        few = c.n_routed_experts <= DENSE_SHARE * c.num_experts_per_tok
+        self.dense = few and not runs_compiled(experts.down_proj)
         if self.dense:
             gate_up: list[Tensor] = [experts.gate_up_proj]
             down: list[Tensor] = [experts.down_proj.transpose(1, 2).flatten(0, 1)]
@@ -163,21 +136,11 @@ class FewTokens:
                 gate_up.append(halves.transpose(0, 1).flatten(1, 2))
                 down.append(module.shared_experts.down_proj.weight.t())
             self.gate_up, self.down = torch.cat(gate_up).flatten(0, 1), torch.cat(down)
-        elif self.padded:
-            self.gate_up, self.down = (
-                w.transpose(1, 2).contiguous() for w in (experts.gate_up_proj, experts.down_proj)
-            )
 
     def __call__(self, x_BSD: Tensor) -> Tensor:
+        if not self.dense or x_BSD.shape[0] * x_BSD.shape[1] > DENSE_TOKENS:
+            return self.module(x_BSD, None)
         x_TD = x_BSD.flatten(0, 1)
-        tokens, experts = len(x_TD), self.config.n_routed_experts
-        if self.dense and tokens <= DENSE_TOKENS:
-            return self._all(x_TD).view_as(x_BSD)
-        if self.padded and tokens <= PADDED_TOKENS and tokens * self.config.num_experts_per_tok >= experts:
-            return self._batched(x_TD).view_as(x_BSD)
-        return self.module(x_BSD, None)
-
-    def _all(self, x_TD: Tensor) -> Tensor:
         expert_TK, gate_TK, *_ = self.module.gate(x_TD)
         everyone = self.config.n_routed_experts + self.config.n_shared_experts
         weight_TE = x_TD.new_zeros(len(x_TD), everyone)
@@ -185,25 +148,7 @@ class FewTokens:
         weight_TE.scatter_(1, expert_TK, gate_TK.to(x_TD.dtype))
         gate, up = F.linear(x_TD, self.gate_up).view(len(x_TD), everyone, 2, -1).unbind(2)
         hidden = F.silu(gate).mul_(up).mul_(weight_TE[..., None])
-        return hidden.view(len(x_TD), -1) @ self.down
-
-    def _batched(self, x_TD: Tensor) -> Tensor:
-        expert_TK, gate_TK, *_ = self.module.gate(x_TD)
-        experts, chosen = self.config.n_routed_experts, expert_TK.shape[1]
-        expert_M = expert_TK.flatten()
-        load_E = torch.bincount(expert_M, minlength=experts)
-        rows, order_M = int(load_E.max()), expert_M.argsort(stable=True)
-        sorted_M = expert_M[order_M]
-        within_M = torch.arange(len(order_M), device=x_TD.device) - (load_E.cumsum(0) - load_E)[sorted_M]
-        place_M = torch.empty_like(order_M)
-        place_M[order_M] = sorted_M * rows + within_M
-        x_ND = x_TD.new_zeros(experts * rows, x_TD.shape[1])
-        x_ND[place_M] = x_TD.repeat_interleave(chosen, 0)
-        gate, up = torch.bmm(x_ND.view(experts, rows, -1), self.gate_up).chunk(2, -1)
-        y_NM = torch.bmm(F.silu(gate).mul_(up), self.down).flatten(0, 1)
-        y_TKD = y_NM[place_M].view(len(x_TD), chosen, -1)
-        out_TD = torch.bmm(gate_TK[:, None].to(x_TD.dtype), y_TKD)[:, 0]
-        return out_TD if self.module.shared_experts is None else out_TD + self.module.shared_experts(x_TD)
+        return (hidden.view(len(x_TD), -1) @ self.down).view_as(x_BSD)
 
 
 class Layer:
@@ -237,7 +182,7 @@ class Decoder:
             self.module, self.module_layer = module, Layer(module.block)
         position = torch.arange(self.config.max_position_embeddings + 1, device=self.device)
         cos, sin = rotary_angles(self.config, position)
-        self.turn_SR = cos.repeat(1, 2), sin.repeat(1, 2)
+        self.turn_SR = cos, sin
 
     @property
     def device(self) -> torch.device:
@@ -254,7 +199,7 @@ class Decoder:
         Slot b keeps token s at place `start_B[b] + s`, which must be below its length.
         """
         x_BSD: Tensor = self.model.embed_tokens(token_BS)
-        step = Step(self.turn_SR, start_B, token_BS.shape[1], x_BSD.dtype)
+        step = Step(self.turn_SR, start_B, token_BS.shape[1])
         for layer, cache_BSC in zip(self.layers, cache.latent_LBSC, strict=True):
             x_BSD = layer(x_BSD, step, cache_BSC)
         return x_BSD
@@ -286,7 +231,7 @@ class Decoder:
         if self.module is None:
             raise ValueError("the model has no MTP module to draft with: load it with its module, or use sample")
         x_BSD = self.module.joined(self.model.norm(hidden_BSD), self.model.embed_tokens(next_BS))
-        step = Step(self.turn_SR, start_B, next_BS.shape[1], x_BSD.dtype)
+        step = Step(self.turn_SR, start_B, next_BS.shape[1])
         return self.module.norm(self.module_layer(x_BSD, step, cache.latent_LBSC[0]))
 
 

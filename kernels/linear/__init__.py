@@ -1,6 +1,7 @@
 """x·wᵀ + b with its gradients: the products outside the routed experts.
 
-On a CPU in float32, and where there are rows enough to pack the weights for, by `cpu.cpp`; elsewhere by torch's own.
+On a CPU in float32 by `cpu.cpp`: where there are rows enough, weights are packed for them; for fewer, without
+gradients, they are read as they lie. Elsewhere by torch's own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from gristmill.kernels.dispatch import chosen, require
 __all__ = ["linear", "multiply"]
 SOURCE = "linear/cpu.cpp"
 LEAST_ROWS = 96  # with fewer, packing the weights costs more than it saves
+LEAST_PRODUCTS = 1 << 17  # with fewer, torch's product takes less than the preparation of a call here
 
 
 def linear(x: Tensor, w_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
@@ -33,11 +35,21 @@ def linear(x: Tensor, w_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
     """
     require(w_MK.ndim == 2, ValueError, "linear: rank of w_MK", w_MK.ndim, 2)
     require(x.shape[-1] == w_MK.shape[1], ValueError, "linear: inner size of w_MK", w_MK.shape[1], x.shape[-1])
-    fits = x.numel() >= LEAST_ROWS * x.shape[-1] > 0 and w_MK.dtype == torch.float32 and w_MK.is_contiguous()
+    many = x.numel() >= LEAST_ROWS * x.shape[-1] > 0
+    graded = torch.is_grad_enabled() and (x.requires_grad or w_MK.requires_grad)
+    fits = many or (not graded and x.numel() * len(w_MK) >= LEAST_PRODUCTS)
+    fits = fits and w_MK.dtype == torch.float32 and w_MK.is_contiguous()
     if chosen("linear", x, SOURCE if fits else None, triton=False) != "compiled":
         return F.linear(x, w_MK, bias_M)
-    y = NativeLinear.apply(x, w_MK)
+    y = NativeLinear.apply(x, w_MK) if many else few(x, w_MK)
     return y if bias_M is None else y + bias_M
+
+
+def few(x: Tensor, w_MK: Tensor) -> Tensor:
+    """x·wᵀ of few rows by `cpu.cpp`, without a gradient."""
+    y = x.new_empty(*x.shape[:-1], len(w_MK))
+    needed(SOURCE)("few", x.contiguous(), w_MK, y, x.numel() // x.shape[-1], len(w_MK), x.shape[-1])
+    return y
 
 
 def multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> None:

@@ -1,4 +1,5 @@
 // A product of two matrices by all threads, in blocks that each thread takes whole.
+#include "dots.h"
 #include "gemm.h"
 
 namespace {
@@ -19,5 +20,24 @@ extern "C" void multiply(
             {a + i * a_row, a_row, a_column}, {b + j * b_column, b_row, b_column}, c + i * columns + j, columns,
             std::min(high, rows - i), std::min(STRIP, columns - j), depth
         );
+    }
+}
+
+// y (rows, columns) = x (rows, depth) · wᵀ, w (columns, depth), for few rows.
+extern "C" void few(
+    const float *x, const float *w, float *y, int64_t rows, int64_t columns, int64_t depth, int64_t threads
+) {
+    std::vector<const float *> from(rows);
+    for (int64_t r = 0; r < rows; r++) from[r] = x + r * depth;
+    const int64_t blocks = (columns + DOTS_COLUMNS - 1) / DOTS_COLUMNS;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float *> to(rows);
+#pragma omp for schedule(dynamic, 2)
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t c = b * DOTS_COLUMNS;
+            for (int64_t r = 0; r < rows; r++) to[r] = y + r * columns + c;
+            dots(from.data(), rows, w + c * depth, depth, std::min(DOTS_COLUMNS, columns - c), depth, to.data());
+        }
     }
 }

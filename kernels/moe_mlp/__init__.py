@@ -9,11 +9,13 @@ from torch import Tensor
 
 from gristmill.kernels.dispatch import chosen, require
 from gristmill.kernels.moe_mlp.cpu import MoeMlp
-from gristmill.kernels.moe_mlp.native import SOURCE, NativeMoeMlp
+from gristmill.kernels.moe_mlp.native import SOURCE, NativeMoeMlp, few_rows
 from gristmill.kernels.moe_mlp.reference import moe_mlp_reference
 
 __all__ = ["moe_mlp"]
 
+FEW_ROWS = 24
+"""So many rows an expert on average, on a CPU: with fewer, packing its matrices for them costs more than it saves."""
 CHECKED = os.environ.get("GRISTMILL_KERNELS_CHECK") == "1"
 """Whether indices are looked at on a GPU too, where that waits for the device."""
 
@@ -49,6 +51,9 @@ def moe_mlp(
 
         return TritonMoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
     if implementation == "compiled":
+        graded = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_TK, gate_up_E2FD, down_EDF))
+        if not graded and expert_TK.numel() < FEW_ROWS * len(down_EDF):
+            return few_rows(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF)
         return NativeMoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF)
     return MoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
 
@@ -86,5 +91,5 @@ def _check_indices(expert: Tensor, load: Tensor) -> None:
         within = low >= 0 and high < len(load)
         require(within, ValueError, "moe_mlp: range of expert_TK", (low, high), f"experts from 0 to {len(load) - 1}")
     counts = torch.bincount(expert.reshape(-1), minlength=len(load))
-    equal = bool((counts == load).all())
-    require(equal, ValueError, "moe_mlp: load_E", load.tolist(), f"the counts of expert_TK, {counts.tolist()}")
+    if not torch.equal(counts, load):
+        raise ValueError(f"moe_mlp: load_E is {load.tolist()}; wanted the counts of expert_TK, {counts.tolist()}")

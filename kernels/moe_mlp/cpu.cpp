@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <numeric>
 
+#include "dots.h"
 #include "gemm.h"
 
 namespace {
@@ -13,6 +14,14 @@ constexpr int64_t PASS_ROWS = 4 * BLOCK_ROWS;  // of an expert, whose gradients 
 struct Task {
     int64_t expert, begin, end;
 };
+
+// h (F) = weight · silu(a) · b of a row of pre (2F).
+void activate(const float *pre, float weight, float *h, int64_t hidden) {
+    for (int64_t f = 0; f < hidden; f += LANES) {
+        const Vector left = load(pre + f, hidden - f), right = load(pre + hidden + f, hidden - f);
+        store(h + f, weight * (left * sigmoid(left)) * right, hidden - f);
+    }
+}
 
 // out[t] = the sum of y's rows at t's places, in the order of its choices.
 void sum_choices(const float *y, const int64_t *place, float *out, int64_t t, int64_t choices, int64_t width) {
@@ -69,13 +78,8 @@ void forward(
                 2 * hidden, width
             );
             h.resize(rows * hidden);
-            for (int64_t r = 0; r < rows; r++) {
-                const float *a = ab + r * 2 * hidden, weight = gate[order[begin + r]];
-                for (int64_t f = 0; f < hidden; f += LANES) {
-                    const Vector left = load(a + f, hidden - f), right = load(a + hidden + f, hidden - f);
-                    store(h.data() + r * hidden + f, weight * (left * sigmoid(left)) * right, hidden - f);
-                }
-            }
+            for (int64_t r = 0; r < rows; r++)
+                activate(ab + r * 2 * hidden, gate[order[begin + r]], h.data() + r * hidden, hidden);
             product(
                 {h.data(), hidden}, {down + e * width * hidden, 1, hidden}, y + begin * width, width, rows, width,
                 hidden
@@ -83,6 +87,46 @@ void forward(
         }
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++) sum_choices(y, place, out, t, choices, width);
+    }
+}
+
+// The same for few rows an expert, whose matrices are read as they lie, and without what a backward pass needs; `expert`
+// and `gate` are of the tokens' choices (T, K), y (M, D) is room.
+void few(
+    const float *x, const int64_t *expert, const float *gate, const float *gate_up, const float *down, float *y,
+    float *out, int64_t tokens, int64_t choices, int64_t experts, int64_t width, int64_t hidden, int64_t threads
+) {
+    const int64_t rows = tokens * choices;
+    std::vector<int64_t> order(rows), bounds(experts + 1), token(rows), place(rows);
+    sort_choices(expert, order.data(), bounds.data(), rows, experts, 1);
+    places(order.data(), token.data(), place.data(), rows, choices, 1);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> pre, h;
+        std::vector<const float *> from;
+        std::vector<float *> to;
+#pragma omp for schedule(dynamic)
+        for (int64_t e = 0; e < experts; e++) {
+            const int64_t begin = bounds[e], here = bounds[e + 1] - begin;
+            if (here == 0) continue;
+            pre.resize(here * 2 * hidden);
+            h.resize(here * hidden);
+            from.resize(here);
+            to.resize(here);
+            for (int64_t r = 0; r < here; r++) {
+                from[r] = x + token[begin + r] * width;
+                to[r] = pre.data() + r * 2 * hidden;
+            }
+            dots(from.data(), here, gate_up + e * 2 * hidden * width, width, 2 * hidden, width, to.data());
+            for (int64_t r = 0; r < here; r++) {
+                activate(to[r], gate[order[begin + r]], h.data() + r * hidden, hidden);
+                from[r] = h.data() + r * hidden;
+                to[r] = y + (begin + r) * width;
+            }
+            dots(from.data(), here, down + e * width * hidden, hidden, width, hidden, to.data());
+        }
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) sum_choices(y, place.data(), out, t, choices, width);
     }
 }
 

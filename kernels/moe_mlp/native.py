@@ -45,6 +45,17 @@ class NativeMoeMlp(torch.autograd.Function):
         return grad_x, None, grad_gate.to(ctx.gate_dtype), grad_gate_up, grad_down
 
 
+def few_rows(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
+    """The operation for few rows an expert, without gradients."""
+    (tokens, width), (experts, _, hidden), chosen = x_TD.shape, down_EDF.shape, expert_TK.shape[1]
+    x_TD, gate_up_E2FD, down_EDF = (t.contiguous() for t in (x_TD, gate_up_E2FD, down_EDF))
+    y_MD, out_TD = x_TD.new_empty(tokens * chosen, width), torch.empty_like(x_TD)
+    choices = expert_TK.long().contiguous(), gate_TK.float().contiguous()
+    sizes = (tokens, chosen, experts, width, hidden)
+    needed(SOURCE)("few", x_TD, *choices, gate_up_E2FD, down_EDF, y_MD, out_TD, *sizes)
+    return out_TD
+
+
 def _places(order_M: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
     """The token of each row, and where each choice lies."""
     token_M, place_M = torch.empty_like(order_M), torch.empty_like(order_M)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gristmill import kernels
-from gristmill.kernels.linear import LEAST_ROWS, linear, multiply
+from gristmill.kernels.linear import LEAST_PRODUCTS, LEAST_ROWS, few, linear, multiply
 
 EPS = 2**-24
 
@@ -51,10 +51,32 @@ def test_what_runs(cpu_path: str) -> None:
     before = kernels.report().get("linear", {})
     linear(draw(0, LEAST_ROWS, 8), draw(1, 3, 8))
     linear(draw(0, LEAST_ROWS - 1, 8), draw(1, 3, 8))
+    linear(draw(0, 2, 8), draw(1, LEAST_PRODUCTS // 16, 8))
+    linear(draw(0, 2, 8), draw(1, LEAST_PRODUCTS // 16, 8).requires_grad_())
     linear(draw(0, LEAST_ROWS, 8).double(), draw(1, 3, 8).double())
     after = kernels.report()["linear"]
     ran = {path: after.get(path, 0) - before.get(path, 0) for path in ("compiled", "cpu")}
-    assert ran == ({"compiled": 1, "cpu": 2} if cpu_path == "compiled" else {"compiled": 0, "cpu": 3})
+    assert ran == ({"compiled": 2, "cpu": 3} if cpu_path == "compiled" else {"compiled": 0, "cpu": 5})
+
+
+@pytest.mark.usefixtures("cpu_path")
+@given(rows=st.integers(1, LEAST_ROWS - 1), inner=st.integers(1, 300), outer=st.integers(1, 90), bias=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_few_rows_without_gradients(rows: int, inner: int, outer: int, bias: bool) -> None:
+    x, w, b = draw(0, rows, inner), draw(1, outer, inner), draw(2, outer)
+    whole = linear(x[None], w, b if bias else None)[0]
+    x, w, b = (t.double() for t in (x, w, b))
+    close(whole, x @ w.t() + b * bias, x.abs() @ w.abs().t() + b.abs(), inner)
+
+
+def test_a_row_of_few_does_not_depend_on_the_others(cpu_path: str) -> None:
+    if cpu_path != "compiled":
+        pytest.skip("torch's products are another library's")
+    x, w = draw(0, 95, 203), draw(1, 77, 203)
+    whole = few(x, w)
+    for rows in (1, 2, 3, 4, 7, 32):
+        assert torch.equal(few(x[5 : 5 + rows], w), whole[5 : 5 + rows])
+    assert torch.equal(few(x, w[11:20]), whole[:, 11:20])
 
 
 @pytest.mark.usefixtures("cpu_path")

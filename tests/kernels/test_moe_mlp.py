@@ -111,6 +111,37 @@ def test_result_and_gradients(
 
 
 @pytest.mark.usefixtures("cpu_path")
+@given(
+    tokens=st.integers(1, 40),
+    experts=st.integers(2, 12),
+    chosen=st.integers(1, 2),
+    width=st.integers(1, 70),
+    hidden=st.integers(1, 40),
+    how=st.sampled_from(["even", "one", "ends"]),
+)
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_without_gradients(tokens: int, experts: int, chosen: int, width: int, hidden: int, how: str) -> None:
+    """Few rows an expert have a way of their own on a CPU; a token's result there does not depend on its neighbours."""
+    given_ = case(tokens, experts, chosen, width, hidden, how)
+    seen = torch.zeros(tokens, width, device=DEVICE)
+    out = moe_mlp(**given_)
+    close(out, wanted_of(given_, seen)[0], sizes_of(given_, seen)[0], torch.float32, width + hidden)
+    with_gradients = moe_mlp(**{**given_, "x_TD": given_["x_TD"].clone().requires_grad_()}).detach()
+    close(with_gradients, out.double(), sizes_of(given_, seen)[0], torch.float32, width + hidden)
+
+
+def test_a_token_of_few_does_not_depend_on_the_others(cpu_path: str) -> None:
+    if cpu_path != "compiled" or DEVICE != "cpu":
+        pytest.skip("elsewhere sums may be cut elsewhere")
+    given_ = case(30, 8, 2, 67, 21)
+    whole = moe_mlp(**given_)
+    for rows in (1, 5, 18):
+        part = {**given_, **{name: given_[name][3 : 3 + rows] for name in ("x_TD", "expert_TK", "gate_TK")}}
+        part["load_E"] = part["expert_TK"].flatten().bincount(minlength=8)
+        assert torch.equal(moe_mlp(**part), whole[3 : 3 + rows])
+
+
+@pytest.mark.usefixtures("cpu_path")
 def test_whole_tiles_for_the_copy_engine() -> None:
     """Rows of whole 16 bytes in bfloat16, more rows than a tile has, experts without any."""
     given_ = case(70, 3, 2, 64, 72, "one", torch.bfloat16)

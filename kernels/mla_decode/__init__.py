@@ -1,0 +1,90 @@
+"""Multi-head latent attention of new tokens over a cache of latents, in its absorbed form (V3 section 2.1.1).
+
+On a CPU in float32 `cpu.cpp` runs (`compiled` in `report()`): a token's heads read the cache as it lies, nothing as
+large as the scores of all tokens is held, and what a token gives does not depend on those beside it. Elsewhere it is
+torch's operations (reference.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gristmill.kernels.compiled import needed
+from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.mla_decode.reference import mla_decode_reference
+
+__all__ = ["mla_decode"]
+SOURCE = "mla_decode/cpu.cpp"
+
+
+@torch.no_grad()
+def mla_decode(
+    q_BSHQ: Tensor,
+    kv_BSY: Tensor,
+    cache_BPC: Tensor,
+    start_B: Tensor,
+    reach: int,
+    rotary: tuple[Tensor, Tensor],
+    norm_C: Tensor,
+    eps: float,
+    up_HXC: Tensor,
+    scale: float,
+) -> Tensor:
+    """Write new tokens into their slots, and let each attend to its slot up to itself, (B, S, H·W). No gradient.
+
+    Args:
+        q_BSHQ: queries as projected, (B, S, H, N + R), of which the last R are rotated here, in interleaved pairs.
+        kv_BSY: latents before their norm and the key that all heads share before its rotation, (B, S, C + R).
+        cache_BPC: a layer's slots, (B, P, C + R): normed latents and rotated keys; written at start + s.
+        start_B: the place of each row's first token, int64.
+        reach: one more than the furthest place of a token, at most P.
+        rotary: cosines and sines of the tokens' angles, float32, (B, S, R/2) each.
+        norm_C: the weight of the latent's RMS norm.
+        eps: of that norm.
+        up_HXC: what makes keys and values of a latent, (H, N + W, C), keys first.
+        scale: what the products of queries and keys are multiplied by.
+
+    Raises:
+        TypeError: dtypes differ, or places are not int64.
+        ValueError: shapes do not fit.
+    """
+    (batch, length, heads, wide), (latent,) = q_BSHQ.shape, norm_C.shape
+    turning, value = kv_BSY.shape[-1] - latent, up_HXC.shape[1] + kv_BSY.shape[-1] - latent - wide
+    wanted = {
+        "kv_BSY": (kv_BSY, (batch, length, latent + turning)),
+        "cache_BPC": (cache_BPC, (batch, cache_BPC.shape[1], latent + turning)),
+        "start_B": (start_B, (batch,)),
+        "up_HXC": (up_HXC, (heads, wide - turning + value, latent)),
+        "cosines": (rotary[0], (batch, length, turning // 2)),
+        "sines": (rotary[1], (batch, length, turning // 2)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        require(tuple(tensor.shape) == shape, ValueError, f"mla_decode: shape of {name}", tuple(tensor.shape), shape)
+    fits = 0 < turning <= wide and turning % 2 == 0 and value > 0
+    require(fits, ValueError, "mla_decode: numbers of a rotated part, of a value", (turning, value), "even, positive")
+    require(reach <= cache_BPC.shape[1], ValueError, "mla_decode: reach", reach, f"at most {cache_BPC.shape[1]}")
+    require(start_B.dtype == torch.int64, TypeError, "mla_decode: start_B", start_B.dtype, torch.int64)
+    for name, tensor in {"kv_BSY": kv_BSY, "cache_BPC": cache_BPC, "norm_C": norm_C, "up_HXC": up_HXC}.items():
+        require(tensor.dtype == q_BSHQ.dtype, TypeError, f"mla_decode: {name}", tensor.dtype, q_BSHQ.dtype)
+    if not q_BSHQ.numel():
+        return q_BSHQ.new_empty(batch, length, heads * value)
+    read = (cache_BPC, rotary[0], rotary[1], norm_C, up_HXC, start_B)
+    lies = all(t.is_contiguous() for t in read[1:]) and cache_BPC.stride()[1:] == (latent + turning, 1)
+    lies = lies and _rows(q_BSHQ) is not None and _rows(kv_BSY) is not None and rotary[0].dtype == torch.float32
+    if chosen("mla_decode", q_BSHQ, SOURCE if lies else None, triton=False) != "compiled":
+        return mla_decode_reference(q_BSHQ, kv_BSY, cache_BPC, start_B, reach, rotary, norm_C, eps, up_HXC, scale)
+    out = q_BSHQ.new_empty(batch, length, heads * value)
+    inputs = (q_BSHQ, _rows(q_BSHQ), kv_BSY, _rows(kv_BSY), cache_BPC, cache_BPC.stride(0), start_B)
+    sizes = (batch, length, heads, wide - turning, turning, value, latent)
+    needed(SOURCE)("decode", *inputs, *rotary, norm_C, up_HXC, out, *sizes, float(eps), float(scale))
+    return out
+
+
+def _rows(x: Tensor) -> int | None:
+    """Numbers from one token to the next, where a token's lie side by side and tokens evenly apart."""
+    batch, length = x.shape[:2]
+    apart = x.stride(1) if length > 1 else x.stride(0)
+    inside = x[0, 0].is_contiguous()
+    even = batch == 1 or length == 1 or x.stride(0) == length * apart
+    return apart if inside and even else None
