@@ -131,7 +131,7 @@ mix = stage(
 )(mix_tokens)
 pretrain = stage(
     "pretrain",
-    version=5,
+    version=6,
     title="Pretraining of the base model",
     estimate=estimates.of_pretraining,
 )(pretrain_model)
@@ -148,7 +148,7 @@ mix_longer = tuple(
 extend = tuple(
     stage(
         f"extend_{phase}",
-        version=2,
+        version=3,
         title=f"Context extension, phase {phase}",
         estimate=estimates.of_extension,
     )(extend_context)
@@ -156,25 +156,25 @@ extend = tuple(
 )
 cold_start = stage(
     "cold_start",
-    version=3,
+    version=4,
     title="Cold start: fine-tuning on chains of thought",
     estimate=estimates.of_fine_tuning,
 )(fine_tune)
 rl_zero = stage(
     "rl_zero",
-    version=3,
+    version=4,
     title="R1-Zero: reinforcement learning from the base",
     estimate=estimates.of_reinforcement,
 )(reinforce)
 rl = stage(
     "rl",
-    version=3,
+    version=4,
     title="Reinforcement learning from the cold start",
     estimate=estimates.of_reinforcement,
 )(reinforce)
 evaluate = stage(
     "evaluate",
-    version=4,
+    version=5,
     title="Evaluation on held-out problems",
     estimate=estimates.of_evaluation,
 )(evaluate_models)

@@ -12,11 +12,8 @@ import importlib
 import importlib.util
 import json
 import platform
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -29,70 +26,15 @@ from gristmill.kernels.grouped_gemm import grouped_gemm
 from gristmill.kernels.linear import linear
 from gristmill.kernels.mla_attention import latent_attention
 from gristmill.kernels.mla_attention.sdpa import sdpa_latent_attention
+from gristmill.kernels.mla_decode import mla_decode
+from gristmill.kernels.mla_decode.reference import mla_decode_reference
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.norm_rope import rms_norm, rotate
 from gristmill.kernels.norm_rope.reference import rotate_reference
 from gristmill.kernels.optim import AdamW, adamw
 from gristmill.kernels.router import Choice, route
 from gristmill.kernels.swiglu import swiglu
-
-RUNS, WARM = 9, 2
-Work = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation at one shape: our side, and each peer's with the ratio that is aimed at (None: none is)."""
-
-    op: str
-    shape: str
-    flops: int
-    ours: Work
-    peers: dict[str, tuple[Work, float | None]]
-    most_memory: int | None = None  # bytes that are aimed at, beyond the inputs
-
-
-def seconds(sides: list[Work], device: str) -> list[float]:
-    """Median seconds of each, run in turn so that a drift of the machine meets all."""
-    times: list[list[float]] = [[] for _ in sides]
-    for run in range(WARM + RUNS):
-        for side, work in enumerate(sides):
-            began = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if run >= WARM:
-                times[side].append(time.perf_counter() - began)
-    return [median(t) for t in times]
-
-
-def memory(work: Work, device: str) -> int | None:
-    """Most bytes that a GPU holds beyond what it held before."""
-    if device != "cuda":
-        return None
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def both_ways(function: Callable[..., Tensor], *leaves: Tensor) -> Work:
-    """Forward, and the gradients of the sum; by a gradient held whole, which torch's grouped product needs."""
-    leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
-
-    def work() -> Any:
-        out = function(*leaves)
-        return torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-    return work
-
-
-def without_gradients(function: Work) -> Work:
-    def work() -> Any:
-        with torch.no_grad():
-            return function()
-
-    return work
+from gristmill.kernels.timing import Case, Work, both_ways, memory, seconds, without_gradients
 
 
 def routed(tokens: int, experts: int, active: int) -> Tensor:
@@ -238,6 +180,42 @@ def attention(
     yield Case("attention", shape, 7 * flops // 2, both_ways(ours, *leaves), {peer: (both_ways(theirs, *leaves), None)})
 
 
+def decoding(device: str, dtype: torch.dtype, batch: int, places: int, *model: int) -> Iterator[Case]:
+    """What a step of decoding a new token a row has, without gradients: attention, experts, a product."""
+    heads, plain, turning, value, latent, width, experts, hidden = model
+
+    def draw(*shape: int) -> Tensor:
+        return torch.empty(*shape, device=device, dtype=dtype).normal_(0, shape[-1] ** -0.5)
+
+    def case(op: str, shape: str, flops: int, ours: Work, peers: dict[str, Work]) -> Case:
+        return Case(
+            op, shape, flops, without_gradients(ours), {k: (without_gradients(v), None) for k, v in peers.items()}
+        )
+
+    angle, start = torch.rand(batch, 1, turning // 2, device=device), torch.full((batch,), places - 1, device=device)
+    new = draw(batch, 1, heads, plain + turning), draw(batch, 1, latent + turning)
+    given = (*new, draw(batch, places, latent + turning), start, places, (angle.cos(), angle.sin()))
+    given = (*given, draw(latent), 1e-6, draw(heads, plain + value, latent), (plain + turning) ** -0.5)
+    flops = 2 * batch * heads * (places * (2 * latent + turning) + latent * (plain + value))
+    peer = {"absorbed, in torch": partial(mla_decode_reference, *given)}
+    yield case("mla_decode", f"{batch} × {places}, {heads} heads", flops, partial(mla_decode, *given), peer)
+
+    x, expert, gate = draw(batch, width), routed(batch, experts, 4).to(device), draw(batch, 4).abs()
+    gate_up, down = draw(experts, 2 * hidden, width), draw(experts, width, hidden)
+    ours = partial(moe_mlp, x, expert, gate, gate_up, down, expert.flatten().bincount(minlength=experts))
+    peers: dict[str, Work] = {}
+    if importlib.util.find_spec("transformers"):
+        for name in ("grouped_mm", "eager"):
+            theirs = _transformers_experts(name, width, hidden, experts)
+            peers[f"transformers {name}"] = partial(theirs, expert, x, gate, gate_up, down)
+    shape = f"{batch} tokens × 4, {experts} × {width}×{hidden}"
+    yield case("moe_mlp, few rows", shape, 24 * batch * width * hidden, ours, peers)
+
+    w, shape = draw(16 * width, width), f"{batch} × {width} → {16 * width}"
+    peer = {"torch.nn.functional.linear": partial(F.linear, x, w)}
+    yield case("linear, few rows", shape, 32 * batch * width**2, partial(linear, x, w), peer)
+
+
 def linear_product(device: str, dtype: torch.dtype, rows: int, inner: int, outer: int) -> Iterator[Case]:
     """Against torch's own."""
     x = torch.randn(rows, inner, device=device, dtype=dtype)
@@ -345,7 +323,7 @@ def said(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    operations = "linear between_products router optim grouped_gemm moe_mlp attention cross_entropy fp8_gemm"
+    operations = "linear between_products router optim grouped_gemm moe_mlp attention decoding cross_entropy fp8_gemm"
     parser.add_argument("--op", choices=operations.split())
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     asked = parser.parse_args()
@@ -354,6 +332,7 @@ def main() -> None:
         "grouped_gemm": grouped,
         "moe_mlp": experts_mlp,
         "attention": attention,
+        "decoding": decoding,
         "cross_entropy": cross_entropy,
         "between_products": between_products,
         "linear": linear_product,
@@ -365,6 +344,7 @@ def main() -> None:
         "grouped_gemm": [(8, 1024, 4, 128, 128), (32, 2048, 4, 256, 256), (64, 2048, 4, 512, 512)],
         "moe_mlp": [(32, 2048, 4, 256, 128), (64, 2048, 4, 512, 256)],
         "attention": [(8, 256, 8, 16, 16, 32), (8, 256, 8, 32, 32, 64), (1, 1024, 4, 128, 64, 128)],
+        "decoding": [(rows, 192, 8, 16, 16, 32, 64, 256, 32, 128) for rows in (1, 32)],
         "cross_entropy": [(2048, 128, 1024), (2048, 256, 8192), (2048, 256, 32_768)],
         "between_products": [(1, 256), (2048, 256)],
         "linear": [(2048, 256, 256), (2048, 512, 2048)],
@@ -377,6 +357,7 @@ def main() -> None:
             "grouped_gemm": [(256, tokens, 8, 7168, 2048) for tokens in (4096, 8192, 32_768)],
             "moe_mlp": [(64, 8192, 6, 2048, 1408)],  # of the 16B model
             "attention": [(2, 4096, 16, 128, 64, 128)],  # of the 16B model
+            "decoding": [(64, 4096, 16, 128, 64, 128, 512, 2048, 64, 1408)],  # of the 16B model
             "cross_entropy": [(8192, 2048, 32_768), (16_384, 7168, 129_280)],
             "between_products": [(8192, 2048)],
             "linear": [(8192, 7168, 2048)],

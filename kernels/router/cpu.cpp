@@ -8,6 +8,8 @@
 
 namespace {
 
+constexpr int64_t LEAST_SCORES = 1 << 13;  // below so many the other threads are not woken
+
 // What is not a number is above all numbers, so that it is chosen and seen.
 float rank_of(float value) { return value != value ? __builtin_inff() : value; }
 
@@ -35,6 +37,7 @@ void choose(
     int64_t threads
 ) {
     std::fill(counts, counts + experts, 0);
+    if (tokens * experts < LEAST_SCORES) threads = 1;
 #pragma omp parallel num_threads(threads)
     {
         const int64_t size = experts / groups;
