@@ -37,6 +37,10 @@ LONGEST_WAIT = timedelta(days=1)
 LARGEST_BUCKET = 500_000_000  # numbers, DeepSpeed's own
 
 
+def unwatched() -> None:
+    """An engine's sign of life where no launcher waits for one."""
+
+
 def start_distributed(device: torch.device) -> tuple[int, int]:
     """(rank, ranks), with the process group up: NCCL on CUDA, each rank on a device of its own; gloo on CPU.
 
