@@ -181,13 +181,13 @@ class Engine:
             "wall_clock_breakdown": False,
         }
 
-    def accumulate(self, batches: Batches, step: int) -> Row:
-        """Make the gradient of a step's batch; the parts of its loss, over all ranks.
+    def accumulate(self, batches: Batches, step: int, mtp_scale: float = 1.0) -> Row:
+        """Make the gradient of a step's batch, with this factor on the MTP weight; its loss's parts, over all ranks.
 
         A micro-batch is a share of the batch as a rank's is: `Batches.step` shares out among their product.
         """
         self.engine.train()
-        self.objective.forget()
+        self.objective.begin_step(mtp_scale)
         found: list[dict[str, Tensor]] = []
         first = self.place.data_rank(self.rank) * self.layout.micro_batches
         self.tokens, self.data_seconds = 0, 0.0
@@ -308,10 +308,10 @@ class Engine:
             self._spread()
 
     @torch.no_grad()
-    def balance(self) -> Tensor | None:
+    def balance(self, scale: float = 1.0) -> Tensor | None:
         """End a step that was taken: move the experts' biases by its load over all ranks, and follow with the average.
 
-        Returns the load, (L, E), float32; none in a dense model.
+        `scale` is on the biases' speed. Returns the load, (L, E), float32; none in a dense model.
         """
         load_LE = self.objective.load_LE()
         if load_LE is not None:
@@ -319,7 +319,7 @@ class Engine:
             if self.ranks > 1:
                 dist.all_reduce(load_LE)
             for mixture, load_E in zip(self.model.mixtures(), load_LE, strict=False):
-                mixture.update_bias(load_E)
+                mixture.update_bias(load_E, scale)
         if self.average is not None:
             self.average.update()
         return load_LE

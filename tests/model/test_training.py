@@ -40,6 +40,7 @@ from gristmill.model.training.config import (
     PretrainConfig,
     ScheduleConfig,
     SFTConfig,
+    TailConfig,
 )
 from gristmill.model.training.models import load_model
 from gristmill.model.training.objective import Objective
@@ -139,7 +140,9 @@ def test_killed_with_a_growing_batch_and_averaged_weights_it_ends_in_the_same_by
     base: Path, tokens: Path, tmp_path: Path
 ) -> None:
     ramp = BatchRampConfig(start_sequences=2, increment=1, tokens=32 * 12)
-    config = CONFIG.model_copy(update={"batch_ramp": ramp, "ema_decay": 0.8})
+    halves = (TailConfig(share=0.5, ratio=0.5),)
+    tails = {"mtp_weight_tails": halves, "bias_speed_tails": halves}
+    config = CONFIG.model_copy(update={"batch_ramp": ramp, "ema_decay": 0.8, **tails})
     straight, out = tmp_path / "straight", tmp_path / "out"
     metrics = trained(tokens, straight, config)
     # Twelve sequences of ramp in two parts: three steps of 2, two of 3, and five of 4.
@@ -163,6 +166,23 @@ def test_killed_with_a_growing_batch_and_averaged_weights_it_ends_in_the_same_by
     assert metrics["held_out_bpb_ema"] == pytest.approx(rows[-1]["held_out_bpb_ema"], abs=1e-5)
     assert metrics["held_out_bpb_ema"] != metrics["held_out_bpb"]
     assert not (base / "model-ema").exists()
+    # The rows have seven digits, and the losses differ by a third of the MTP loss, not much smaller than they.
+    weights = [(row["loss"] - row["main_loss"] - row["balance_loss"]) / row["mtp_loss"] for row in rows]
+    assert weights == pytest.approx([0.3] * 5 + [0.15] * 5, rel=1e-5)
+
+
+def test_a_tail_of_the_whole_run_is_another_weight_and_speed(base: Path, tokens: Path, tmp_path: Path) -> None:
+    """To the bit, as halves of the same numbers are exact."""
+    whole = (TailConfig(share=1.0, ratio=0.5),)
+    doubled = SMALL.model_copy(update={"mtp_loss_weight": 0.6, "bias_update_speed": 0.002})
+    for name, tails in {"mtp": (whole, ()), "bias": ((), whole), "both": (whole, whole)}.items():
+        fields = dict(zip(("mtp_weight_tails", "bias_speed_tails"), tails, strict=True))
+        trained(tokens, tmp_path / name, CONFIG.model_copy(update={"model": doubled, **fields}))
+    ours, wanted = (load_file(out / "model" / "model.safetensors") for out in (tmp_path / "both", base))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in wanted.items())
+    for name in ("mtp", "bias"):
+        other = load_file(tmp_path / name / "model" / "model.safetensors")
+        assert not all(torch.equal(other[key], tensor) for key, tensor in wanted.items())
 
 
 def test_models_are_kept_on_the_way(base: Path, tokens: Path, tmp_path: Path) -> None:
