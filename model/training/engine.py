@@ -41,8 +41,13 @@ def unwatched() -> None:
     """An engine's sign of life where no launcher waits for one."""
 
 
+def backend_of(device: torch.device) -> str:
+    """What ranks talk over: NCCL on CUDA, gloo on a CPU."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
 def start_distributed(device: torch.device) -> tuple[int, int]:
-    """(rank, ranks), with the process group up: NCCL on CUDA, each rank on a device of its own; gloo on CPU.
+    """(rank, ranks), with the process group up, by `backend_of`; on CUDA each rank has a device of its own.
 
     A rank that hangs is noticed by the job's launcher; the group's own limit would end ranks that rightly wait.
 
@@ -55,7 +60,7 @@ def start_distributed(device: torch.device) -> tuple[int, int]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = backend_of(device)
     if not dist.is_initialized() and os.environ["WORLD_SIZE"] == "1":  # there is nobody to meet
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     elif not dist.is_initialized():
