@@ -23,6 +23,12 @@ class OptimizerConfig(Config):
     adam_learning_rate: float = Field(
         default=3e-3, gt=0, title="AdamW rate", description="For embeddings, head and norms."
     )
+    muon_matrices: Literal["stored", "logical"] = Field(
+        default="stored",
+        title="Muon's matrices",
+        description="What is orthogonalised: whole stored ones, or apart the matrices of V3's equations that lie in one "
+        "(gate and up, keys and values, latent and rotary rows).",
+    )
     momentum: float = Field(default=0.95, ge=0, lt=1, title="Muon momentum", description="Nesterov momentum of Muon.")
     beta1: float = Field(default=0.9, ge=0, lt=1, title="β₁", description="First-moment decay of AdamW (V3: 0.9).")
     beta2: float = Field(default=0.95, ge=0, lt=1, title="β₂", description="Second-moment decay of AdamW (V3: 0.95).")

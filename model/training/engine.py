@@ -23,6 +23,7 @@ from gristmill.model.training.checkpoints import Checkpoint
 from gristmill.model.training.config import LayoutConfig, OptimizerConfig
 from gristmill.model.training.ema import WeightAverage
 from gristmill.model.training.expert_parallel import expert_parameters, reduce_expert_gradients, shard_experts
+from gristmill.model.training.fused import fused_of
 from gristmill.model.training.gradient_norms import GradientSquares, group_of, norms_by_group
 from gristmill.model.training.layout import Layout, groups
 from gristmill.model.training.objective import Objective
@@ -106,7 +107,8 @@ class Engine:
         self.groups = groups(self.place) if self.ranks > 1 else None
         self.experts = self._share_out()
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        self.optimizer = MuonAdamW(model.named_parameters(), optimizer)
+        self.fused = fused_of(optimizer, model.config)
+        self.optimizer = MuonAdamW(model.named_parameters(), optimizer, self.fused)
         self.optimizer.admit = self._admit
         self.expert_optimizer = self._of_experts(optimizer) if self.experts else None
         self.objective = Objective(model, mtp_loss_weight)
@@ -149,7 +151,8 @@ class Engine:
         return own
 
     def _of_experts(self, config: OptimizerConfig) -> MuonAdamW:
-        made = MuonAdamW(((piece.name, parameter) for parameter, piece in self.experts.items()), config)
+        named = ((piece.name, parameter) for parameter, piece in self.experts.items())
+        made = MuonAdamW(named, config, self.fused)
         made.admit = lambda: self._coefficient
         for group in made.param_groups:
             group["pieces"] = {parameter: (self.experts[parameter],) for parameter in group["pieces"]}

@@ -47,6 +47,7 @@ CONFIG = PretrainConfig(
 )  # fmt: skip
 ROUNDED = {p: CONFIG.model_copy(update={"precision": p}) for p in ("bfloat16", "fp8")}
 MUON = CONFIG.model_copy(update={"optimizer": OptimizerConfig()})
+LOGICAL = CONFIG.model_copy(update={"optimizer": OptimizerConfig(muon_matrices="logical")})
 CLIPPED = CONFIG.model_copy(update={"optimizer": CONFIG.optimizer.model_copy(update={"gradient_clip": 0.5})})
 ONE = LayoutConfig()
 
@@ -97,6 +98,7 @@ FROM_TO = {  # None is one rank
 MOVED = {f"{name}-{how}": config for name in FROM_TO for how, config in (("adamw", CONFIG), ("muon", MUON))}
 SLOW = {
     "zero1": Asked(zero(1)),
+    "logical": Asked(zero(2, expert_parallel=2), LOGICAL),
     "fp8": Asked(LayoutConfig(expert_parallel=2, sequence_parallel=2), ROUNDED["fp8"]),
     **{f"zero{stage}-muon": Asked(zero(stage), MUON) for stage in (1, 2, 3)},
     **{name: Asked(layout) for name, layout in SHARED.items() if name not in BY_DEFAULT},
@@ -279,6 +281,16 @@ def test_muon_orthogonalises_whole_matrices_under_zero(
     trained(corpus, tmp_path / "one", MUON)
     # Muon's update has the same size however small the gradient, so rounding grows to about a thousandth of the loss.
     assert curve(by_two(f"zero{stage}-muon")) == pytest.approx(curve(tmp_path / "one"), rel=5e-3)
+
+
+@slow
+def test_muon_takes_logical_matrices_apart_under_zero_and_shared_experts(
+    by_two: ByTwo, alone_by_muon: Path, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    trained(corpus, tmp_path / "one", LOGICAL)
+    assert curve(by_two("logical")) == pytest.approx(curve(tmp_path / "one"), rel=LOSS)
+    assert apart(weights(by_two("logical")), weights(tmp_path / "one")) < 10 * WEIGHTS
+    assert apart(weights(tmp_path / "one"), weights(alone_by_muon)) > 1000 * WEIGHTS
 
 
 def test_recomputing_changes_no_bit(alone: Path, corpus: dict[str, Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from gristmill.model.config import ModelConfig
 from gristmill.model.training.config import OptimizerConfig, ScheduleConfig
+from gristmill.model.training.fused import Fused, fused_of
 from gristmill.model.training.optimizers import MuonAdamW, orthogonalised
 from gristmill.model.training.schedules import factor
 from gristmill.model.transformer import Transformer
@@ -157,3 +158,56 @@ def rules_of(named: dict[str, nn.Parameter], config: OptimizerConfig) -> dict[st
     rules = {p.name: (g["kind"], g["decay"]) for g in groups for pieces in g["pieces"].values() for p in pieces}
     assert set(rules) == set(named)
     return rules
+
+
+@pytest.mark.parametrize("shape", [(32, 8), (3, 32, 8), (3, 8, 6)])
+def test_fused_rows_come_apart_and_together(shape: tuple[int, ...]) -> None:
+    stack = torch.arange(float(torch.Size(shape).numel())).view(-1, *shape[-2:])
+    for fused in (Fused(1, (shape[-2],)), Fused(1, (3, shape[-2] - 3)), Fused(2, (1, shape[-2] // 2 - 1))):
+        parts = fused.apart(stack)
+        for part, rows in zip(parts, fused.rows, strict=True):
+            assert part.shape == (len(stack), fused.times * rows, shape[-1])
+        assert torch.equal(fused.together(parts), stack)
+
+
+def test_logical_matrices_are_those_of_the_equations() -> None:
+    """Each is orthogonalised and scaled by itself; in the model, against the rows that its forward pass takes them for."""
+    model = Transformer(MODEL, 64)
+    model.initialise(0)
+    config = OptimizerConfig(muon_learning_rate=1.0, weight_decay=0.0, muon_matrices="logical")
+    named, before = dict(model.named_parameters()), {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = MuonAdamW(named.items(), config, fused_of(config, MODEL))
+    for i, parameter in enumerate(named.values()):
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+    optimizer.begin_step(1.0)
+    optimizer.step()
+
+    def held(name: str, rows: torch.Tensor) -> None:
+        """These rows of each matrix were taken for one."""
+        gradient = gradients[name][..., rows, :]
+        wanted = -(max(1.0, gradient.shape[-2] / gradient.shape[-1]) ** 0.5) * orthogonalised(gradient)
+        moved = (named[name].detach() - before[name])[..., rows, :]
+        # A first step's momentum is a multiple of the gradient, which the iteration divides out; float32, sums of 128.
+        torch.testing.assert_close(moved, wanted, rtol=1e-3, atol=1e-4, msg=name)
+
+    c = MODEL
+    keys_of_head = torch.arange(c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)).view(
+        c.num_attention_heads, -1
+    )
+    queries_of_head = torch.arange(c.num_attention_heads * c.head_width).view(c.num_attention_heads, -1)
+    attention, experts = "layers.1.self_attn", "layers.1.mlp.experts"
+    held(f"{attention}.kv_b_proj.weight", keys_of_head[:, : c.qk_nope_head_dim].flatten())
+    held(f"{attention}.kv_b_proj.weight", keys_of_head[:, c.qk_nope_head_dim :].flatten())
+    held(f"{attention}.q_b_proj.weight", queries_of_head[:, : c.qk_nope_head_dim].flatten())
+    held(f"{attention}.q_b_proj.weight", queries_of_head[:, c.qk_nope_head_dim :].flatten())
+    held(f"{attention}.kv_a_proj_with_mqa.weight", torch.arange(c.kv_lora_rank))
+    held(f"{attention}.kv_a_proj_with_mqa.weight", torch.arange(c.qk_rope_head_dim) + c.kv_lora_rank)
+    held(f"{attention}.o_proj.weight", torch.arange(c.hidden_size))
+    for hidden, name in (
+        (c.moe_intermediate_size, f"{experts}.gate_up_proj"),
+        (c.intermediate_size, "layers.0.mlp.gate_up_proj.weight"),
+    ):
+        held(name, torch.arange(hidden))
+        held(name, torch.arange(hidden) + hidden)
+    held(f"{experts}.down_proj", torch.arange(c.hidden_size))
