@@ -26,8 +26,8 @@ class OptimizerConfig(Config):
     muon_matrices: Literal["stored", "logical"] = Field(
         default="stored",
         title="Muon's matrices",
-        description="What is orthogonalised: whole stored ones, or apart the matrices of V3's equations that lie in one "
-        "(gate and up, keys and values, latent and rotary rows).",
+        description="What is orthogonalised: whole stored ones, or the matrices of V3's equations that lie in one, "
+        "apart (gate and up, keys and values, latent and rotary rows).",
     )
     momentum: float = Field(default=0.95, ge=0, lt=1, title="Muon momentum", description="Nesterov momentum of Muon.")
     beta1: float = Field(default=0.9, ge=0, lt=1, title="β₁", description="First-moment decay of AdamW (V3: 0.9).")
