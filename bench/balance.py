@@ -102,10 +102,10 @@ def loads(recipe: Recipe, tokens: Path, mixture: Path, steps: int) -> np.ndarray
     from gristmill.data.shards import TokenShards
     from gristmill.model.training.batches import torch_seed
     from gristmill.model.training.config import LayoutConfig
-    from gristmill.model.training.engine import Engine, start_distributed
+    from gristmill.model.training.engine import Engine, start_distributed, unwatched
     from gristmill.model.training.precision import apply_precision
     from gristmill.model.training.pretraining import check_mixture, token_batches, training_of
-    from gristmill.model.training.schedules import factor
+    from gristmill.model.training.schedules import factor, tail_factor
     from gristmill.model.transformer import Transformer
 
     config, device = recipe.pretrain, torch.device("cpu")
@@ -123,13 +123,15 @@ def loads(recipe: Recipe, tokens: Path, mixture: Path, steps: int) -> np.ndarray
         mtp_loss_weight=asked.mtp_loss_weight,
         batch_sequences=asked.batch_sequences,
         layout=LayoutConfig(),
+        alive=unwatched,
+        before_first=unwatched,
     )
     batches, found = token_batches(config, read, "train", device), []
     for step in range(steps):
-        row = engine.accumulate(batches, step)
+        row = engine.accumulate(batches, step, tail_factor(asked.mtp_weight_tails, step, asked.steps))
         if not engine.step(factor(asked.schedule, step, asked.steps), admitted=True):
             raise FloatingPointError(f"the gradient of step {step} is not finite")
-        load_LE = engine.balance()
+        load_LE = engine.balance(tail_factor(asked.bias_speed_tails, step, asked.steps))
         assert load_LE is not None
         found.append(load_LE.numpy().copy())
         if (step + 1) % 50 == 0:

@@ -1,7 +1,8 @@
 """Held-out loss against steps and against time, Muon (with AdamW for the rest) and AdamW alone. JSON at the end.
 
     OMP_NUM_THREADS=1 python -P bench/optimizers.py [--steps 240] [--seeds 3] [--adamw 0.0005 … 0.016]
-                                                    [--muon 0.005 … 0.08] [--plot FILE.png]
+                                                    [--muon 0.005 … 0.08] [--muon-matrices stored|logical]
+                                                    [--plot FILE.png]
 
 A DeepSeek-V3 of 0.2 M parameters (width 64, 3 layers, 8 experts of which 2 are active) learns the bytes of this
 Python's library, in the loop that the stages run: warm-up, constant, cosine to a tenth, weight decay 0.1, clipping 1.0.
@@ -29,7 +30,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -111,8 +112,10 @@ def trained(optimizer: OptimizerConfig, seed: int, steps: int) -> list[Row]:
     return rows
 
 
-def tuned(adamw: list[float], muon: list[float], steps: int) -> tuple[dict[str, Any], dict[str, OptimizerConfig]]:
-    """The loss of each rate of the grids, and each side with its best."""
+def tuned(
+    adamw: list[float], muon: list[float], matrices: Literal["stored", "logical"], steps: int
+) -> tuple[dict[str, Any], dict[str, OptimizerConfig]]:
+    """The loss of each rate of the grids, and each side with its best; `matrices` are those that Muon takes."""
     grid: dict[str, dict[float, float]] = {"adamw": {}, "muon": {}}
     best: dict[str, OptimizerConfig] = {}
     for rate in adamw:
@@ -122,11 +125,13 @@ def tuned(adamw: list[float], muon: list[float], steps: int) -> tuple[dict[str, 
     base = min(grid["adamw"], key=grid["adamw"].__getitem__)
     best["adamw"] = OptimizerConfig(muon_learning_rate=0.0, adam_learning_rate=base)
     for rate in muon:
-        config = OptimizerConfig(muon_learning_rate=rate, adam_learning_rate=base)
+        config = OptimizerConfig(muon_learning_rate=rate, adam_learning_rate=base, muon_matrices=matrices)
         grid["muon"][rate] = trained(config, TUNING_SEED, steps)[-1]["loss"]
         print(f"tuning Muon {rate:g} with AdamW {base:g}: {grid['muon'][rate]:.4f}", flush=True)
     best["muon"] = OptimizerConfig(
-        muon_learning_rate=min(grid["muon"], key=grid["muon"].__getitem__), adam_learning_rate=base
+        muon_learning_rate=min(grid["muon"], key=grid["muon"].__getitem__),
+        adam_learning_rate=base,
+        muon_matrices=matrices,
     )
     return grid, best
 
@@ -186,6 +191,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--adamw", type=float, nargs="+", default=[0.0005, 0.001, 0.002, 0.004, 0.008, 0.016])
     parser.add_argument("--muon", type=float, nargs="+", default=[0.005, 0.01, 0.02, 0.04, 0.08])
+    parser.add_argument("--muon-matrices", default="stored", choices=["stored", "logical"])
     parser.add_argument("--plot", type=Path, default=Path("docs/images/optimizers.png"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -195,7 +201,7 @@ def main() -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     start_distributed(torch.device("cpu"))
-    grid, best = tuned(arguments.adamw, arguments.muon, arguments.steps)
+    grid, best = tuned(arguments.adamw, arguments.muon, arguments.muon_matrices, arguments.steps)
     runs: dict[str, list[list[Row]]] = {side: [] for side in SIDES}
     for seed in range(arguments.seeds):
         for side, config in best.items():
@@ -207,6 +213,7 @@ def main() -> None:
     edge = [side for side, rate in rates.items() if rate in (min(grid[side]), max(grid[side]))]
     losses = {side: {f"{rate:g}": round(loss, 4) for rate, loss in found.items()} for side, found in grid.items()}
     how = {"parameters": parameter_counts(MODEL, VOCAB)[0], "steps": arguments.steps, "seeds": arguments.seeds}
+    how["muon_matrices"] = arguments.muon_matrices
     print(json.dumps({**summary(runs), "rates": rates, "edge": edge, "grid": losses, **how}))
 
 

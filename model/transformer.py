@@ -277,10 +277,13 @@ class MixtureOfExperts(nn.Module):
         return f_BE, share_TE.view(sequences, length, experts).mean(1)
 
     @torch.no_grad()
-    def update_bias(self, load_E: Tensor) -> None:
-        """Overloaded experts −γ, underloaded +γ, after a step's load over all ranks (V3 section 2.1.2)."""
+    def update_bias(self, load_E: Tensor, scale: float = 1.0) -> None:
+        """Overloaded experts −γ, underloaded +γ, after a step's load over all ranks (V3 section 2.1.2).
+
+        γ is `bias_update_speed` times `scale`.
+        """
         load = load_E.float()
-        self.gate.e_score_correction_bias += self.config.bias_update_speed * (load.mean() - load).sign()
+        self.gate.e_score_correction_bias += self.config.bias_update_speed * scale * (load.mean() - load).sign()
 
 
 class Block(nn.Module):

@@ -26,6 +26,7 @@ from gristmill.model.rl.rewards import Judged, judge, reference_answer
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import numpy_generator, torch_seed
 from gristmill.model.training.checkpoints import CheckpointWriter, last_checkpoint
+from gristmill.model.training.fused import fused_of
 from gristmill.model.training.loop import Row, write_rows
 from gristmill.model.training.models import load_model, own_tensors, save_model
 from gristmill.model.training.optimizers import MuonAdamW
@@ -75,7 +76,7 @@ class Policy:
             seed,
             out,
         )
-        self.optimizer = MuonAdamW(model.named_parameters(), config.optimizer)
+        self.optimizer = MuonAdamW(model.named_parameters(), config.optimizer, fused_of(config.optimizer, model.config))
         self.owner = {**model.config.model_dump(mode="json"), "vocab_size": model.vocab_size}
         self.writer = CheckpointWriter(out / "work", self.owner)
         self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_weight else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from gristmill.model.batch_sizes import BatchSizes
 from gristmill.model.config import Config, ModelConfig, RotaryScalingConfig
@@ -22,6 +22,12 @@ class OptimizerConfig(Config):
     )
     adam_learning_rate: float = Field(
         default=3e-3, gt=0, title="AdamW rate", description="For embeddings, head and norms."
+    )
+    muon_matrices: Literal["stored", "logical"] = Field(
+        default="stored",
+        title="Muon's matrices",
+        description="What is orthogonalised: whole stored ones, or the matrices of V3's equations that lie in one, "
+        "apart (gate and up, keys and values, latent and rotary rows).",
     )
     momentum: float = Field(default=0.95, ge=0, lt=1, title="Muon momentum", description="Nesterov momentum of Muon.")
     beta1: float = Field(default=0.9, ge=0, lt=1, title="β₁", description="First-moment decay of AdamW (V3: 0.9).")
@@ -42,6 +48,15 @@ class TailConfig(Config):
 
     share: float = Field(gt=0, le=1, title="Share", description="Share of the run's steps.")
     ratio: float = Field(ge=0, le=1, title="Ratio", description="Rate over the peak.")
+
+
+def _within_the_run(tails: tuple[TailConfig, ...]) -> tuple[TailConfig, ...]:
+    if (shares := sum(tail.share for tail in tails)) > 1 + 1e-9:  # shares written in decimals
+        raise ValueError(f"the shares of the tails, {shares:g}, are more than the whole run: lower them to at most 1")
+    return tails
+
+
+Tails = Annotated[tuple[TailConfig, ...], AfterValidator(_within_the_run)]
 
 
 class ScheduleConfig(Config):
@@ -199,6 +214,18 @@ class PretrainConfig(Config):
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, title="Optimizer", description="Rates.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, title="Schedule", description="Rate over steps.")
+    mtp_weight_tails: Tails = Field(
+        default=(),
+        title="MTP weight at the end",
+        description="Shares of the steps at the end and the MTP weight in each over mtp_loss_weight (V3: a third after "
+        "10 of 14.8 T tokens).",
+    )
+    bias_speed_tails: Tails = Field(
+        default=(),
+        title="Bias step at the end",
+        description="Shares of the steps at the end and γ in each over bias_update_speed (V3: 0 in the last 500 B "
+        "tokens).",
+    )
     batch_ramp: BatchRampConfig | None = Field(
         default=None, title="Batch ramp", description="Smaller batches at first; none: batch_sequences throughout."
     )
@@ -333,6 +360,16 @@ class ExtendSection(Config):
         default_factory=lambda: ScheduleConfig(warmup_steps=0, decay_fraction=0.0),
         title="Schedule",
         description="Rate over steps (V3: constant).",
+    )
+    mtp_weight_tails: Tails = Field(
+        default=(),
+        title="MTP weight at the end",
+        description="As in pretraining; a share of 1 is the whole phase.",
+    )
+    bias_speed_tails: Tails = Field(
+        default=(),
+        title="Bias step at the end",
+        description="As in pretraining; a share of 1 is the whole phase.",
     )
     checkpoint_every: int = Field(default=100, ge=1, title="Checkpoint", description="Steps between checkpoints.")
     evaluate_every: int = Field(default=100, ge=1, title="Held-out check", description="Steps between held-out losses.")

@@ -23,6 +23,7 @@ from gristmill.model.training.checkpoints import Checkpoint
 from gristmill.model.training.config import LayoutConfig, OptimizerConfig
 from gristmill.model.training.ema import WeightAverage
 from gristmill.model.training.expert_parallel import expert_parameters, reduce_expert_gradients, shard_experts
+from gristmill.model.training.fused import fused_of
 from gristmill.model.training.gradient_norms import GradientSquares, group_of, norms_by_group
 from gristmill.model.training.layout import Layout, groups
 from gristmill.model.training.objective import Objective
@@ -37,8 +38,17 @@ LONGEST_WAIT = timedelta(days=1)
 LARGEST_BUCKET = 500_000_000  # numbers, DeepSpeed's own
 
 
+def unwatched() -> None:
+    """An engine's sign of life where no launcher waits for one."""
+
+
+def backend_of(device: torch.device) -> str:
+    """What ranks talk over: NCCL on CUDA, gloo on a CPU."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
 def start_distributed(device: torch.device) -> tuple[int, int]:
-    """(rank, ranks), with the process group up: NCCL on CUDA, each rank on a device of its own; gloo on CPU.
+    """(rank, ranks), with the process group up, by `backend_of`; on CUDA each rank has a device of its own.
 
     A rank that hangs is noticed by the job's launcher; the group's own limit would end ranks that rightly wait.
 
@@ -51,7 +61,7 @@ def start_distributed(device: torch.device) -> tuple[int, int]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = backend_of(device)
     if not dist.is_initialized() and os.environ["WORLD_SIZE"] == "1":  # there is nobody to meet
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     elif not dist.is_initialized():
@@ -97,7 +107,8 @@ class Engine:
         self.groups = groups(self.place) if self.ranks > 1 else None
         self.experts = self._share_out()
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        self.optimizer = MuonAdamW(model.named_parameters(), optimizer)
+        self.fused = fused_of(optimizer, model.config)
+        self.optimizer = MuonAdamW(model.named_parameters(), optimizer, self.fused)
         self.optimizer.admit = self._admit
         self.expert_optimizer = self._of_experts(optimizer) if self.experts else None
         self.objective = Objective(model, mtp_loss_weight)
@@ -140,7 +151,8 @@ class Engine:
         return own
 
     def _of_experts(self, config: OptimizerConfig) -> MuonAdamW:
-        made = MuonAdamW(((piece.name, parameter) for parameter, piece in self.experts.items()), config)
+        named = ((piece.name, parameter) for parameter, piece in self.experts.items())
+        made = MuonAdamW(named, config, self.fused)
         made.admit = lambda: self._coefficient
         for group in made.param_groups:
             group["pieces"] = {parameter: (self.experts[parameter],) for parameter in group["pieces"]}
@@ -177,13 +189,13 @@ class Engine:
             "wall_clock_breakdown": False,
         }
 
-    def accumulate(self, batches: Batches, step: int) -> Row:
-        """Make the gradient of a step's batch; the parts of its loss, over all ranks.
+    def accumulate(self, batches: Batches, step: int, mtp_scale: float = 1.0) -> Row:
+        """Make the gradient of a step's batch, with this factor on the MTP weight; its loss's parts, over all ranks.
 
         A micro-batch is a share of the batch as a rank's is: `Batches.step` shares out among their product.
         """
         self.engine.train()
-        self.objective.forget()
+        self.objective.begin_step(mtp_scale)
         found: list[dict[str, Tensor]] = []
         first = self.place.data_rank(self.rank) * self.layout.micro_batches
         self.tokens, self.data_seconds = 0, 0.0
@@ -304,10 +316,10 @@ class Engine:
             self._spread()
 
     @torch.no_grad()
-    def balance(self) -> Tensor | None:
+    def balance(self, scale: float = 1.0) -> Tensor | None:
         """End a step that was taken: move the experts' biases by its load over all ranks, and follow with the average.
 
-        Returns the load, (L, E), float32; none in a dense model.
+        `scale` is on the biases' speed. Returns the load, (L, E), float32; none in a dense model.
         """
         load_LE = self.objective.load_LE()
         if load_LE is not None:
@@ -315,7 +327,7 @@ class Engine:
             if self.ranks > 1:
                 dist.all_reduce(load_LE)
             for mixture, load_E in zip(self.model.mixtures(), load_LE, strict=False):
-                mixture.update_bias(load_E)
+                mixture.update_bias(load_E, scale)
         if self.average is not None:
             self.average.update()
         return load_LE

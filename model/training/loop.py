@@ -25,12 +25,19 @@ from gristmill.model.signs_of_life import SignOfLife
 from gristmill.model.stage_types import Progress
 from gristmill.model.training.batches import Batches
 from gristmill.model.training.checkpoints import CheckpointWriter, last_checkpoint
-from gristmill.model.training.config import LayoutConfig, OptimizerConfig, Precision, ScheduleConfig, SpikeConfig
+from gristmill.model.training.config import (
+    LayoutConfig,
+    OptimizerConfig,
+    Precision,
+    ScheduleConfig,
+    SpikeConfig,
+    TailConfig,
+)
 from gristmill.model.training.engine import Engine
 from gristmill.model.training.keeping import KeptModels, write_from
 from gristmill.model.training.profiling import profiled
 from gristmill.model.training.recording import Recorder, Spent
-from gristmill.model.training.schedules import factor
+from gristmill.model.training.schedules import factor, tail_factor
 from gristmill.model.training.spikes import Spikes
 from gristmill.model.transformer import Transformer
 
@@ -49,6 +56,8 @@ class Training:
     schedule: ScheduleConfig
     checkpoint_every: int
     mtp_loss_weight: float = 0.0
+    mtp_weight_tails: tuple[TailConfig, ...] = ()  # factors on that weight in the last steps
+    bias_speed_tails: tuple[TailConfig, ...] = ()  # and on the speed of the experts' biases
     load_every: int = 0  # record the experts' load every so many steps; 0 never
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
     keep_every: int = 0  # steps between models that are kept in kept/; 0 none
@@ -197,16 +206,18 @@ class Run:
 
     def _step(self, step: int) -> Row:
         """Take a step, or leave it out; its row of the curves."""
-        row = self.engine.accumulate(self.batches, step)
+        training = self.training
+        mtp_scale = tail_factor(training.mtp_weight_tails, step, training.steps)
+        row = self.engine.accumulate(self.batches, step, mtp_scale)
         why = self.spikes.judge(row)
-        scale = factor(self.training.schedule, step, self.training.steps)
+        scale = factor(training.schedule, step, training.steps)
         applied = self.engine.step(scale, admitted=why is None)
         row |= {"grad_norm": self.engine.norm, **self.engine.norms}
-        row |= {"learning_rate": scale * self.training.optimizer.adam_learning_rate}
+        row |= {"learning_rate": scale * training.optimizer.adam_learning_rate}
         if not applied:
             return self._left_out(step, row, why or "gradient")
         self.spikes.taken(row["main_loss"])
-        load_LE = self.engine.balance()
+        load_LE = self.engine.balance(tail_factor(training.bias_speed_tails, step, training.steps))
         if load_LE is not None:
             row |= self._record_load(step, load_LE)
         return row

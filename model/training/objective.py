@@ -15,12 +15,12 @@ class Objective(nn.Module):
 
     def __init__(self, model: Transformer, mtp_loss_weight: float) -> None:
         super().__init__()
-        self.model, self.mtp_loss_weight = model, mtp_loss_weight
-        self.routings: list[Routing] = []  # of the micro-batches since `forget`
+        self.model, self.mtp_loss_weight, self.mtp_scale = model, mtp_loss_weight, 1.0
+        self.routings: list[Routing] = []  # of the micro-batches since `begin_step`
 
-    def forget(self) -> None:
-        """Begin a step: what the gates decided before it is done with."""
-        self.routings = []
+    def begin_step(self, mtp_scale: float) -> None:
+        """Take this factor on the MTP weight from here on; what the gates decided before is done with."""
+        self.routings, self.mtp_scale = [], mtp_scale
 
     def forward(self, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         routing = Routing()
@@ -31,7 +31,7 @@ class Objective(nn.Module):
         if ahead:
             shares = _shares_ahead(batch, len(ahead))
             mtp = torch.stack([loss * share for loss, share in zip(ahead, shares, strict=True)]).mean()
-            total = total + self.mtp_loss_weight * mtp
+            total = total + self.mtp_loss_weight * self.mtp_scale * mtp
             parts["mtp_loss"] = mtp.detach()
         if routing.balance_loss:
             balance = torch.stack(routing.balance_loss).sum()
@@ -42,7 +42,7 @@ class Objective(nn.Module):
         return total, {"loss": total.detach(), **parts}
 
     def load_LE(self) -> Tensor | None:
-        """Rows that each expert of each MoE block received on this rank since `forget`; none in a dense model."""
+        """Rows that each expert of each MoE block received on this rank since `begin_step`; none in a dense model."""
         if not self.routings or not self.routings[0].load_LE:
             return None
         return torch.stack([torch.stack(routing.load_LE) for routing in self.routings]).sum(0)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gristmill.kernels.optim import AdamW, adamw
 from gristmill.model.training.config import OptimizerConfig
+from gristmill.model.training.fused import FusedOf, as_stored
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -67,6 +68,24 @@ def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
+def update_scale(rows: int, columns: int) -> float:
+    """What an orthogonal update is multiplied by, so that it changes outputs alike whatever the shape."""
+    return max(1.0, rows / columns) ** 0.5
+
+
+def _orthogonalised_by_shape(stacks: list[Tensor]) -> list[Tensor]:
+    """Each of these stacks of matrices, those of a shape in one go."""
+    of_shape: dict[torch.Size, list[int]] = {}
+    for i, stack in enumerate(stacks):
+        of_shape.setdefault(stack.shape[-2:], []).append(i)
+    found = list(stacks)
+    for members in of_shape.values():
+        together = orthogonalised(torch.cat([stacks[i] for i in members]))
+        for i, part in zip(members, together.split([len(stacks[i]) for i in members]), strict=True):
+            found[i] = part
+    return found
+
+
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Matrices between hidden states are Muon's; embeddings, the head, the gates' scores and norms are AdamW's."""
     return parameter.ndim >= 2 and not any(part in name for part in ("embed_tokens", "lm_head", ".gate.weight"))
@@ -79,8 +98,10 @@ class MuonAdamW(torch.optim.Optimizer):
     gradients are there: what to multiply them by (clipping), or none to leave the step out.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
-        self.config, self.scale, self.steps_done = config, 1.0, 0
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, fused: FusedOf = as_stored
+    ) -> None:
+        self.config, self.fused, self.scale, self.steps_done = config, fused, 1.0, 0
         self.gather: Gather = _own_matrices
         self.admit: Callable[[], float | None] = lambda: 1.0
         self.watch: Watch = lambda gradients: None
@@ -128,19 +149,22 @@ class MuonAdamW(torch.optim.Optimizer):
             self._muon(parameters, group["pieces"], rate)
 
     def _muon(self, parameters: list[Tensor], pieces: dict[Tensor, tuple[Piece, ...]], rate: float) -> None:
-        stacks: dict[tuple[int, int], list[tuple[Tensor, Piece, Tensor]]] = {}
+        held: list[tuple[Tensor, Piece, list[Tensor]]] = []
         for parameter in parameters:
             matrices = self.gather(parameter, self._nesterov(parameter))
             for piece in pieces[parameter]:
-                stacks.setdefault(piece.shape[-2:], []).append((parameter, piece, matrices(piece)))  # type: ignore[arg-type]
-        for (rows, columns), members in stacks.items():
-            update = orthogonalised(torch.cat([stack for *_, stack in members]))
-            size = max(1.0, rows / columns) ** 0.5
-            parts = update.split([len(stack) for *_, stack in members])
-            for (parameter, piece, _), part in zip(members, parts, strict=True):
-                skipped = piece.start - piece.matrices[0] * rows * columns
-                own = part.reshape(-1)[skipped : skipped + piece.stop - piece.start]
-                piece.of(parameter).add_(own.to(parameter.device), alpha=-rate * size)
+                held.append((parameter, piece, self.fused(piece.name, piece.shape).apart(matrices(piece))))
+        updates = iter(_orthogonalised_by_shape([stack for *_, stacks in held for stack in stacks]))
+        for parameter, piece, stacks in held:
+            rows, columns = piece.shape[-2:]
+            scale, parts = update_scale(rows, columns), [next(updates) for _ in stacks]
+            for part in parts:
+                if (own_scale := update_scale(*part.shape[-2:])) != scale:
+                    part.mul_(own_scale / scale)
+            update = self.fused(piece.name, piece.shape).together(parts)
+            skipped = piece.start - piece.matrices[0] * rows * columns
+            own = update.reshape(-1)[skipped : skipped + piece.stop - piece.start]
+            piece.of(parameter).add_(own.to(parameter.device), alpha=-rate * scale)
 
     def _nesterov(self, parameter: Tensor) -> Tensor:
         """The momentum after this gradient, a further step of it ahead."""

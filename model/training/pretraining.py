@@ -85,6 +85,8 @@ def training_of(config: MixtureRun, model: Transformer) -> Training:
         schedule=config.schedule,
         checkpoint_every=config.checkpoint_every,
         mtp_loss_weight=model.config.mtp_loss_weight if model.config.num_nextn_predict_layers else 0.0,
+        mtp_weight_tails=config.mtp_weight_tails,
+        bias_speed_tails=config.bias_speed_tails,
         load_every=max(1, config.steps // 40),
         spikes=config.spikes,
         precision=config.precision,

@@ -1,12 +1,13 @@
-"""Learning-rate factors as pure functions of the step."""
+"""Factors on learning rates and other weights, as pure functions of the step."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
-from gristmill.model.training.config import ScheduleConfig
+from gristmill.model.training.config import ScheduleConfig, TailConfig
 
 
 def factor(config: ScheduleConfig, step: int, steps: int) -> float:
@@ -17,16 +18,36 @@ def factor(config: ScheduleConfig, step: int, steps: int) -> float:
     Raises:
         ValueError: the step is not one of the run's.
     """
-    if not 0 <= step < steps:
-        raise ValueError(f"step {step} is not one of the {steps} steps of the schedule: ask for one below {steps}")
+    _refuse_others(step, steps)
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    tails = [round(steps * tail.share) for tail in config.tails]
-    decay_until = steps - sum(tails)
+    decay_until = steps - sum(_lengths(config.tails, steps))
     if step < decay_until:
         return _before_tails(config, step, steps, decay_until)
-    ends = [decay_until + end for end in itertools.accumulate(tails)]
-    return next(tail.ratio for tail, end in zip(config.tails, ends, strict=True) if step < end)
+    return tail_factor(config.tails, step, steps)
+
+
+def tail_factor(tails: Sequence[TailConfig], step: int, steps: int) -> float:
+    """The ratio of the tail that `step` (0-based) of `steps` lies in; 1 before them.
+
+    Raises:
+        ValueError: the step is not one of the run's.
+    """
+    _refuse_others(step, steps)
+    lengths = _lengths(tails, steps)
+    ends = itertools.accumulate(lengths, initial=steps - sum(lengths))
+    ratios = [1.0, *(tail.ratio for tail in tails)]
+    return next(ratio for ratio, end in zip(ratios, ends, strict=True) if step < end)
+
+
+def _refuse_others(step: int, steps: int) -> None:
+    if not 0 <= step < steps:
+        raise ValueError(f"step {step} is not one of the {steps} steps of the schedule: ask for one below {steps}")
+
+
+def _lengths(tails: Sequence[TailConfig], steps: int) -> list[int]:
+    """Steps of each tail."""
+    return [round(steps * tail.share) for tail in tails]
 
 
 def _before_tails(config: ScheduleConfig, step: int, steps: int, decay_until: int) -> float:

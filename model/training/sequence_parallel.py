@@ -19,7 +19,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -106,12 +105,13 @@ class SequenceParallelLatentAttention(MultiHeadLatentAttention):
         cos, sin = rotary
         q_BsHN, q_BsHR = q_BsHQ.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         q_BsHR = rotate(q_BsHR, cos[:, :, None], sin[:, :, None]).to(q_BsHN.dtype)
-        key_BsR = rotate(key_BsR, cos, sin).to(latent_BsC.dtype)
+        key_BsR = rotate(key_BsR, cos, sin).to(q_BsHN.dtype)
         q_BSh = heads_of_all_positions(torch.cat((q_BsHN, q_BsHR), -1), self.group)
-        shared_BSC = all_positions(torch.cat((latent_BsC, key_BsR), -1), self.group)
+        # The latent's norm is float32; it travels as the product rounds it, which changes no number behind it.
+        shared_BSC = all_positions(torch.cat((latent_BsC.to(q_BsHN.dtype), key_BsR), -1), self.group)
         latent_BSC, key_BSR = shared_BSC.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         up = self.kv_b_proj.weight.view(c.num_attention_heads, -1, c.kv_lora_rank)[_own_heads(own, self.group)]
-        kv = F.linear(latent_BSC, up.flatten(0, 1)).unflatten(-1, (own, -1))
+        kv = self.kv_b_proj.product(latent_BSC, up.flatten(0, 1), None).unflatten(-1, (own, -1))
         k_BShN, v_BShW = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         k_BSh = torch.cat((k_BShN, key_BSR[:, :, None].expand(*k_BShN.shape[:3], -1)), -1)
         out_BShW = _attended(q_BSh, k_BSh, v_BShW, mask_BSS, self.scale)

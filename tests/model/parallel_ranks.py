@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gristmill.model.config import ModelConfig
 from gristmill.model.training.batches import IGNORED, TrainingBatch, document_mask, positions_within
-from gristmill.model.training.config import OptimizerConfig
+from gristmill.model.training.config import OptimizerConfig, Precision
 from gristmill.model.training.expert_parallel import (
     ShardedExperts,
     expert_parameters,
@@ -27,6 +27,7 @@ from gristmill.model.training.expert_parallel import (
 )
 from gristmill.model.training.layout import Groups, Layout, groups
 from gristmill.model.training.optimizers import MuonAdamW
+from gristmill.model.training.precision import apply_precision
 from gristmill.model.training.sequence_parallel import (
     SequenceParallelGroupedAttention,
     SequenceParallelLatentAttention,
@@ -65,6 +66,7 @@ class Case:
     masked: bool = True
     bias: tuple[float, ...] = ()
     model: dict[str, Any] = field(default_factory=dict)
+    precision: Precision = "float32"
 
     @property
     def layout(self) -> Layout:
@@ -75,6 +77,7 @@ class Case:
         model.initialise(1)
         for mixture in model.mixtures() if self.bias else []:
             mixture.gate.e_score_correction_bias.copy_(torch.tensor(self.bias))
+        apply_precision(model, self.precision)
         return model
 
 
@@ -92,6 +95,16 @@ CASES = {
     "experts-replicas-sequence": Case(4, experts=2, sequence=2),
     "experts-sequence-crossed": Case(4, experts=4, sequence=2, masked=False),
     "sequence-of-four-gqa": Case(4, experts=2, sequence=4, model={**GQA, "num_key_value_heads": 2}),
+}
+# All experts are chosen by every token, so that a rounded affinity changes no choice.
+ROUNDED = {
+    f"{name}-{precision}": Case(2, **layout, model={"num_experts_per_tok": 4}, precision=precision)
+    for name, layout in {
+        "experts": {"experts": 2},
+        "sequence": {"sequence": 2},
+        "both": {"experts": 2, "sequence": 2},
+    }.items()
+    for precision in ("bfloat16", "fp8")
 }
 TWO = [name for name, case in CASES.items() if case.ranks == 2]
 FOUR = [name for name, case in CASES.items() if case.ranks == 4]
@@ -157,6 +170,8 @@ def rank_main(rank: int, ranks: int, folder: Path) -> None:
     for name in TWO if ranks == 2 else FOUR:
         save_file(one_step(CASES[name], rank), folder / f"{name}-{rank}.safetensors")
     if ranks == 2:
+        for name, case in ROUNDED.items():
+            save_file(one_step(case, rank), folder / f"{name}-{rank}.safetensors")
         made = groups(Layout(2, 2, 2))
         save_file(exact_experts(rank, made), folder / f"exact-experts-{rank}.safetensors")
         save_file(exact_attention(rank, made), folder / f"exact-attention-{rank}.safetensors")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -12,17 +9,7 @@ import pytest
 
 from gristmill.model.training.layout import Layout, expert_bytes, sequence_bytes
 from gristmill.model.transformer import Transformer
-
-
-def bench(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "bench" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[f"bench_{name}"] = module
-    spec.loader.exec_module(module)
-    return module
+from tests.model.benches import bench
 
 
 @pytest.fixture(scope="module")

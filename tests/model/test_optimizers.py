@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 from torch import nn
 
+from gristmill.model.config import ModelConfig
 from gristmill.model.training.config import OptimizerConfig, ScheduleConfig
+from gristmill.model.training.fused import Fused, fused_of
 from gristmill.model.training.optimizers import MuonAdamW, orthogonalised
 from gristmill.model.training.schedules import factor
+from gristmill.model.transformer import Transformer
 
 
 def test_newton_schulz_brings_singular_values_near_one() -> None:
@@ -77,3 +81,133 @@ def test_schedule_warms_up_holds_and_decays() -> None:
     assert all(f == 1.0 for f in factors[4:10])
     assert all(a > b for a, b in itertools.pairwise(factors[9:]))
     assert abs(factors[-1] - 0.1) < 1e-12
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (8, 8), (3, 16, 8), (3, 8, 16)])
+def test_muon_equals_a_plain_computation(shape: tuple[int, ...], moments: str) -> None:
+    """Nesterov momentum, orthogonalised, times √max(1, rows / columns) of a single matrix, decoupled decay."""
+    config = OptimizerConfig.model_validate({"muon_learning_rate": 0.02, "weight_decay": 0.1, "moments": moments})
+    draw = torch.Generator().manual_seed(4)
+    ours = nn.Parameter(torch.randn(shape, generator=draw))
+    wanted, momentum = ours.detach().clone(), torch.zeros(shape)
+    mine = MuonAdamW([("mlp.experts.gate_up_proj", ours)], config)
+    for _ in range(4):
+        gradient = torch.randn(shape, generator=draw)
+        ours.grad = gradient.clone()
+        mine.begin_step(0.5)
+        mine.step()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        update = orthogonalised(0.05 * gradient + 0.95 * momentum)
+        if moments == "bfloat16":
+            momentum = momentum.bfloat16().float()  # what is kept is rounded, what is used is not
+        rate = 0.5 * config.muon_learning_rate
+        wanted = wanted * (1 - rate * 0.1) - rate * max(1.0, shape[-2] / shape[-1]) ** 0.5 * update
+    (state,) = mine.state.values()
+    assert state["momentum"].dtype == getattr(torch, moments)
+    # An update of order one, in float32 along another order of operations, of which 0.01 is taken four times. A momentum
+    # that falls on the other side of a bfloat16's edge is off by 2⁻⁸ of itself, of which an update has 0.95 · 0.95.
+    torch.testing.assert_close(ours.detach(), wanted, rtol=1e-5, atol={"float32": 1e-6, "bfloat16": 1e-4}[moments])
+
+
+def test_the_update_of_muon_has_the_spectral_norm_that_its_scale_says() -> None:
+    """About √(rows / columns) of a tall matrix and 1 of a wide one, of each of a stack's by itself (Bernstein 2025)."""
+    for shape in ((4, 64, 16), (4, 16, 64)):
+        parameter = nn.Parameter(torch.zeros(shape))
+        optimizer = MuonAdamW([("w", parameter)], OptimizerConfig(muon_learning_rate=1.0, weight_decay=0.0))
+        sizes = torch.tensor([1e-6, 1.0, 1e3, 1.0])[:, None, None]  # an expert's small gradient moves it no less
+        parameter.grad = torch.randn(shape, generator=torch.Generator().manual_seed(5)) * sizes
+        optimizer.begin_step(1.0)
+        optimizer.step()
+        norms = torch.linalg.matrix_norm(parameter.detach(), 2) / max(1.0, shape[1] / shape[2]) ** 0.5
+        assert norms.min() > 0.6
+        assert norms.max() < 1.3  # see above: the quintic's band
+
+
+MODEL = ModelConfig(q_lora_rank=32, num_nextn_predict_layers=1)
+GROUPED = ModelConfig(attention="gqa", num_key_value_heads=2, qkv_bias=True, qk_norm=True)
+
+
+@pytest.mark.parametrize("config", [MODEL, GROUPED], ids=["mla", "gqa"])
+def test_each_parameter_has_its_rule(config: ModelConfig) -> None:
+    """Muon takes matrices between hidden states; norms and biases are not decayed, and all matrices are."""
+    with torch.device("meta"):
+        named = dict(Transformer(config, 64).named_parameters())
+    rules = rules_of(named, OptimizerConfig())
+    hidden = {
+        "q_proj", "q_a_proj", "q_b_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
+        "gate_up_proj", "down_proj", "eh_proj",
+    }  # fmt: skip
+    for name, rule in rules.items():
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        if name.endswith(".bias") or "norm" in module:
+            assert rule == ("adam", 0.0), name
+        elif module in hidden:
+            assert rule == ("muon", 0.1), name
+        else:
+            assert module in {"embed_tokens", "lm_head", "gate"}, name
+            assert rule == ("adam", 0.1), name
+    assert set(rules.values()) == {("adam", 0.0), ("adam", 0.1), ("muon", 0.1)}
+    alone = rules_of(named, OptimizerConfig(muon_learning_rate=0.0))
+    assert alone == {name: ("adam", decay) for name, (_, decay) in rules.items()}
+
+
+def rules_of(named: dict[str, nn.Parameter], config: OptimizerConfig) -> dict[str, tuple[str, float]]:
+    """(kind, weight decay) of each parameter."""
+    groups = MuonAdamW(named.items(), config).param_groups
+    rules = {p.name: (g["kind"], g["decay"]) for g in groups for pieces in g["pieces"].values() for p in pieces}
+    assert set(rules) == set(named)
+    return rules
+
+
+@pytest.mark.parametrize("shape", [(32, 8), (3, 32, 8), (3, 8, 6)])
+def test_fused_rows_come_apart_and_together(shape: tuple[int, ...]) -> None:
+    stack = torch.arange(float(torch.Size(shape).numel())).view(-1, *shape[-2:])
+    for fused in (Fused(1, (shape[-2],)), Fused(1, (3, shape[-2] - 3)), Fused(2, (1, shape[-2] // 2 - 1))):
+        parts = fused.apart(stack)
+        for part, rows in zip(parts, fused.rows, strict=True):
+            assert part.shape == (len(stack), fused.times * rows, shape[-1])
+        assert torch.equal(fused.together(parts), stack)
+
+
+def test_logical_matrices_are_those_of_the_equations() -> None:
+    """Each is orthogonalised and scaled by itself; in the model, against the rows that its forward pass takes them for."""
+    model = Transformer(MODEL, 64)
+    model.initialise(0)
+    config = OptimizerConfig(muon_learning_rate=1.0, weight_decay=0.0, muon_matrices="logical")
+    named, before = dict(model.named_parameters()), {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = MuonAdamW(named.items(), config, fused_of(config, MODEL))
+    for i, parameter in enumerate(named.values()):
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+    optimizer.begin_step(1.0)
+    optimizer.step()
+
+    def held(name: str, rows: torch.Tensor) -> None:
+        """These rows of each matrix were taken for one."""
+        gradient = gradients[name][..., rows, :]
+        wanted = -(max(1.0, gradient.shape[-2] / gradient.shape[-1]) ** 0.5) * orthogonalised(gradient)
+        moved = (named[name].detach() - before[name])[..., rows, :]
+        # A first step's momentum is a multiple of the gradient, which the iteration divides out; float32, sums of 128.
+        torch.testing.assert_close(moved, wanted, rtol=1e-3, atol=1e-4, msg=name)
+
+    c = MODEL
+    keys_of_head = torch.arange(c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)).view(
+        c.num_attention_heads, -1
+    )
+    queries_of_head = torch.arange(c.num_attention_heads * c.head_width).view(c.num_attention_heads, -1)
+    attention, experts = "layers.1.self_attn", "layers.1.mlp.experts"
+    held(f"{attention}.kv_b_proj.weight", keys_of_head[:, : c.qk_nope_head_dim].flatten())
+    held(f"{attention}.kv_b_proj.weight", keys_of_head[:, c.qk_nope_head_dim :].flatten())
+    held(f"{attention}.q_b_proj.weight", queries_of_head[:, : c.qk_nope_head_dim].flatten())
+    held(f"{attention}.q_b_proj.weight", queries_of_head[:, c.qk_nope_head_dim :].flatten())
+    held(f"{attention}.kv_a_proj_with_mqa.weight", torch.arange(c.kv_lora_rank))
+    held(f"{attention}.kv_a_proj_with_mqa.weight", torch.arange(c.qk_rope_head_dim) + c.kv_lora_rank)
+    held(f"{attention}.o_proj.weight", torch.arange(c.hidden_size))
+    for hidden, name in (
+        (c.moe_intermediate_size, f"{experts}.gate_up_proj"),
+        (c.intermediate_size, "layers.0.mlp.gate_up_proj.weight"),
+    ):
+        held(name, torch.arange(hidden))
+        held(name, torch.arange(hidden) + hidden)
+    held(f"{experts}.down_proj", torch.arange(c.hidden_size))

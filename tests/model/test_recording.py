@@ -37,6 +37,7 @@ CONFIG = PretrainConfig(
     model=SMALL, steps=6, sequence_length=32, batch_sequences=4, checkpoint_every=3, evaluate_every=3,
     held_out_sequences=4, schedule=ScheduleConfig(warmup_steps=2),
 )  # fmt: skip
+MIXTURES = 2  # the second layer's and the MTP module's
 PLAIN = LayoutConfig()
 # The squares of at most 1e5 float32 numbers, summed in another order and from other pieces: 1e-7 each, of one sign.
 NORM = 1e-5
@@ -81,12 +82,16 @@ def watched(corpus: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 def test_every_step_has_all_its_numbers(run: Path) -> None:
     told = rows(run / "curves.jsonl")
-    losses = {"loss", "main_loss", "mtp_loss"}
+    losses = {"loss", "main_loss", "mtp_loss", "balance_loss"}
     loads = {"load_violation", "load_violation_max", "load_entropy"}
     for row in told:
         assert losses | loads | {"grad_norm", "learning_rate"} <= set(row)
         assert {f"grad_norm.{group}" for group in GROUPS} <= set(row)
         assert all(math.isfinite(value) for value in row.values())
+        weighed = row["main_loss"] + SMALL.mtp_loss_weight * row["mtp_loss"] + row["balance_loss"]
+        assert row["loss"] == pytest.approx(weighed, rel=1e-6)  # float32, with seven digits
+        # α Σ f P of each mixture: α where either is even, and an f is at most the experts over those of a token.
+        assert 0.9 < row["balance_loss"] / (SMALL.balance_loss_alpha * MIXTURES) <= 2
         assert row["load_violation"] <= row["load_violation_max"]
         assert 0 < row["load_entropy"] <= 1 + 1e-6
     assert [row["step"] for row in told if "held_out_bpb.lessons" in row] == [2, 5]

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gristmill.model.batch_sizes import BatchSizes
+from gristmill.model.config import ModelConfig
 from gristmill.model.training.config import BatchRampConfig, PretrainConfig, ScheduleConfig, TailConfig
-from gristmill.model.training.schedules import factor
+from gristmill.model.training.schedules import factor, tail_factor
 
 KINDS = [
     {"kind": "cosine"},
@@ -78,6 +79,39 @@ def test_v3_has_its_published_rates_at_its_published_tokens() -> None:
     assert rate(14.634e12) == rate(14.7999e12) == pytest.approx(7.3e-6)
 
 
+def test_v3_has_its_published_mtp_weight_and_bias_speed_at_its_published_tokens() -> None:
+    """V3 section 4.2: λ 0.3 for the first 10 T tokens, then 0.1; γ 0.001 for the first 14.3 T, then 0 for 500 B."""
+    a_step = 15360 * 4096
+    sizes = BatchSizes(15360, 4096, BatchRampConfig(start_sequences=3072, increment=1536, tokens=469_000_000_000))
+    steps = sizes.step_of(14_800_000_000_000 // 4096) + 1
+    config = PretrainConfig(
+        model=ModelConfig(mtp_loss_weight=0.3, bias_update_speed=0.001),
+        mtp_weight_tails=(TailConfig(share=4.8e12 / a_step / steps, ratio=1 / 3),),
+        bias_speed_tails=(TailConfig(share=500e9 / a_step / steps, ratio=0.0),),
+    )
+
+    def at(tokens: float) -> tuple[float, float]:
+        step = sizes.step_of(int(tokens) // 4096)
+        mtp, bias = (tail_factor(tails, step, steps) for tails in (config.mtp_weight_tails, config.bias_speed_tails))
+        return config.model.mtp_loss_weight * mtp, config.model.bias_update_speed * bias
+
+    # Ends of phases are rounded to whole steps of 63 M tokens.
+    assert at(0) == at(9.9999e12) == (0.3, 0.001)
+    assert at(10.0001e12) == at(14.2999e12) == (pytest.approx(0.1), 0.001)
+    assert at(14.3001e12) == at(14.7999e12) == (pytest.approx(0.1), 0.0)
+
+
+@given(steps=st.integers(1, 200), shares=st.lists(st.floats(0.01, 0.25), max_size=4))
+def test_tails_follow_each_other_to_the_end(steps: int, shares: list[float]) -> None:
+    tails = tuple(TailConfig(share=share, ratio=(i + 1) / 8) for i, share in enumerate(shares))
+    lengths = [round(steps * share) for share in shares]
+    wanted = [1.0] * (steps - sum(lengths))
+    for tail, length in zip(tails, lengths, strict=True):
+        wanted += [tail.ratio] * length
+    # Where shares are rounded up to more than the run, the first tails are cut.
+    assert [tail_factor(tails, step, steps) for step in range(steps)] == wanted[-steps:]
+
+
 def test_wsd_is_stable_and_then_decays() -> None:
     for shape, remains in {"1-sqrt": 1 - 0.5**0.5, "linear": 0.5, "cosine": 0.5}.items():
         asked = {"kind": "wsd", "wsd_decay": shape, "warmup_steps": 10, "decay_fraction": 0.2, "final_ratio": 0.1}
@@ -124,5 +158,9 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"warmup_steps 20 is longer than the run of 19 steps"):
         PretrainConfig(steps=19)
     assert PretrainConfig(steps=20).steps == 20
-    with pytest.raises(ValueError, match="step 5 is not one of the 5 steps"):
-        factor(ScheduleConfig(), 5, 5)
+    for ask in (lambda: factor(ScheduleConfig(), 5, 5), lambda: tail_factor((), 5, 5)):
+        with pytest.raises(ValueError, match="step 5 is not one of the 5 steps"):
+            ask()
+    for field in ("mtp_weight_tails", "bias_speed_tails"):
+        with pytest.raises(ValidationError, match=r"shares of the tails, 1\.2, are more than the whole run"):
+            PretrainConfig.model_validate({field: [{"share": 0.6, "ratio": 0.1}] * 2})

@@ -31,7 +31,7 @@ from gristmill.model.hugging_face import export
 from gristmill.model.launch import JobFailed
 from gristmill.model.pretrain import pretrain
 from gristmill.model.sft import fine_tune
-from gristmill.model.stage_types import silent
+from gristmill.model.stage_types import Progress, silent
 from gristmill.model.training.batches import IGNORED, Conversation, ConversationBatches, TokenBatches, pack_whole
 from gristmill.model.training.config import (
     BatchRampConfig,
@@ -40,11 +40,13 @@ from gristmill.model.training.config import (
     PretrainConfig,
     ScheduleConfig,
     SFTConfig,
+    TailConfig,
 )
 from gristmill.model.training.models import load_model
 from gristmill.model.training.objective import Objective
 from gristmill.model.transformer import Transformer
 from tests.model.in_process import jobs_here
+from tests.model.several_runs import Stopped, stopping_at
 
 SMALL = ModelConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=8,
@@ -80,17 +82,30 @@ def mixed(tokens: Path, config: PretrainConfig, seed: int = 0, **more: Any) -> P
     return out
 
 
-def job(tokens: Path, out: Path, config: PretrainConfig = CONFIG, ranks: int = 1, mixture: Path | None = None) -> dict:
+def job(
+    tokens: Path,
+    out: Path,
+    config: PretrainConfig = CONFIG,
+    ranks: int = 1,
+    mixture: Path | None = None,
+    progress: Progress = silent,
+) -> dict:
     """Pretraining in processes of its own."""
     out.mkdir(exist_ok=True)
-    how: dict[str, Any] = {"threads": 1, "ranks": ranks, "device": "cpu", "layout": PLAIN, "progress": silent}
+    how: dict[str, Any] = {"threads": 1, "ranks": ranks, "device": "cpu", "layout": PLAIN, "progress": progress}
     return pretrain(config, tokens, mixture or mixed(tokens, config), out, 0, **how)
 
 
-def trained(tokens: Path, out: Path, config: PretrainConfig = CONFIG, mixture: Path | None = None) -> dict:
+def trained(
+    tokens: Path,
+    out: Path,
+    config: PretrainConfig = CONFIG,
+    mixture: Path | None = None,
+    progress: Progress = silent,
+) -> dict:
     """Pretraining in this process."""
     with jobs_here():
-        return job(tokens, out, config, mixture=mixture)
+        return job(tokens, out, config, mixture=mixture, progress=progress)
 
 
 def content(out: Path) -> dict[str, str]:
@@ -139,7 +154,9 @@ def test_killed_with_a_growing_batch_and_averaged_weights_it_ends_in_the_same_by
     base: Path, tokens: Path, tmp_path: Path
 ) -> None:
     ramp = BatchRampConfig(start_sequences=2, increment=1, tokens=32 * 12)
-    config = CONFIG.model_copy(update={"batch_ramp": ramp, "ema_decay": 0.8})
+    halves = (TailConfig(share=0.5, ratio=0.5),)
+    tails = {"mtp_weight_tails": halves, "bias_speed_tails": halves}
+    config = CONFIG.model_copy(update={"batch_ramp": ramp, "ema_decay": 0.8, **tails})
     straight, out = tmp_path / "straight", tmp_path / "out"
     metrics = trained(tokens, straight, config)
     # Twelve sequences of ramp in two parts: three steps of 2, two of 3, and five of 4.
@@ -163,6 +180,45 @@ def test_killed_with_a_growing_batch_and_averaged_weights_it_ends_in_the_same_by
     assert metrics["held_out_bpb_ema"] == pytest.approx(rows[-1]["held_out_bpb_ema"], abs=1e-5)
     assert metrics["held_out_bpb_ema"] != metrics["held_out_bpb"]
     assert not (base / "model-ema").exists()
+    # The rows have seven digits, and the losses differ by a third of the MTP loss, not much smaller than they.
+    weights = [(row["loss"] - row["main_loss"] - row["balance_loss"]) / row["mtp_loss"] for row in rows]
+    assert weights == pytest.approx([0.3] * 5 + [0.15] * 5, rel=1e-5)
+
+
+def test_moments_in_bfloat16_are_saved_and_resumed_to_the_bit(base: Path, tokens: Path, tmp_path: Path) -> None:
+    """Muon's of the matrices and AdamW's of the rest."""
+    config = CONFIG.model_copy(update={"optimizer": OptimizerConfig(moments="bfloat16")})
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    trained(tokens, straight, config)
+    with pytest.raises(Stopped):
+        trained(tokens, out, config, progress=stopping_at(7))
+    kept = sorted((out / "work").glob("checkpoint-????????"))[-1]
+    kinds: dict[str, set[torch.dtype]] = {}
+    for name, tensor in load_file(kept / "rank-00000.safetensors").items():
+        kinds.setdefault(name.partition("/")[0], set()).add(tensor.dtype)
+    moments = {kind: {torch.bfloat16} for kind in ("momentum", "exp_avg", "exp_avg_sq")}
+    assert {name: found for name, found in kinds.items() if name in moments} == moments
+    assert kinds["parameter"] == {torch.float32}
+    trained(tokens, out, config)
+    starts = [json.loads(line)["from_step"] for line in (out / "log" / "starts.jsonl").read_text().splitlines()]
+    assert starts == [0, int(kept.name.rpartition("-")[2])]
+    assert content(out) == content(straight)
+    ours, exact = (load_file(each / "model" / "model.safetensors") for each in (straight, base))
+    assert any(not torch.equal(ours[name], tensor) for name, tensor in exact.items())
+
+
+def test_a_tail_of_the_whole_run_is_another_weight_and_speed(base: Path, tokens: Path, tmp_path: Path) -> None:
+    """To the bit, as halves of the same numbers are exact."""
+    whole = (TailConfig(share=1.0, ratio=0.5),)
+    doubled = SMALL.model_copy(update={"mtp_loss_weight": 0.6, "bias_update_speed": 0.002})
+    for name, tails in {"mtp": (whole, ()), "bias": ((), whole), "both": (whole, whole)}.items():
+        fields = dict(zip(("mtp_weight_tails", "bias_speed_tails"), tails, strict=True))
+        trained(tokens, tmp_path / name, CONFIG.model_copy(update={"model": doubled, **fields}))
+    ours, wanted = (load_file(out / "model" / "model.safetensors") for out in (tmp_path / "both", base))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in wanted.items())
+    for name in ("mtp", "bias"):
+        other = load_file(tmp_path / name / "model" / "model.safetensors")
+        assert not all(torch.equal(other[key], tensor) for key, tensor in wanted.items())
 
 
 def test_models_are_kept_on_the_way(base: Path, tokens: Path, tmp_path: Path) -> None:
