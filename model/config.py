@@ -192,6 +192,7 @@ class ModelConfig(Config):
             given += [n for n in ("qkv_bias", "qk_norm") if getattr(self, n)]
             if given:
                 raise ValueError(f"{given[0]} belongs to attention: gqa, and attention is mla: leave it out")
+            self._latents_fit()
             return self
         heads, own = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         if heads % own:
@@ -203,6 +204,16 @@ class ModelConfig(Config):
                 f"choose other numbers, or give head_dim"
             )
         return self
+
+    def _latents_fit(self) -> None:
+        """A latent compresses the residual stream: a wider one holds nothing more, and costs more."""
+        for name in ("kv_lora_rank", "q_lora_rank"):
+            rank = getattr(self, name)
+            if rank is not None and rank > self.hidden_size:
+                raise ValueError(
+                    f"{name} {rank} is a latent wider than the model, whose hidden_size is {self.hidden_size}: choose "
+                    f"at most {self.hidden_size}"
+                )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

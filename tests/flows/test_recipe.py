@@ -59,6 +59,14 @@ RECIPE_ERRORS = {
         "pretrain: {model: {n_routed_experts: 9, n_group: 2}}",
         "9 is not divisible by n_group 2",
     ),
+    "key/value latent wider than the model": (
+        "pretrain: {model: {kv_lora_rank: 129}}",
+        "kv_lora_rank 129 is a latent wider than the model, whose hidden_size is 128: choose at most 128",
+    ),
+    "query latent wider than the model": (
+        "pretrain: {model: {q_lora_rank: 1536}}",
+        "q_lora_rank 1536 is a latent wider than the model, whose hidden_size is 128: choose at most 128",
+    ),
     "more active than there are": (
         "pretrain: {model: {num_experts_per_tok: 9}}",
         "9 is more than the 8 experts there are",
