@@ -164,7 +164,8 @@ class Plan:
             from_: this stage and all that follows from it run again, whatever is there.
 
         Raises:
-            UsageError: `until` or `from_` names no stage; a stage refuses its configuration; a source is missing.
+            UsageError: `until` or `from_` names no stage; a stage refuses its configuration, or inputs that are there;
+                a source is missing.
         """
         self.calls, self.recipe = [], recipe
         token = RUNNER.set(self)
@@ -190,7 +191,16 @@ class Plan:
             else:
                 planned = self._planned(call)
             result.stages.append(planned)
+        self._check_inputs(result)
         return result
+
+    def _check_inputs(self, result: PlanResult) -> None:
+        """Refuse what would run on inputs that do not belong together, where they lie here and are sound."""
+        if not self.verify or self.store.remote:
+            return
+        for planned in result.stages:
+            if planned.runs and all(result.of(a).state == "cached" for a in planned.call.inputs.values()):
+                check_inputs(planned.call, self.store)
 
     def _planned(self, call: Call) -> Planned:
         name, key = call.stage.name, call.key
@@ -282,6 +292,22 @@ class Plan:
             if any(a.stage in after for a in call.inputs.values()):
                 after.add(call.stage.name)
         return after
+
+
+def check_inputs(call: Call, store: Store) -> None:
+    """Ask a stage, all of whose inputs are here, whether they belong together.
+
+    Raises:
+        UsageError: they do not, and the stage would fail.
+    """
+    stage = call.stage
+    if stage.check_inputs is None:
+        return
+    folders = {name: store.folder(a.stage, a.key) for name, a in call.inputs.items()}
+    try:
+        stage.check_inputs(call.config, stage.arguments(folders))
+    except ValueError as error:
+        raise UsageError(f"stage {stage.name}: {error}") from error
 
 
 def _guessed(stage: Stage, config: BaseModel | None, recipe: Any) -> Estimate:
