@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from gristmill.flows import tombstones
 from gristmill.flows.errors import StoreDamaged, UsageError
+from gristmill.flows.execution import Execution
 from gristmill.flows.fingerprint import drifted
 from gristmill.flows.identity import canonical, changed_input, dumped, first_difference, likeness
 from gristmill.flows.manifest import Manifest, identity_of
@@ -69,6 +70,12 @@ class PlanResult:
     def memory_bytes(self) -> int | None:
         """The largest of what is to run, as far as it is known."""
         known = [s.estimate.memory_bytes for s in self.stages if s.runs and s.estimate.memory_bytes is not None]
+        return max(known, default=None)
+
+    @property
+    def device_bytes(self) -> int | None:
+        """The largest on an accelerator of what is to run; none where none is used."""
+        known = [s.estimate.device_bytes for s in self.stages if s.runs and s.estimate.device_bytes is not None]
         return max(known, default=None)
 
     @property
@@ -269,7 +276,7 @@ class Plan:
         guess = _guessed(call.stage, call.config, self.recipe)
         if earlier is None:
             return guess
-        before = _guessed(call.stage, _config(call.stage, earlier), self.recipe)
+        before = _guessed(call.stage, _config(call.stage, earlier), _as_run(self.recipe, earlier))
         seconds = earlier.get("work_seconds", earlier["seconds"])
         size = sum(f["bytes"] for f in earlier["files"])
         peak = earlier.get("peak_bytes")
@@ -277,6 +284,7 @@ class Plan:
             seconds * _ratio(guess.seconds, before.seconds),
             None if peak is None else int(peak * _ratio(guess.memory_bytes, before.memory_bytes)),
             int(size * _ratio(guess.disk_bytes, before.disk_bytes)),
+            guess.device_bytes,
         )
 
     def _ancestors(self, name: str) -> set[str]:
@@ -321,6 +329,19 @@ def _config(stage: Stage, manifest: Manifest) -> BaseModel | None:
         return stage.config_type.model_validate(identity_of(manifest)["config"])
     except ValidationError:
         return None
+
+
+def _as_run(recipe: Any, manifest: Manifest) -> Any:
+    """The recipe on the ranks, threads and layout that an earlier run had; as it is where these cannot be told."""
+    if not isinstance(recipe, BaseModel) or not isinstance(getattr(recipe, "execution", None), Execution):
+        return recipe
+    execution = recipe.execution  # type: ignore[attr-defined]
+    environment = manifest["environment"]
+    had = {name: environment[name] for name in ("ranks", "threads", "layout") if name in environment}
+    try:
+        return recipe.model_copy(update={"execution": Execution.model_validate(execution.model_dump() | had)})
+    except ValidationError:
+        return recipe
 
 
 def _ratio(now: float | None, before: float | None) -> float:

@@ -74,11 +74,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage that never ran here may take; none where nobody can say."""
+    """What a stage that never ran here may take; none where nobody can say.
+
+    Attributes:
+        memory_bytes: in the memory of a machine, of all processes of the stage on it.
+        device_bytes: beside these, on each accelerator; none where the work is the processor's.
+    """
 
     seconds: float | None = None
     memory_bytes: int | None = None
     disk_bytes: int | None = None
+    device_bytes: int | None = None
 
 
 class Runner(Protocol):

@@ -25,6 +25,7 @@ from gristmill.model.training.ema import WeightAverage
 from gristmill.model.training.expert_parallel import expert_parameters, reduce_expert_gradients, shard_experts
 from gristmill.model.training.gradient_norms import GradientSquares, group_of, norms_by_group
 from gristmill.model.training.layout import Layout, groups
+from gristmill.model.training.memory import LARGEST_BUCKET
 from gristmill.model.training.objective import Objective
 from gristmill.model.training.optimizers import MuonAdamW, Piece
 from gristmill.model.training.partitions import tell_optimizer
@@ -34,7 +35,6 @@ from gristmill.model.transformer import Transformer
 
 Row = dict[str, Any]
 LONGEST_WAIT = timedelta(days=1)
-LARGEST_BUCKET = 500_000_000  # numbers, DeepSpeed's own
 
 
 def start_distributed(device: torch.device) -> tuple[int, int]:
