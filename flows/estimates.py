@@ -116,7 +116,7 @@ def of_reinforcement(config: Any, recipe: Recipe) -> Estimate:
     )  # fmt: skip
     reference = held.finished if config.kl_weight else 0
     sampling = _sampling_bytes(model, vocabulary, responses, config.max_new_tokens)
-    most = held.device + reference + max(0, sampling - held.activations)
+    most = held.most(_kind(recipe)) + reference + max(0, sampling - held.activations)
     return _of_steps(recipe, model, flops * config.steps * tokens * RESPONSE_SHARE, _on_one(recipe, most, held.host))
 
 
@@ -163,8 +163,8 @@ def _of_ranks(config: Any, recipe: Recipe, model: ModelConfig, *, averaged: bool
         model, recipe.tokenize.vocab_size, config.optimizer, place, execution.layout, tokens=max(1, tokens),
         precision=config.precision, device=kind, mtp_modules=model.num_nextn_predict_layers, averaged=averaged,
     )  # fmt: skip
-    each = BYTES_A_PROCESS + rank.host + (rank.device if kind == "cpu" else 0)
-    return Held(place.ranks // place.nodes * each, None if kind == "cpu" else rank.device)
+    each = BYTES_A_PROCESS + rank.host + (rank.most(kind) if kind == "cpu" else 0)
+    return Held(place.ranks // place.nodes * each, None if kind == "cpu" else rank.most(kind))
 
 
 def _on_one(recipe: Recipe, device: int, host: int) -> Held:

@@ -16,7 +16,6 @@ from gristmill.model.training.layout import Layout
 FLOAT = 4  # bytes
 LARGEST_BUCKET = 500_000_000  # numbers of gradients on their way, DeepSpeed's own
 LARGEST_GATHERED = 1_000_000_000  # numbers of parameters that ZeRO 3 keeps whole, DeepSpeed's own
-NEWTON_SCHULZ_COPIES = 4  # of a stack of matrices while it is orthogonalised: itself, normalised, the next, a product
 CHUNK_LOGITS = {"cpu": (1 << 20, 1 << 20), "cuda": (1 << 25, 1 << 27)}  # of kernels/cross_entropy/chunked.py
 CHUNK_SHARE = 20
 CHUNK_ROWS = 128
@@ -111,11 +110,15 @@ class RankMemory:
     offloaded: int
     saving: int
 
-    @property
-    def device(self) -> int:
-        """The most that is held on the device at once."""
+    def most(self, device: str) -> int:
+        """The most that is held at once on a `device` cpu or cuda.
+
+        On a GPU the optimizer's step is made in the room that activations had. On a CPU that room is in small pieces of
+        the C library's, which the step's large tensors do not fit: both count.
+        """
         lasting = self.weights + self.gradients + self.moments + self.average
-        return lasting + max(self.activations, self.step, self.finished)
+        passing = self.activations + self.step if device == "cpu" else max(self.activations, self.step)
+        return lasting + max(passing, self.finished)
 
     @property
     def host(self) -> int:
@@ -196,8 +199,18 @@ def _step(known: Parameters, own: Parameters, optimizer: OptimizerConfig, shared
     held = []
     for parameters, ranks in ((known, shared_by), (own, 1)):
         stacks = parameters.experts + parameters.matrices
-        held.append(stacks.total() + NEWTON_SCHULZ_COPIES * -(-max(stacks.values(), default=0) // ranks))
+        largest = max((_orthogonalising(shape, numbers) for shape, numbers in stacks.items()), default=0)
+        held.append(stacks.total() + -(-largest // ranks))
     return FLOAT * max(held)
+
+
+def _orthogonalising(shape: Shape, numbers: int) -> int:
+    """Numbers that a Newton–Schulz iteration holds of a stack: of its own size, and of its matrices' products with it.
+
+    Its polynomial takes three and four of them, its end five and two (`optimizers.orthogonalised`).
+    """
+    products = numbers * min(shape) // max(shape)
+    return max(3 * numbers + 4 * products, 5 * numbers + 2 * products)
 
 
 def _operand_bytes(precision: Precision, device: str) -> int:
