@@ -308,7 +308,7 @@ def _sentence(which: str, error: ValidationError) -> str:
         place = f"{where}: " if path else ""
         return f"recipe {which}: {place}{re.sub('^value error, ', '', said)}"
     if first["type"] == "multiple_of" and isinstance(value := first["input"], int):
-        step = int(first["ctx"]["multiple_of"])
+        step = int(first.get("ctx", {})["multiple_of"])
         near = neighbours(value, lambda n: n % step == 0, max(value, 0) + step)
         return f"recipe {which}: {where} {value} is no multiple of {step}: choose {either(near)}"
     if first["type"] == "model_type":
