@@ -103,8 +103,9 @@ def loads(recipe: Recipe, tokens: Path, mixture: Path, steps: int) -> np.ndarray
     from gristmill.model.training.batches import torch_seed
     from gristmill.model.training.config import LayoutConfig
     from gristmill.model.training.engine import Engine, start_distributed, unwatched
+    from gristmill.model.training.inputs import check_mixture
     from gristmill.model.training.precision import apply_precision
-    from gristmill.model.training.pretraining import check_mixture, token_batches, training_of
+    from gristmill.model.training.pretraining import token_batches, training_of
     from gristmill.model.training.schedules import factor, tail_factor
     from gristmill.model.transformer import Transformer
 

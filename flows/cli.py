@@ -16,7 +16,7 @@ import typer
 from gristmill.flows.checkpoint_cli import checkpoint_app
 from gristmill.flows.data_cli import data_app
 from gristmill.flows.errors import StageFailed, UsageError
-from gristmill.flows.terminal import duration, key_metric, print_table, size, watcher
+from gristmill.flows.terminal import duration, key_metric, memory, print_table, size, watcher
 
 DEFAULT_STORE = ".gristmill/store"
 PATIENCE_SECONDS = 30.0
@@ -133,22 +133,23 @@ def _show_plan(pipeline: Any, asked: Any, store: str, until: str | None, from_: 
     found = Plan(Store(store)).run(pipeline, asked, until, from_)
     rows = []
     for stage in found.stages:
-        seconds, memory = stage.estimate.seconds, stage.estimate.memory_bytes
+        seconds = stage.estimate.seconds
         rows.append(
             [
                 stage.call.stage.name,
                 stage.call.key,
                 stage.state,
                 "" if not stage.runs else "?" if seconds is None else f"about {duration(seconds)}",
-                "" if memory is None or not stage.runs else f"about {size(memory)}",
+                memory(stage.estimate.memory_bytes, stage.estimate.device_bytes, "about") if stage.runs else "",
                 stage.reason,
             ]
         )
     print_table(f"plan of {asked.name} in {store}", ["stage", "key", "state", "time", "memory", "why"], rows)
     if not found.cached:
         total = "unknown" if found.seconds is None else f"about {duration(found.seconds)}"
-        memory = "" if found.memory_bytes is None else f", at most about {size(found.memory_bytes)} of memory"
-        print(f"time to run: {total}{memory}, about {size(found.disk_bytes)} of disk")
+        held = memory(found.memory_bytes, found.device_bytes, ", at most about")
+        of_memory = f"{held} of memory" if held else ""
+        print(f"time to run: {total}{of_memory}, about {size(found.disk_bytes)} of disk")
     for warning in found.warnings:
         print(f"warning: {warning}")
     if strict and found.warnings:

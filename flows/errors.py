@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UsageError(ValueError):
-    """Bad input, found before anything ran or was written: exit code 2 and one sentence."""
+    """Bad input, found before the work that it was given for began: exit code 2 and one sentence."""
 
 
 class StoreInUse(UsageError):

@@ -8,12 +8,17 @@ a store, the plan takes what that run took and uses these functions alone to sca
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gristmill.data.ingest import IngestConfig
 from gristmill.flows.stage import Estimate
-from gristmill.infra.planner import HardwareError, estimate, find_device, training_memory
+from gristmill.infra.planner import HardwareError, estimate, find_device
+from gristmill.model.rl.config import MICRO_TOKENS
+from gristmill.model.training.config import LayoutConfig
+from gristmill.model.training.layout import Layout
+from gristmill.model.training.memory import FLOAT, parameters_of, training_memory
 
 if TYPE_CHECKING:
     from gristmill.flows.recipe import Recipe
@@ -70,17 +75,17 @@ def of_exam(config: Any, recipe: Recipe) -> Estimate:
 
 def of_pretraining(config: Any, recipe: Recipe) -> Estimate:
     """Steps of packed sequences, of the model that the run itself asks for."""
-    return _of_training(config, recipe, config.model)
+    return _of_training(config, recipe, config.model, averaged=config.ema_decay > 0)
 
 
 def of_fine_tuning(config: Any, recipe: Recipe) -> Estimate:
-    """As pretraining, of the recipe's model."""
-    return _of_training(config, recipe, recipe.pretrain.model)
+    """As pretraining, of the recipe's model without its MTP modules."""
+    return _of_training(config, recipe, _without_mtp(recipe.pretrain.model), averaged=False)
 
 
-def _of_training(config: Any, recipe: Recipe, model: ModelConfig) -> Estimate:
-    held = config.batch_sequences * config.sequence_length // recipe.execution.ranks
-    return _of_steps(recipe, model, TRAINED_FLOPS * config.sequences * config.sequence_length, held)
+def _of_training(config: Any, recipe: Recipe, model: ModelConfig, *, averaged: bool) -> Estimate:
+    flops = TRAINED_FLOPS * config.sequences * config.sequence_length
+    return _of_steps(recipe, model, flops, _of_ranks(config, recipe, model, averaged=averaged))
 
 
 def of_extension(config: Any, recipe: Recipe) -> Estimate:
@@ -96,7 +101,7 @@ def of_extension(config: Any, recipe: Recipe) -> Estimate:
     attended = model.num_hidden_layers * model.num_attention_heads * (model.head_width + values) * length / 2
     more = 1 + attended / parameters(model, recipe.tokenize.vocab_size)
     flops = TRAINED_FLOPS * config.steps * tokens + FORWARD_FLOPS * checked
-    return _of_steps(recipe, model, flops * more, tokens // recipe.execution.ranks)
+    return _of_steps(recipe, model, flops * more, _of_ranks(config, recipe, model, averaged=False))
 
 
 def of_reinforcement(config: Any, recipe: Recipe) -> Estimate:
@@ -104,16 +109,25 @@ def of_reinforcement(config: Any, recipe: Recipe) -> Estimate:
     responses = config.questions_per_step * config.samples_per_question
     tokens = responses * config.max_new_tokens
     flops = SAMPLED_FLOPS + TRAINED_FLOPS + (2 if config.kl_weight else 0)
-    held = tokens // (config.minibatches * recipe.execution.ranks)
-    return _of_steps(recipe, recipe.pretrain.model, flops * config.steps * tokens * RESPONSE_SHARE, held)
+    model, vocabulary = _without_mtp(recipe.pretrain.model), recipe.tokenize.vocab_size
+    held = training_memory(
+        model, vocabulary, config.optimizer, Layout(1), LayoutConfig(), tokens=MICRO_TOKENS, precision="float32",
+        device=_kind(recipe), mtp_modules=0, averaged=False,
+    )  # fmt: skip
+    reference = held.finished if config.kl_weight else 0
+    sampling = _sampling_bytes(model, vocabulary, responses, config.max_new_tokens)
+    most = held.most(_kind(recipe)) + reference + max(0, sampling - held.activations)
+    return _of_steps(recipe, model, flops * config.steps * tokens * RESPONSE_SHARE, _on_one(recipe, most, held.host))
 
 
 def of_evaluation(config: Any, recipe: Recipe) -> Estimate:
-    """Four models sample k responses a problem."""
+    """Four models sample k responses a problem, one model after the other."""
+    model, vocabulary = _without_mtp(recipe.pretrain.model), recipe.tokenize.vocab_size
     tokens = 4 * config.problems * config.samples * config.max_new_tokens
-    held = config.batch_size * config.max_new_tokens
-    found = _of_steps(recipe, recipe.pretrain.model, SAMPLED_FLOPS * tokens * RESPONSE_SHARE, held)
-    return Estimate(found.seconds, found.memory_bytes, 4 * config.problems * config.samples * 150)
+    weights = FLOAT * parameters_of(model, vocabulary, 0).total
+    most = weights + _sampling_bytes(model, vocabulary, config.batch_size, config.max_new_tokens)
+    found = _of_steps(recipe, model, SAMPLED_FLOPS * tokens * RESPONSE_SHARE, _on_one(recipe, most, 0))
+    return replace(found, disk_bytes=4 * config.problems * config.samples * 150)
 
 
 def of_export(config: Any, recipe: Recipe) -> Estimate:
@@ -132,41 +146,69 @@ def of_scaling(config: Any, recipe: Recipe) -> Estimate:
     return Estimate(4.0, BYTES_A_PROCESS, 1 << 20)
 
 
-def _of_steps(recipe: Recipe, model: ModelConfig, flops_a_parameter: float, tokens: int) -> Estimate:
-    """Of work that does `flops_a_parameter` operations in all and holds `tokens` tokens' activations at once."""
-    execution = recipe.execution
-    vocabulary = recipe.tokenize.vocab_size
-    count = parameters(model, vocabulary, active=False)
-    held = training_memory(
-        count, tokens=tokens, width=model.hidden_size, layers=model.num_hidden_layers + 1, vocab_size=vocabulary
-    ).total
-    disk = 4 * count * (1 + 3 * CHECKPOINTS)
+@dataclass(frozen=True)
+class Held:
+    """Bytes in a machine's memory, those of its processes included, and on each of its accelerators."""
+
+    memory: int
+    device: int | None
+
+
+def _of_ranks(config: Any, recipe: Recipe, model: ModelConfig, *, averaged: bool) -> Held:
+    """What the ranks of a training hold that share one machine."""
+    execution, kind = recipe.execution, _kind(recipe)
+    place = Layout.of(execution.ranks, execution.layout)
+    tokens = config.batch_sequences * config.sequence_length // (place.shares * place.sequence_parallel)
+    rank = training_memory(
+        model, recipe.tokenize.vocab_size, config.optimizer, place, execution.layout, tokens=max(1, tokens),
+        precision=config.precision, device=kind, mtp_modules=model.num_nextn_predict_layers, averaged=averaged,
+    )  # fmt: skip
+    each = BYTES_A_PROCESS + rank.host + (rank.most(kind) if kind == "cpu" else 0)
+    return Held(place.ranks // place.nodes * each, None if kind == "cpu" else rank.most(kind))
+
+
+def _on_one(recipe: Recipe, device: int, host: int) -> Held:
+    """Of a job that is one process."""
+    if _kind(recipe) == "cpu":
+        return Held(BYTES_A_PROCESS + host + device, None)
+    return Held(BYTES_A_PROCESS + host, device)
+
+
+def _kind(recipe: Recipe) -> Literal["cpu", "cuda"]:
+    """What the work runs on: a device that the table lacks is an accelerator."""
+    try:
+        found = find_device(recipe.execution.device_name)
+    except HardwareError:
+        return "cuda"
+    return "cuda" if found.kind == "gpu" else "cpu"
+
+
+def _sampling_bytes(model: ModelConfig, vocabulary: int, responses: int, length: int) -> int:
+    """Of responses that are sampled at once: their cache without the prompts, and the logits of a token each."""
+    return FLOAT * responses * (length * model.cache_width * model.num_hidden_layers + vocabulary)
+
+
+def _without_mtp(model: ModelConfig) -> ModelConfig:
+    return model.model_copy(update={"num_nextn_predict_layers": 0})
+
+
+def _of_steps(recipe: Recipe, model: ModelConfig, flops_a_parameter: float, held: Held) -> Estimate:
+    """Of work that does `flops_a_parameter` operations in all."""
+    execution, vocabulary = recipe.execution, recipe.tokenize.vocab_size
+    disk = FLOAT * parameters(model, vocabulary, active=False) * (1 + 3 * CHECKPOINTS)
     try:
         device = find_device(execution.device_name)
     except HardwareError:
-        return Estimate(None, BYTES_A_PROCESS + held, disk)  # an accelerator that the table does not have
+        return Estimate(None, held.memory, disk, held.device)  # an accelerator that the table does not have
     devices = execution.ranks * (1 if device.kind == "gpu" else execution.threads)
     work = flops_a_parameter * parameters(model, vocabulary)
     seconds = estimate(work, 0, device, count=devices, precision="bf16" if device.kind == "gpu" else "fp32").seconds
-    return Estimate(LAUNCH_SECONDS + seconds, execution.ranks * BYTES_A_PROCESS + held, disk)
+    return Estimate(LAUNCH_SECONDS + seconds, held.memory, disk, held.device)
 
 
 def parameters(model: ModelConfig, vocab_size: int, active: bool = True) -> int:
-    """Parameters of a model, those of a token's experts alone where `active`; arithmetic, without torch.
-
-    Norms, routing biases and the MTP module are left out.
-    """
-    width, heads = model.hidden_size, model.num_attention_heads
-    query = heads * model.head_width
-    through = width * query if model.q_lora_rank is None else model.q_lora_rank * (width + query)
-    attention = through + width * (model.kv_lora_rank + model.qk_rope_head_dim)
-    attention += model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
-    attention += heads * model.v_head_dim * width
-    if model.attention == "gqa":
-        attention = 2 * width * query + width * model.cache_width
-    experts = (model.num_experts_per_tok if active else model.n_routed_experts) + model.n_shared_experts
-    sparse = 3 * width * model.moe_intermediate_size * experts + width * model.n_routed_experts
-    dense = model.first_k_dense_replace
-    blocks = model.num_hidden_layers * attention + dense * 3 * width * model.intermediate_size
-    blocks += (model.num_hidden_layers - dense) * sparse
-    return blocks + (1 if model.tie_word_embeddings else 2) * vocab_size * width
+    """Parameters of a model without its MTP modules, those of a token's experts alone where `active`."""
+    found = parameters_of(model, vocab_size, 0)
+    experts = found.experts.total()
+    used = experts * model.num_experts_per_tok // model.n_routed_experts if active else experts
+    return found.total - experts + used

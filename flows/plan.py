@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from gristmill.flows import tombstones
 from gristmill.flows.errors import StoreDamaged, UsageError
+from gristmill.flows.execution import Execution
 from gristmill.flows.fingerprint import drifted
 from gristmill.flows.identity import canonical, changed_input, dumped, first_difference, likeness
 from gristmill.flows.manifest import Manifest, identity_of
@@ -69,6 +70,12 @@ class PlanResult:
     def memory_bytes(self) -> int | None:
         """The largest of what is to run, as far as it is known."""
         known = [s.estimate.memory_bytes for s in self.stages if s.runs and s.estimate.memory_bytes is not None]
+        return max(known, default=None)
+
+    @property
+    def device_bytes(self) -> int | None:
+        """The largest on an accelerator of what is to run; none where none is used."""
+        known = [s.estimate.device_bytes for s in self.stages if s.runs and s.estimate.device_bytes is not None]
         return max(known, default=None)
 
     @property
@@ -164,7 +171,8 @@ class Plan:
             from_: this stage and all that follows from it run again, whatever is there.
 
         Raises:
-            UsageError: `until` or `from_` names no stage; a stage refuses its configuration; a source is missing.
+            UsageError: `until` or `from_` names no stage; a stage refuses its configuration, or inputs that are there;
+                a source is missing.
         """
         self.calls, self.recipe = [], recipe
         token = RUNNER.set(self)
@@ -190,7 +198,16 @@ class Plan:
             else:
                 planned = self._planned(call)
             result.stages.append(planned)
+        self._check_inputs(result)
         return result
+
+    def _check_inputs(self, result: PlanResult) -> None:
+        """Refuse what would run on inputs that do not belong together, where they lie here and are sound."""
+        if not self.verify or self.store.remote:
+            return
+        for planned in result.stages:
+            if planned.runs and all(result.of(a).state == "cached" for a in planned.call.inputs.values()):
+                check_inputs(planned.call, self.store)
 
     def _planned(self, call: Call) -> Planned:
         name, key = call.stage.name, call.key
@@ -259,7 +276,7 @@ class Plan:
         guess = _guessed(call.stage, call.config, self.recipe)
         if earlier is None:
             return guess
-        before = _guessed(call.stage, _config(call.stage, earlier), self.recipe)
+        before = _guessed(call.stage, _config(call.stage, earlier), _as_run(self.recipe, earlier))
         seconds = earlier.get("work_seconds", earlier["seconds"])
         size = sum(f["bytes"] for f in earlier["files"])
         peak = earlier.get("peak_bytes")
@@ -267,6 +284,7 @@ class Plan:
             seconds * _ratio(guess.seconds, before.seconds),
             None if peak is None else int(peak * _ratio(guess.memory_bytes, before.memory_bytes)),
             int(size * _ratio(guess.disk_bytes, before.disk_bytes)),
+            guess.device_bytes,
         )
 
     def _ancestors(self, name: str) -> set[str]:
@@ -284,6 +302,22 @@ class Plan:
         return after
 
 
+def check_inputs(call: Call, store: Store) -> None:
+    """Ask a stage, all of whose inputs are here, whether they belong together.
+
+    Raises:
+        UsageError: they do not, and the stage would fail.
+    """
+    stage = call.stage
+    if stage.check_inputs is None:
+        return
+    folders = {name: store.folder(a.stage, a.key) for name, a in call.inputs.items()}
+    try:
+        stage.check_inputs(call.config, stage.arguments(folders))
+    except ValueError as error:
+        raise UsageError(f"stage {stage.name}: {error}") from error
+
+
 def _guessed(stage: Stage, config: BaseModel | None, recipe: Any) -> Estimate:
     """What the stage itself says of a configuration, if it says anything."""
     return stage.estimate(config, recipe) if stage.estimate is not None and config is not None else Estimate()
@@ -295,6 +329,19 @@ def _config(stage: Stage, manifest: Manifest) -> BaseModel | None:
         return stage.config_type.model_validate(identity_of(manifest)["config"])
     except ValidationError:
         return None
+
+
+def _as_run(recipe: Any, manifest: Manifest) -> Any:
+    """The recipe on the ranks, threads and layout that an earlier run had; as it is where these cannot be told."""
+    if not isinstance(recipe, BaseModel) or not isinstance(getattr(recipe, "execution", None), Execution):
+        return recipe
+    execution = recipe.execution  # type: ignore[attr-defined]
+    environment = manifest["environment"]
+    had = {name: environment[name] for name in ("ranks", "threads", "layout") if name in environment}
+    try:
+        return recipe.model_copy(update={"execution": Execution.model_validate(execution.model_dump() | had)})
+    except ValidationError:
+        return recipe
 
 
 def _ratio(now: float | None, before: float | None) -> float:

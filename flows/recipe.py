@@ -27,6 +27,7 @@ from gristmill.flows.report import ReportConfig
 from gristmill.model.config import EvaluateConfig, ExportConfig, ModelConfig
 from gristmill.model.extend import extended
 from gristmill.model.ladder import SweepConfig
+from gristmill.model.nearest import either, neighbours
 from gristmill.model.rl.config import GRPOConfig
 from gristmill.model.training.config import MOST_PHASES, ExtendConfig, ExtendSection, PretrainConfig, SFTConfig
 from gristmill.model.training.layout import Layout
@@ -82,15 +83,15 @@ class Recipe(BaseModel):
             length = getattr(self, name).sequence_length
             if length > limit:
                 raise ValueError(
-                    f"{name}.sequence_length {length} is longer than the position limit {named} {limit}: lower one or "
-                    f"raise the other"
+                    f"{name}.sequence_length {length} is longer than the position limit {named} {limit}: choose at "
+                    f"most {limit} tokens, or raise the limit to {length}"
                 )
         for name in ("rl_zero", "rl", "evaluate"):
             length = getattr(self, name).max_new_tokens
             if length >= limit:
                 raise ValueError(
                     f"{name}.max_new_tokens {length} leaves no room for a prompt under the position limit {named} "
-                    f"{limit}: lower one or raise the other"
+                    f"{limit}: choose at most {limit - 1} tokens, less those of the prompts, or raise the limit"
                 )
         if self.evaluate.problems > self.problems.test:
             raise ValueError(
@@ -306,6 +307,10 @@ def _sentence(which: str, error: ValidationError) -> str:
     if first["type"] == "value_error":
         place = f"{where}: " if path else ""
         return f"recipe {which}: {place}{re.sub('^value error, ', '', said)}"
+    if first["type"] == "multiple_of" and isinstance(value := first["input"], int):
+        step = int(first.get("ctx", {})["multiple_of"])
+        near = neighbours(value, lambda n: n % step == 0, max(value, 0) + step)
+        return f"recipe {which}: {where} {value} is no multiple of {step}: choose {either(near)}"
     if first["type"] == "model_type":
         return f"recipe {which}: {where} is {first['input']!r}, which will not do: it is a section, give its fields"
     return f"recipe {which}: {where} is {first['input']!r}, which will not do: {said}"

@@ -17,7 +17,7 @@ from gristmill.flows.execution import Execution
 from gristmill.flows.identity import dumped
 from gristmill.flows.lock import StoreLock
 from gristmill.flows.manifest import Manifest
-from gristmill.flows.plan import Pipeline, Plan, Planned, PlanResult, Sources, known
+from gristmill.flows.plan import Pipeline, Plan, Planned, PlanResult, Sources, check_inputs, known
 from gristmill.flows.stage import RUNNER, Artifact, Call, Stage
 from gristmill.flows.store import Store
 from gristmill.flows.watching import Silent, Watcher
@@ -62,7 +62,8 @@ class Plain:
         """Run `pipeline(recipe)`; the run's record, which is also in the store under runs/.
 
         Raises:
-            UsageError: the input is bad, or the store cannot be used or is in use; nothing has run or been written.
+            UsageError: the input is bad, or the store cannot be used or is in use; nothing has run or been written. Or
+                what stages made does not fit the next one: that has not begun, and what was finished stays.
             StageFailed: a stage raised; what was finished stays, and the next run resumes.
         """
         self._sources = Sources(self.store)
@@ -127,6 +128,7 @@ class Plain:
         self._note(call, state="running")
         try:
             self._mend_inputs(call)
+            check_inputs(call, self.store)
             manifest = self.perform(call, planned)
         except BaseException as error:
             self._note(call, state="failed", error=str(error) or type(error).__name__)

@@ -28,6 +28,8 @@ from gristmill.flows.identity import dumped, key_of
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED = ("runs", "lock", "ledger")  # names of other things in a store
+Inputs = Mapping[str, Any]  # by name: a folder, or a list of folders
+InputCheck = Callable[[Any, Inputs], None]
 SERVICES = ("workers", "threads", "ranks", "device", "layout", "progress")
 
 
@@ -72,11 +74,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage that never ran here may take; none where nobody can say."""
+    """What a stage that never ran here may take; none where nobody can say.
+
+    Attributes:
+        memory_bytes: in the memory of a machine, of all processes of the stage on it.
+        device_bytes: beside these, on each accelerator; none where the work is the processor's.
+    """
 
     seconds: float | None = None
     memory_bytes: int | None = None
     disk_bytes: int | None = None
+    device_bytes: int | None = None
 
 
 class Runner(Protocol):
@@ -115,9 +123,10 @@ class Stage:
         sources: Callable[[Any], dict[str, str]] | None = None,
         check: Callable[[Any], None] | None = None,
         estimate: Callable[[Any, Any], Estimate] | None = None,
+        check_inputs: InputCheck | None = None,
     ) -> None:
         self.function, self.name, self.version, self.title = function, name, version, title
-        self.sources, self.check, self.estimate = sources, check, estimate
+        self.sources, self.check, self.estimate, self.check_inputs = sources, check, estimate, check_inputs
         if not NAME.fullmatch(name) or name in RESERVED:
             raise TypeError(f"stage {name!r}: a stage's name is lower case, with digits and _, and not {RESERVED}")
         if type(version) is not int or version < 1:
@@ -243,6 +252,7 @@ def stage(
     sources: Callable[[Any], dict[str, str]] | None = None,
     check: Callable[[Any], None] | None = None,
     estimate: Callable[[Any, Any], Estimate] | None = None,
+    check_inputs: InputCheck | None = None,
 ) -> Callable[[Callable[..., dict[str, Any]]], Stage]:
     """Declare a stage around a plain function `(config, *inputs, out[, seed], *, services) -> metrics`.
 
@@ -254,6 +264,8 @@ def stage(
         check: refuses (ValueError) a configuration that cannot work here, before anything runs.
         estimate: `(config, recipe)` → what the stage may take; for the plan of one that never ran, and to scale what
             an earlier run with another configuration took.
+        check_inputs: `(config, inputs by name)`, refuses (ValueError) inputs that do not fit the configuration or each
+            other: in the plan where they are there, otherwise as soon as they are, before the stage begins.
 
     Raises:
         TypeError: the function is not of the contract's form; the message says what to change.
@@ -262,6 +274,6 @@ def stage(
     def declare(function: Callable[..., dict[str, Any]]) -> Stage:
         own = name or function.__name__
         words = title or own.replace("_", " ").capitalize()
-        return Stage(function, own, version, words, sources, check, estimate)
+        return Stage(function, own, version, words, sources, check, estimate, check_inputs)
 
     return declare

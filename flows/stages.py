@@ -19,14 +19,15 @@ from gristmill.data.tokenize import tokenize as tokenize_documents
 from gristmill.flows import estimates
 from gristmill.flows.report import make_report
 from gristmill.flows.scaling import fit_ladder
-from gristmill.flows.stage import stage
+from gristmill.flows.stage import Inputs, stage
 from gristmill.model.evaluate import evaluate as evaluate_models
 from gristmill.model.extend import extend as extend_context
 from gristmill.model.hub import export as export_model
 from gristmill.model.pretrain import pretrain as pretrain_model
 from gristmill.model.rl.grpo import reinforce
 from gristmill.model.sft import fine_tune
-from gristmill.model.training.config import MOST_PHASES
+from gristmill.model.training.config import MOST_PHASES, ExtendConfig, PretrainConfig
+from gristmill.model.training.inputs import check_extension, check_pretraining, check_tokenizer
 
 HASHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gristmill" / "hashes.json"
 
@@ -61,6 +62,23 @@ def _rule_sources(config: FilterConfig) -> dict[str, str]:
 
 def _evaluation_sources(config: DecontaminateConfig) -> dict[str, str]:
     return _hashes(evaluation_files(config))
+
+
+def _check_pretraining(config: PretrainConfig, inputs: Inputs) -> None:
+    check_pretraining(config, inputs["tokens"], inputs["mixture"])
+
+
+def _check_extension(config: ExtendConfig, inputs: Inputs) -> None:
+    check_extension(config, inputs["model"], inputs["tokens"], inputs["mixture"])
+
+
+def _check_tokenizer(config: object, inputs: Inputs) -> None:
+    check_tokenizer(inputs["model"], inputs["tokenizer"])
+
+
+def _check_evaluated(config: object, inputs: Inputs) -> None:
+    for name in ("base", "cold_start", "zero", "rl"):
+        check_tokenizer(inputs[name], inputs["tokenizer"])
 
 
 ingest = stage(
@@ -134,6 +152,7 @@ pretrain = stage(
     version=6,
     title="Pretraining of the base model",
     estimate=estimates.of_pretraining,
+    check_inputs=_check_pretraining,
 )(pretrain_model)
 # A stage of a pipeline is called once: each phase of context extension has its own, by its number.
 mix_longer = tuple(
@@ -151,6 +170,7 @@ extend = tuple(
         version=3,
         title=f"Context extension, phase {phase}",
         estimate=estimates.of_extension,
+        check_inputs=_check_extension,
     )(extend_context)
     for phase in range(1, MOST_PHASES + 1)
 )
@@ -159,25 +179,35 @@ cold_start = stage(
     version=4,
     title="Cold start: fine-tuning on chains of thought",
     estimate=estimates.of_fine_tuning,
+    check_inputs=_check_tokenizer,
 )(fine_tune)
 rl_zero = stage(
     "rl_zero",
     version=4,
     title="R1-Zero: reinforcement learning from the base",
     estimate=estimates.of_reinforcement,
+    check_inputs=_check_tokenizer,
 )(reinforce)
 rl = stage(
     "rl",
     version=4,
     title="Reinforcement learning from the cold start",
     estimate=estimates.of_reinforcement,
+    check_inputs=_check_tokenizer,
 )(reinforce)
 evaluate = stage(
     "evaluate",
     version=5,
     title="Evaluation on held-out problems",
     estimate=estimates.of_evaluation,
+    check_inputs=_check_evaluated,
 )(evaluate_models)
-export = stage("export", version=2, title="Export to Hugging Face", estimate=estimates.of_export)(export_model)
+export = stage(
+    "export",
+    version=2,
+    title="Export to Hugging Face",
+    estimate=estimates.of_export,
+    check_inputs=_check_tokenizer,
+)(export_model)
 scaling = stage("scaling", version=1, title="Loss against compute", estimate=estimates.of_scaling)(fit_ladder)
 report = stage("report", version=3, title="Report", estimate=estimates.of_report)(make_report)

@@ -49,6 +49,13 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def memory(machine: int | None, device: int | None, about: str) -> str:
+    """Bytes of a machine, and of each of its accelerators where some are used; empty where nobody can say."""
+    if machine is None:
+        return ""
+    return f"{about} {size(machine)}" + ("" if device is None else f" and {size(device)} a device")
+
+
 def duration(seconds: float) -> str:
     """Seconds for people."""
     if seconds < 60:

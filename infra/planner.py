@@ -1,4 +1,4 @@
-"""Estimates before anything runs: how long, how much energy, what price, how much memory.
+"""Estimates before anything runs: how long, how much energy, what price.
 
 The numbers come from `hardware.yaml`. They are estimates: a roofline (the slower of arithmetic and memory
 traffic) at the share of the peak that training reaches in practice, never a promise.
@@ -16,12 +16,7 @@ from typing import Any
 import yaml
 
 TABLE = Path(__file__).with_name("hardware.yaml")
-GIB = 2**30
 PRECISIONS = ("bf16", "fp32", "fp8")
-
-# Of a layer's activations, in bytes a token and unit of width at 16 bits, with an attention that does not
-# store its scores: Korthikanti et al., arXiv 2205.05198, equation 2 without its attention term.
-ACTIVATION_BYTES = 34
 
 
 class HardwareError(ValueError):
@@ -71,25 +66,6 @@ class Estimate:
     @property
     def device_hours(self) -> float:
         return self.seconds * self.count / 3600
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes a device needs while it trains, by what they hold."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
-
-    @property
-    def total_gib(self) -> float:
-        return self.total / GIB
 
 
 @cache
@@ -168,40 +144,3 @@ def measured(seconds: float, device: Device, *, count: int = 1, bound: str = "me
     """Energy and price of work that took `seconds` on `count` devices."""
     hours = seconds * count / 3600
     return Estimate(device.name, count, seconds, hours * device.watts / 1000, hours * device.price_per_hour, bound)
-
-
-def training_memory(
-    parameters: int,
-    *,
-    tokens: int = 0,
-    width: int = 0,
-    layers: int = 0,
-    vocab_size: int = 0,
-    weight_bytes: int = 4,
-    optimizer_bytes: int = 8,
-    zero_stage: int = 0,
-    ranks: int = 1,
-) -> MemoryEstimate:
-    """Bytes on one device that trains a model of `parameters` on `tokens` tokens at once.
-
-    `optimizer_bytes` a parameter: 8 for AdamW's two float32 moments, 4 for Muon's one, 12 for AdamW with
-    float32 master weights beside 16-bit ones. ZeRO stage 1 divides the optimizer's state among the ranks, 2
-    the gradients too, 3 the weights too (arXiv 1910.02054). Activations are those of every layer without
-    recomputation; logits and their gradient are counted whole, as if the cross-entropy were not fused.
-
-    Raises:
-        HardwareError: the stage is not 0 to 3, or there is no rank.
-    """
-    if zero_stage not in (0, 1, 2, 3) or ranks < 1:
-        raise HardwareError(f"ZeRO stage {zero_stage} on {ranks} ranks makes no sense: stages are 0 to 3, ranks from 1")
-
-    def share(from_stage: int) -> int:
-        return ranks if zero_stage >= from_stage else 1
-
-    return MemoryEstimate(
-        weights=-(-parameters * weight_bytes // share(3)),
-        gradients=-(-parameters * weight_bytes // share(2)),
-        optimizer=-(-parameters * optimizer_bytes // share(1)),
-        activations=ACTIVATION_BYTES * tokens * width * layers * weight_bytes // 2,
-        logits=2 * tokens * vocab_size * weight_bytes,
-    )

@@ -9,6 +9,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from gristmill.model.nearest import either, neighbours
+
 
 class Config(BaseModel):
     """A frozen configuration that refuses unknown fields: it is hashed into a stage's key."""
@@ -192,6 +194,7 @@ class ModelConfig(Config):
             given += [n for n in ("qkv_bias", "qk_norm") if getattr(self, n)]
             if given:
                 raise ValueError(f"{given[0]} belongs to attention: gqa, and attention is mla: leave it out")
+            self._latents_fit()
             return self
         heads, own = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         if heads % own:
@@ -204,31 +207,19 @@ class ModelConfig(Config):
             )
         return self
 
+    def _latents_fit(self) -> None:
+        """A latent compresses the residual stream: a wider one holds nothing more, and costs more."""
+        for name in ("kv_lora_rank", "q_lora_rank"):
+            rank = getattr(self, name)
+            if rank is not None and rank > self.hidden_size:
+                raise ValueError(
+                    f"{name} {rank} is a latent wider than the model, whose hidden_size is {self.hidden_size}: choose "
+                    f"at most {self.hidden_size}"
+                )
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        experts, groups = self.n_routed_experts, self.n_group
-        if experts % groups:
-            raise ValueError(
-                f"n_routed_experts {experts} is not divisible by n_group {groups}: choose a multiple of {groups}"
-            )
-        if self.topk_group > groups:
-            raise ValueError(f"topk_group {self.topk_group} is more than the {groups} groups of n_group: lower it")
-        if self.num_experts_per_tok > experts:
-            raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is more than the {experts} experts there are: "
-                f"choose at most {experts}"
-            )
-        reachable = experts // groups * self.topk_group
-        if self.num_experts_per_tok > reachable:
-            raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is more than the {reachable} experts of "
-                f"{self.topk_group} groups: raise topk_group or lower num_experts_per_tok"
-            )
-        if groups > 1 and experts // groups < 2 and self.scoring_func == "sigmoid":
-            raise ValueError(
-                f"n_group {groups} leaves {experts // groups} expert a group, and a group is scored by its two best: "
-                f"choose at most {experts // 2} groups"
-            )
+        self._routing_possible()
         if self.scoring_func == "softmax" and self.bias_update_speed:
             raise ValueError(
                 f"bias_update_speed {self.bias_update_speed} with scoring_func softmax: DeepSeek-V2 has no biases to "
@@ -240,6 +231,48 @@ class ModelConfig(Config):
                 f"{self.num_hidden_layers} layers there are: lower it"
             )
         return self
+
+    def _routing_possible(self) -> None:
+        experts, groups, active = self.n_routed_experts, self.n_group, self.num_experts_per_tok
+        if self.topk_group > groups:
+            raise ValueError(
+                f"topk_group {self.topk_group} is more than the {groups} groups of n_group: choose at most {groups}"
+            )
+        if experts % groups:
+            raise ValueError(
+                f"n_routed_experts {experts} is not divisible by n_group {groups}: choose {self._other_routing()}"
+            )
+        each = experts // groups
+        reachable = each * self.topk_group
+        if groups > 1 and each < 2 and self.scoring_func == "sigmoid":
+            raise ValueError(
+                f"n_group {groups} leaves {each} expert a group, and a group is scored by its two best: choose "
+                f"{self._other_routing()}"
+            )
+        if active > experts:
+            raise ValueError(
+                f"num_experts_per_tok {active} is more than the {experts} experts there are: choose at most {reachable}"
+            )
+        if active > reachable:
+            raise ValueError(
+                f"num_experts_per_tok {active} is more than the {reachable} experts of the {self.topk_group} of "
+                f"{groups} groups that topk_group allows: choose at most {reachable}, or topk_group "
+                f"{-(-active // each)}"
+            )
+
+    def _routes(self, experts: int, groups: int) -> bool:
+        """Whether so many experts in so many groups can be routed to: a sigmoid gate scores a group by two of its."""
+        each, least = experts // groups, 2 if groups > 1 and self.scoring_func == "sigmoid" else 1
+        fits = self.topk_group <= groups and self.num_experts_per_tok <= each * self.topk_group
+        return experts % groups == 0 and each >= least and fits
+
+    def _other_routing(self) -> str:
+        """The nearest numbers of experts and of groups that would do, each with the other as it is."""
+        experts, groups = self.n_routed_experts, self.n_group
+        enough = groups * max(2, -(-self.num_experts_per_tok // self.topk_group))
+        near = neighbours(experts, lambda n: self._routes(n, groups), max(experts + groups, enough))
+        others = neighbours(groups, lambda n: self._routes(experts, n), experts)
+        return f"{either(near)} experts" + (f", or n_group {either(others)}" if others else "")
 
 
 class EvaluateConfig(Config):

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from gristmill.model.config import Config
 from gristmill.model.training.config import OptimizerConfig, ScheduleConfig
 
+MICRO_TOKENS = 4096  # padded positions of one forward and backward: small enough to stay in the cache
+
 
 class RewardConfig(Config):
     """Rule rewards of R1 (sections 2.2.2 and 2.3.2), summed with these weights."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gristmill.kernels.cross_entropy import linear_log_probs
 from gristmill.model.chat import Chat
 from gristmill.model.generate import Sample, Sampling, sample, thought_tokens
-from gristmill.model.rl.config import GRPOConfig
+from gristmill.model.rl.config import MICRO_TOKENS, GRPOConfig
 from gristmill.model.rl.losses import group_advantages, policy_loss
 from gristmill.model.rl.rewards import Judged, judge, reference_answer
 from gristmill.model.stage_types import Metrics, Progress
@@ -32,8 +32,6 @@ from gristmill.model.training.models import load_model, own_tensors, save_model
 from gristmill.model.training.optimizers import MuonAdamW
 from gristmill.model.training.schedules import factor
 from gristmill.model.transformer import Batch, Transformer, flops_per_token
-
-MICRO_TOKENS = 4096  # padded positions of one forward and backward: small enough to stay in the cache
 
 
 @dataclass(frozen=True)

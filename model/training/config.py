@@ -281,7 +281,8 @@ class PretrainConfig(Config):
         if self.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"sequence_length {self.sequence_length} is longer than the position limit "
-                f"max_position_embeddings {self.model.max_position_embeddings}: lower one or raise the other"
+                f"max_position_embeddings {self.model.max_position_embeddings}: choose at most "
+                f"{self.model.max_position_embeddings} tokens, or raise the limit to {self.sequence_length}"
             )
         return self
 

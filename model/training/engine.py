@@ -26,6 +26,7 @@ from gristmill.model.training.expert_parallel import expert_parameters, reduce_e
 from gristmill.model.training.fused import fused_of
 from gristmill.model.training.gradient_norms import GradientSquares, group_of, norms_by_group
 from gristmill.model.training.layout import Layout, groups
+from gristmill.model.training.memory import LARGEST_BUCKET
 from gristmill.model.training.objective import Objective
 from gristmill.model.training.optimizers import MuonAdamW, Piece
 from gristmill.model.training.partitions import tell_optimizer
@@ -35,7 +36,6 @@ from gristmill.model.transformer import Transformer
 
 Row = dict[str, Any]
 LONGEST_WAIT = timedelta(days=1)
-LARGEST_BUCKET = 500_000_000  # numbers, DeepSpeed's own
 
 
 def unwatched() -> None:

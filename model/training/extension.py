@@ -25,10 +25,10 @@ from gristmill.model.training.batches import IGNORED, TrainingBatch
 from gristmill.model.training.config import ExtendConfig, LayoutConfig
 from gristmill.model.training.engine import start_distributed
 from gristmill.model.training.held_out import HeldOut
+from gristmill.model.training.inputs import check_mixture, refuse_other_vocabulary
 from gristmill.model.training.loop import Row, write_rows
 from gristmill.model.training.models import load_model
 from gristmill.model.training.pretraining import (
-    check_mixture,
     held_out_of,
     tokenizer_of,
     train_on_mixture,
@@ -53,8 +53,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     tokenizer = tokenizer_of(Path(job["tokens"]))
     needles = needle.Needles(tokenizer, shards, config.needle, seed)
     base = load_model(Path(job["model"]) / "model", device)
-    if base.vocab_size != shards.vocab_size:
-        raise ValueError(f"the base has {base.vocab_size} tokens and the shards {shards.vocab_size}: tokenize for it")
+    refuse_other_vocabulary(base.vocab_size, shards.vocab_size, "shards")
     longer = extended(base.config, config)
     rank, _ = start_distributed(device)
     held_out = held_out_of(config, mixture, max(1, CHECKED_TOKENS // config.sequence_length), device)

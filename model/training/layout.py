@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gristmill.model.config import ModelConfig
+from gristmill.model.nearest import either, neighbours
 from gristmill.model.training.config import LayoutConfig
 
 if TYPE_CHECKING:  # the layout is checked where torch is not imported
@@ -96,12 +97,11 @@ class Layout:
                 f"how a step's targets fall to its micro-batches is known for one module alone; set one of them to 1"
             )
         if batch_sequences % self.shares:
-            below = batch_sequences // self.shares * self.shares
-            near = [n for n in (below, below + self.shares) if n]
+            near = neighbours(batch_sequences, lambda n: n % self.shares == 0, batch_sequences + self.shares)
             raise ValueError(
                 f"batch_sequences {batch_sequences} does not divide among {self.data_parallel} data-parallel ranks "
                 f"({self.ranks} ranks, sequence_parallel {self.sequence_parallel}) of {self.micro_batches} "
-                f"micro-batches: choose {_either(near)}"
+                f"micro-batches: choose {either(near)}"
             )
 
 
@@ -183,12 +183,5 @@ def _refuse_unless_divisor(name: str, value: int, whole: dict[str, int]) -> None
     if wrong is None:
         return
     common = math.gcd(*whole.values())
-    fit = [n for n in range(1, common + 1) if common % n == 0]
-    near = [max((n for n in fit if n < value), default=None), min((n for n in fit if n > value), default=None)]
-    raise ValueError(
-        f"{name} {value} does not divide {wrong} {whole[wrong]}: choose {_either([n for n in near if n is not None])}"
-    )
-
-
-def _either(numbers: list[int]) -> str:
-    return " or ".join(str(n) for n in numbers)
+    near = neighbours(value, lambda n: common % n == 0, common)
+    raise ValueError(f"{name} {value} does not divide {wrong} {whole[wrong]}: choose {either(near)}")

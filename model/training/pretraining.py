@@ -19,6 +19,7 @@ from gristmill.model.training.batches import TokenBatches, torch_seed
 from gristmill.model.training.config import ExtendConfig, LayoutConfig, PretrainConfig
 from gristmill.model.training.engine import Engine, start_distributed
 from gristmill.model.training.held_out import HeldOut
+from gristmill.model.training.inputs import check_mixture
 from gristmill.model.training.layout import Layout
 from gristmill.model.training.loop import History, Row, Training, train, write_rows
 from gristmill.model.training.models import load_model
@@ -145,21 +146,6 @@ def train_on_mixture(
         write_rows(out / "samples.jsonl", texts.rows_of(finished, config.steps - 1))
     dist.barrier()
     return _metrics(config, model, history) | products
-
-
-def check_mixture(stage: str, config: MixtureRun, mixture: Mixture) -> None:
-    """The mixture was made for this run.
-
-    Raises:
-        ValueError: it has sequences of another length, or another number of them.
-    """
-    asked = {"sequence_length": config.sequence_length, "sequences": config.sequences}
-    for name, value in asked.items():
-        if value != getattr(mixture, name):
-            raise ValueError(
-                f"{stage} asks for {name} {value} (sequences: those of all its steps), and the mixture was made for "
-                f"{getattr(mixture, name)}: let mix.{name} agree"
-            )
 
 
 def _metrics(config: MixtureRun, model: Transformer, history: History) -> Metrics:

@@ -57,14 +57,63 @@ RECIPE_ERRORS = {
     ),
     "experts not divisible": (
         "pretrain: {model: {n_routed_experts: 9, n_group: 2}}",
-        "9 is not divisible by n_group 2",
+        "n_routed_experts 9 is not divisible by n_group 2: choose 8 or 10 experts, or n_group 1 or 3$",
+    ),
+    "fewer experts than groups": (
+        "pretrain: {model: {n_routed_experts: 3, n_group: 4}}",
+        "n_routed_experts 3 is not divisible by n_group 4: choose 8 experts, or n_group 1$",
+    ),
+    "experts that would be divisible and too few": (
+        "pretrain: {model: {n_routed_experts: 9, n_group: 2, num_experts_per_tok: 5}}",
+        "choose 10 experts, or n_group 1$",
+    ),
+    "more groups a token than groups": (
+        "pretrain: {model: {n_group: 2, topk_group: 3}}",
+        "topk_group 3 is more than the 2 groups of n_group: choose at most 2$",
+    ),
+    "more active than the groups hold": (
+        "pretrain: {model: {n_group: 4, topk_group: 1, num_experts_per_tok: 3}}",
+        "num_experts_per_tok 3 is more than the 2 experts of the 1 of 4 groups that topk_group allows: choose at most "
+        "2, or topk_group 2$",
+    ),
+    "groups of one expert": (
+        "pretrain: {model: {n_group: 8, topk_group: 2}}",
+        "n_group 8 leaves 1 expert a group, and a group is scored by its two best: choose 16 experts, or n_group 4$",
+    ),
+    "odd rotary width": (
+        "pretrain: {model: {qk_rope_head_dim: 15}}",
+        r"pretrain\.model\.qk_rope_head_dim 15 is no multiple of 2: choose 14 or 16$",
+    ),
+    "least odd rotary width": (
+        "pretrain: {model: {qk_rope_head_dim: 1}}",
+        r"pretrain\.model\.qk_rope_head_dim 1 is no multiple of 2: choose 2$",
+    ),
+    "key/value latent wider than the model": (
+        "pretrain: {model: {kv_lora_rank: 129}}",
+        "kv_lora_rank 129 is a latent wider than the model, whose hidden_size is 128: choose at most 128",
+    ),
+    "query latent wider than the model": (
+        "pretrain: {model: {q_lora_rank: 1536}}",
+        "q_lora_rank 1536 is a latent wider than the model, whose hidden_size is 128: choose at most 128",
     ),
     "more active than there are": (
         "pretrain: {model: {num_experts_per_tok: 9}}",
-        "9 is more than the 8 experts there are",
+        "9 is more than the 8 experts there are: choose at most 8$",
     ),
-    "past the position limit": ("pretrain: {sequence_length: 1024}", "1024 is longer than the position limit"),
-    "cold start past the limit": ("cold_start: {sequence_length: 1024}", "cold_start.sequence_length 1024 is longer"),
+    "past the position limit": (
+        "pretrain: {sequence_length: 1024}",
+        "1024 is longer than the position limit max_position_embeddings 512: choose at most 512 tokens, or raise the "
+        "limit to 1024$",
+    ),
+    "cold start past the limit": (
+        "cold_start: {sequence_length: 1024}",
+        r"cold_start\.sequence_length 1024 is longer than the position limit pretrain\.model\.max_position_embeddings "
+        "512: choose at most 512 tokens, or raise the limit to 1024$",
+    ),
+    "responses past the limit": (
+        "rl: {max_new_tokens: 512}",
+        r"rl\.max_new_tokens 512 leaves no room for a prompt .* 512: choose at most 511 tokens, less those of the prompts",
+    ),
     "missing source": (
         "ingest: {sources: [{type: files, name: mine, paths: [nowhere.txt]}]}\nmix: {weights: {}}",
         "'nowhere.txt' names no file",
@@ -79,7 +128,14 @@ RECIPE_ERRORS = {
     "no sources": ("ingest: {sources: []}", r"ingest\.sources is \[\], which will not do"),
     "key twice": ("rl: {steps: 1}\nrl: {steps: 2}", "the key 'rl' stands twice"),
     "not yaml": ("rl: [", "is not valid YAML"),
-    "batch among ranks": ("execution: {ranks: 3}", "batch_sequences 16 does not divide among 3 data-parallel ranks"),
+    "batch among ranks": (
+        "execution: {ranks: 3}",
+        "batch_sequences 16 does not divide among 3 data-parallel ranks .*: choose 15 or 18$",
+    ),
+    "more ranks than the batch's sequences": (
+        "execution: {ranks: 32}",
+        "batch_sequences 16 does not divide among 32 data-parallel ranks .*: choose 32$",
+    ),
     "experts among ranks": (
         "execution: {ranks: 2, layout: {expert_parallel: 3}}",
         "expert_parallel 3 does not divide ranks 2",
@@ -103,7 +159,7 @@ def test_bad_recipes_are_one_sentence(case: str, tmp_path: Path, capsys, monkeyp
     assert len(said.strip().splitlines()) == 1
     import re
 
-    assert re.search(message, said), said
+    assert re.search(message, said.strip()), said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.yaml"]  # nothing was written
 
 

@@ -12,7 +12,6 @@ from gristmill.infra.planner import (
     estimate,
     find_device,
     load_hardware,
-    training_memory,
 )
 
 
@@ -84,15 +83,3 @@ def test_a_row_with_a_misspelled_field_or_an_impossible_number_is_refused(tmp_pa
     impossible.write_text(text.replace("watts: 400", "watts: 0"), encoding="utf-8")
     with pytest.raises(HardwareError, match="watts is 0"):
         load_hardware(impossible)
-
-
-def test_training_memory_counts_each_part_and_zero_divides_it() -> None:
-    alone = training_memory(1000, tokens=10, width=4, layers=2, vocab_size=7)
-    assert (alone.weights, alone.gradients, alone.optimizer) == (4000, 4000, 8000)
-    assert alone.activations == 34 * 10 * 4 * 2 * 2
-    assert alone.logits == 2 * 10 * 7 * 4
-    assert alone.total == 16000 + alone.activations + alone.logits
-    held = [training_memory(1000, zero_stage=s, ranks=4).total for s in range(4)]
-    assert held == [16000, 10000, 7000, 4000]
-    with pytest.raises(HardwareError, match="stage 4"):
-        training_memory(1000, zero_stage=4)

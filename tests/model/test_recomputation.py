@@ -34,7 +34,8 @@ class Attending(TorchDispatchMode):
 def test_selective_recomputation_keeps_what_attention_gave(
     how: Literal["selective", "full"] | None, times: int
 ) -> None:
-    model = Transformer(ModelConfig(hidden_size=32, num_hidden_layers=LAYERS, num_nextn_predict_layers=0), 64)
+    config = ModelConfig(hidden_size=32, kv_lora_rank=16, num_hidden_layers=LAYERS, num_nextn_predict_layers=0)
+    model = Transformer(config, 64)
     model.initialise(0)
     if how is not None:
         recompute_blocks(model, how)

@@ -278,6 +278,7 @@ def test_published_sizes(config: ModelConfig, vocab_size: int, total: float, act
 
     The published active counts leave out the embedding, of which a token reads one row; 2.45 B is printed there as 2.4.
     """
+    assert ModelConfig.model_validate(config.model_dump()) == config  # a published shape is never refused
     own_total, own_active = parameter_counts(config, vocab_size)
     assert round(own_total / 1e9, 1 if total < 100 else 0) == total
     own_active -= vocab_size * config.hidden_size
