@@ -15,6 +15,7 @@ import shutil
 import threading
 from pathlib import Path
 
+from gristmill.flows.errors import StoreDamaged
 from gristmill.flows.manifest import is_unfinished, listed_files, sha256
 from gristmill.flows.remote import Remote
 
@@ -120,6 +121,31 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     """What changes when a file does."""
     seen = path.stat()
     return (seen.st_size, seen.st_mtime_ns, seen.st_ino)
+
+
+def snapshot(far: Remote, place: str) -> dict[str, str] | None:
+    """Hash of each file of the latest snapshot, by its path; none where there is no snapshot.
+
+    Raises:
+        StoreDamaged: it cannot be read.
+    """
+    where = f"{place}/{SNAPSHOT}".lstrip("/")
+    text = far.read(where)
+    if text is None:
+        return None
+    try:
+        return {str(name): str(digest) for name, digest in json.loads(text).items()}
+    except (ValueError, AttributeError) as error:
+        raise StoreDamaged(f"{where} cannot be read ({error}): remove it to begin from the start") from error
+
+
+def fetch_sent(far: Remote, name: str, path: Path) -> str:
+    """Fetch a file that a snapshot names by its place, which ends in its hash; what is wrong with it, if anything."""
+    try:
+        far.get(name, path)
+    except FileNotFoundError:
+        return "is missing"
+    return "" if sha256(path) == name.rsplit("/", 1)[-1] else "has other bytes than were sent"
 
 
 def restore(far: Remote, place: str, folder: Path) -> bool:

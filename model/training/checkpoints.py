@@ -154,6 +154,11 @@ def checkpoints(work: Path) -> list[Path]:
     return sorted(p for p in work.glob("checkpoint-*") if p.suffix != ".tmp" and (p / MANIFEST).exists())
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a published checkpoint; a stage's result has a manifest too."""
+    return (folder / MANIFEST).exists() and (folder.name.startswith("checkpoint-") or (folder / STATE).exists())
+
+
 def _nothing() -> None:
     """What is done at each file where nobody waits."""
 
@@ -232,6 +237,15 @@ class Checkpoint:
         size = sum(told["bytes"] for told in self.manifest["files"].values())
         form = f"checkpoint of step {self.step} by {self.manifest['ranks']} ranks"
         return {"form": form, "tensors": len(self._where), "parameters": numbers, "bytes": size}
+
+    def held(self) -> dict[tuple[str, str], int]:
+        """Of each (kind, name) that is here how far its numbers reach."""
+        return {name: max(end for _, end, *_ in stretches) for name, stretches in self._where.items()}
+
+    def dtype(self, kind: str, name: str) -> torch.dtype:
+        """The type that a tensor is saved in."""
+        _, _, file, key = self._where[kind, name][0]
+        return self._open[file].get_slice(key)[:0].dtype
 
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of a kind."""
