@@ -156,7 +156,7 @@ def test_all_four_commands_on_s3(s3: str, tmp_path: Path) -> None:
             far.put(file, f"{folder.name}/{file.name}")
     # what a run that was killed has left on its store: a snapshot, whose files are named by what they hold
     key = "0123456789abcdef"
-    assert Mirror(Remote(f"{s3}/store"), f"pretrain/{key}.partial", tmp_path / "run").send()
+    assert Mirror(Remote(f"{s3}/store"), f"pretrain/{key}.partial", tmp_path / "run", print).send()
     for place in (f"{s3}/copied", f"{s3}/store/pretrain/{key}/work"):
         out = tmp_path / place.rsplit("/", 1)[-1]
         one, other = (f"{place}/{folder.name}" for folder in saved)
