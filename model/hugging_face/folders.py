@@ -270,12 +270,15 @@ def _write_file(path: Path, entries: list[Entry]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            _write_parts(file, entry)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with part.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for entry in entries:
+                _write_parts(file, entry)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk's names no file
+        raise OSError(f"{path} cannot be written ({error}): is the disk full?") from error
     os.replace(part, path)
 
 
