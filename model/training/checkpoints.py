@@ -16,6 +16,7 @@ import hashlib
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,27 +51,32 @@ class CheckpointWriter:
         self._step: int | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._removal: threading.Thread | None = None
 
     @property
     def busy(self) -> bool:
         """Whether a save was begun and is not published yet."""
         return self._step is not None
 
-    def begin(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], *, settled: bool = False) -> None:
+    def begin(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], *, settled: bool = False) -> float:
         """Copy what is to be saved, and write it from a thread; every rank calls this, with its own pieces.
 
-        What is `settled` nothing changes until it is written: on a CPU it needs no copy.
+        Returns the seconds that the copy took. What is `settled` nothing changes until it is written: on a CPU it needs
+        no copy.
 
         Raises:
             RuntimeError: the save before it is not published yet.
         """
         if self.busy:
             raise RuntimeError(f"the checkpoint of step {self._step} is still being written: publish it first")
+        began = time.perf_counter()
         copies = {key: tensor.detach().to("cpu", copy=not settled).reshape(-1) for key, tensor in tensors.items()}
+        copied = time.perf_counter() - began
         told = json.dumps(state, sort_keys=True) if self.rank == 0 else None
         self._step, self._failure = step, None
         self._thread = threading.Thread(target=self._write, args=(copies, told), name="checkpoint", daemon=True)
         self._thread.start()
+        return copied
 
     def written(self) -> bool:
         """Whether this rank's part is on the disk.
@@ -111,11 +117,23 @@ class CheckpointWriter:
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         sync_folder(self.work)
+        self._remove_surplus()
+
+    def _remove_surplus(self) -> None:
+        """Remove old checkpoints by a thread: on some file systems that takes longer than the rest of a publication."""
+        self.close()
+        aside: list[Path] = []
         for old in checkpoints(self.work)[: -self.keep]:
-            aside = old.with_suffix(".tmp")  # half removed it must not count
-            shutil.rmtree(aside, ignore_errors=True)
-            old.rename(aside)
-            shutil.rmtree(aside)
+            aside.append(old.with_suffix(".tmp"))  # half removed it must not count
+            shutil.rmtree(aside[-1], ignore_errors=True)
+            old.rename(aside[-1])
+        self._removal = threading.Thread(target=lambda: [*map(shutil.rmtree, aside)], name="removal", daemon=True)
+        self._removal.start()
+
+    def close(self) -> None:
+        """Until what was to be removed is."""
+        if self._removal is not None:
+            self._removal.join()
 
     def _hash(self, path: Path) -> str:
         told = path.with_suffix(".sha256")

@@ -36,6 +36,7 @@ def save(work: Path, step: int, ranks: int = 1, keep: int = 2, value: float = 1.
         writer.wait()
     for writer in reversed(writers):
         writer.publish()
+        writer.close()
     return work / f"checkpoint-{step:08d}"
 
 
