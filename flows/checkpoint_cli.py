@@ -1,21 +1,27 @@
-"""`gristmill checkpoint …`: check, convert, compare and average folders of models."""
+"""`gristmill checkpoint …`: check, convert, compare and average folders of models, and checkpoints of a run."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gristmill.flows.errors import UsageError
+from gristmill.flows.fetched import fetched, local_path
 from gristmill.flows.terminal import print_table, size
 
 checkpoint_app = typer.Typer(
-    help="Check, convert, compare and average folders of models, ours and Hugging Face's.", no_args_is_help=True
+    help="Check, convert, compare and average folders of models, ours and Hugging Face's, and checkpoints of a run.",
+    no_args_is_help=True,
 )
 
-Folder = Annotated[Path, typer.Argument(help="A folder with config.json and safetensors.")]
+Folder = Annotated[
+    str,
+    typer.Argument(
+        help="A folder with config.json and safetensors, or a checkpoint (work/checkpoint-…); one at s3://… is fetched."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON in place of lines for people.")]
 
 
@@ -28,7 +34,10 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
     from gristmill.model.model_folders import verify as work
 
     try:
-        found = work(folder)
+        with fetched([folder]) as (here,):
+            found = work(here)
+    except UsageError:
+        raise
     except ValueError as error:
         print(json.dumps({"error": str(error)}) if as_json else error)
         raise typer.Exit(1) from error
@@ -44,7 +53,7 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
 @checkpoint_app.command()
 def convert(
     source: Folder,
-    out: Annotated[Path, typer.Argument(help="A folder that is not there yet, or empty.")],
+    out: Annotated[str, typer.Argument(help="A folder that is not there yet, or empty.")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="To Hugging Face: E4M3 with a scale a 128 × 128 block.")] = False,
     mtp: Annotated[
@@ -52,22 +61,26 @@ def convert(
     ] = False,
     shard_megabytes: Annotated[int, typer.Option(min=1, help="Size of a safetensors file.")] = 2000,
 ) -> None:
-    """From Hugging Face's form to ours, or back; a tensor at a time, so that no model is too large."""
+    """From Hugging Face's form to ours, or back; a checkpoint's model to Hugging Face's.
+
+    A tensor at a time, so that no model is too large.
+    """
     from gristmill.model.model_folders import DTYPES
     from gristmill.model.model_folders import convert as work
 
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
     try:
-        files = work(
-            source,
-            out,
-            dtype=dtype,
-            fp8=fp8,
-            mtp=mtp,
-            shard_megabytes=shard_megabytes,
-            log=lambda name: print(f"wrote {name}"),
-        )
+        with fetched([source]) as (here,):
+            files = work(
+                here,
+                local_path(out),
+                dtype=dtype,
+                fp8=fp8,
+                mtp=mtp,
+                shard_megabytes=shard_megabytes,
+                log=lambda name: print(f"wrote {name}"),
+            )
     except ValueError as error:
         raise UsageError(str(error)) from error
     print(f"{out}: {files} files")
@@ -75,11 +88,15 @@ def convert(
 
 @checkpoint_app.command()
 def diff(one: Folder, other: Folder, as_json: AsJson = False) -> None:
-    """Tensor by tensor, what differs; exit code 1 if anything does."""
+    """Tensor by tensor, what differs; exit code 1 if anything does.
+
+    Of two checkpoints the optimizer's moments and averages of the weights too.
+    """
     from gristmill.model.model_folders import differences
 
     try:
-        rows = list(differences(one, other))
+        with fetched([one, other]) as (here, there):
+            rows = list(differences(here, there))
     except ValueError as error:
         raise UsageError(str(error)) from error
     if as_json:
@@ -104,7 +121,9 @@ def diff(one: Folder, other: Folder, as_json: AsJson = False) -> None:
 
 @checkpoint_app.command()
 def average(
-    folders: Annotated[list[Path], typer.Argument(help="The models, two or more, and last the folder to write.")],
+    folders: Annotated[
+        list[str], typer.Argument(help="The models or checkpoints, two or more, and last the folder to write.")
+    ],
     weights: Annotated[str, typer.Option(help="One number for each model, with commas; equal by default.")] = "",
 ) -> None:
     """Write the mean of models of one shape."""
@@ -115,7 +134,8 @@ def average(
     except ValueError as error:
         raise UsageError(f"--weights {weights} are not numbers with commas between them") from error
     try:
-        files = work(folders[:-1], folders[-1], shares)
+        with fetched(folders[:-1]) as here:
+            files = work(here, local_path(folders[-1]), shares)
     except ValueError as error:
         raise UsageError(str(error)) from error
     print(f"{folders[-1]}: {files} files")

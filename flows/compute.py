@@ -30,6 +30,7 @@ from gristmill.flows.manifest import (
     listed_files,
     write_json,
 )
+from gristmill.flows.mirror import failed_uploads
 from gristmill.flows.stage import Call
 from gristmill.flows.store import Store
 from gristmill.flows.watching import Watcher
@@ -48,14 +49,14 @@ def compute(call: Call, store: Store, execution: Execution, watcher: Watcher) ->
     stage, key = call.stage, call.key
     if "workers" not in stage.services:
         release_workers()
-    out = store.prepare(stage.name, key)
+    out = store.prepare(stage.name, key, watcher.say)
     (out / "log").mkdir(exist_ok=True)
     tombstones.lay_down(store, call.identity["config"], call.sources, out)
     attempts, memory = Attempts(out / "log" / "attempts.json"), PeakMemory()
     returned = _returned(out)
     if returned is None:
         (out / "log" / "error.txt").unlink(missing_ok=True)
-        with memory, attempts, store.mirror(stage.name, key):
+        with memory, attempts, store.mirror(stage.name, key, watcher.say):
             try:
                 metrics = checked_metrics(_work(call, store, execution, watcher, attempts, out), stage.name)
                 _refuse_leftovers(call, out)
@@ -82,12 +83,13 @@ def compute(call: Call, store: Store, execution: Execution, watcher: Watcher) ->
         "work_seconds": attempts.total,
         "attempts": max(1, len(attempts.rows)),
         "peak_bytes": returned["peak_bytes"],
+        "failed_uploads": failed_uploads(out),
         "code_version": code_version(),
     }
     manifest["ledger"] = ledger_line(manifest, execution, stage.services)
     manifest["device_hours"] = manifest["ledger"]["device_hours"]
+    store.finish(manifest)  # may fail, and is then tried again: the ledger counts it once
     store.record_ledger(manifest["ledger"])
-    store.finish(manifest)
     return manifest
 
 

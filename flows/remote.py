@@ -135,8 +135,22 @@ class Remote:
         os.replace(part, path)
 
     def put(self, path: Path, name: str) -> None:
-        """Send a file."""
-        self.filesystem.put_file(str(path), self.path(name))
+        """Send a file.
+
+        Raises:
+            FileNotFoundError: there is no such file here.
+            OSError: it could not be sent, or did not arrive whole.
+        """
+        size = path.stat().st_size
+        try:
+            self.filesystem.put_file(str(path), self.path(name))
+            arrived = int(self.filesystem.info(self.path(name))["size"])
+        except Exception as error:  # each provider's library has its own kinds for what a network does
+            path.stat()
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise OSError(f"{name} could not be sent to {self.uri} ({reason})") from error
+        if arrived != size and path.stat().st_size == size:
+            raise OSError(f"{name} was sent to {self.uri}, and {arrived} of {size} bytes arrived")
 
     def copy(self, name: str, to: str) -> None:
         """Copy a file where it lies."""

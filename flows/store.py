@@ -38,7 +38,7 @@ from gristmill.flows.manifest import (
     sha256_of_all,
     write_json,
 )
-from gristmill.flows.mirror import Mirror, restore
+from gristmill.flows.mirror import SNAPSHOT, Mirror, Say, restore
 from gristmill.flows.remote import Remote
 
 LEDGER = "ledger.jsonl"
@@ -127,7 +127,7 @@ class Store:
         folder = self.folder(stage, key)
         if folder.is_dir() and listed_files(folder):
             return True
-        return self.remote and self.far.exists(f"{stage}/{key}.partial/snapshot.json")
+        return self.remote and self.far.exists(f"{stage}/{key}.partial/{SNAPSHOT}")
 
     def runs(self) -> list[dict[str, Any]]:
         """Every run's record, oldest first."""
@@ -312,12 +312,16 @@ class Store:
 
     # --- writing -----------------------------------------------------------------------------------------------
 
-    def prepare(self, stage: str, key: str) -> Path:
-        """The folder to work in, with whatever unfinished work there is, here or (of a remote store) elsewhere."""
+    def prepare(self, stage: str, key: str, say: Say) -> Path:
+        """The folder to work in, with whatever unfinished work there is, here or (of a remote store) elsewhere.
+
+        Raises:
+            StoreDamaged: there is some on the remote store, and none of it is whole.
+        """
         folder = self.folder(stage, key)
         (folder / MANIFEST).unlink(missing_ok=True)
         if self.remote and not (folder.is_dir() and listed_files(folder)):
-            restore(self.far, f"{stage}/{key}.partial", folder)
+            restore(self.far, f"{stage}/{key}.partial", folder, say)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -329,7 +333,7 @@ class Store:
         folder = self.folder(stage, key)
         if self.remote:
             self.far.remove(f"{stage}/{key}/{MANIFEST}")
-            self.far.remove(f"{stage}/{key}.partial/snapshot.json")
+            self.far.remove(f"{stage}/{key}.partial/{SNAPSHOT}")
         if folder.exists():
             trash = self.local / TRASH / uuid.uuid4().hex
             trash.parent.mkdir(parents=True, exist_ok=True)
@@ -358,7 +362,11 @@ class Store:
                 shutil.copyfile(self.folder(stage, old) / path, to)
 
     def finish(self, manifest: Manifest, there: Collection[str] = ()) -> None:
-        """Write the manifest, last and at once; a remote store gets the files first, but for those that are `there`."""
+        """Write the manifest, last and at once; a remote store gets the files first, but for those that are `there`.
+
+        Raises:
+            OSError: a file could not be sent whole; the result does not count then.
+        """
         stage, key = manifest["stage"], manifest["key"]
         folder = self.folder(stage, key)
         if self.remote:
@@ -390,9 +398,9 @@ class Store:
                 file.write(b"\n")  # a power cut left half a line
             file.write(canonical(line).encode() + b"\n")
 
-    def mirror(self, stage: str, key: str) -> Mirror:
-        """Keeps snapshots of a running stage on a remote store; a local one needs none."""
-        return Mirror(self.far if self.remote else None, f"{stage}/{key}.partial", self.folder(stage, key))
+    def mirror(self, stage: str, key: str, say: Say) -> Mirror:
+        """Keeps snapshots of a running stage on a remote store, and says what fails; a local one needs none."""
+        return Mirror(self.far if self.remote else None, f"{stage}/{key}.partial", self.folder(stage, key), say)
 
     def _names(self, below: str) -> list[str]:
         if self.remote:

@@ -1,6 +1,7 @@
-"""Folders of models, ours and Hugging Face's: check, convert, compare, average; a piece of a tensor at a time.
+"""Folders of models, ours and Hugging Face's, and checkpoints of a run: check, convert, compare, average.
 
-What is written is written beside its place and renamed when it is whole.
+Tensors are read and written a piece at a time. What is written is written beside its place and renamed when it is
+whole.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ from gristmill.model.hugging_face.conversion import (
     read_config,
     silent,
 )
-from gristmill.model.hugging_face.folders import Entry, TensorFolder, write_folder
+from gristmill.model.hugging_face.folders import Entry, TensorFolder, Tensors, write_folder
 from gristmill.model.hugging_face.names import layout
-from gristmill.model.training.checkpoints import MANIFEST, Checkpoint
+from gristmill.model.training.checkpoint_tensors import CheckpointModel, CheckpointTensors, model_of
+from gristmill.model.training.checkpoints import Checkpoint, is_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BESIDE = ("generation_config.json", *TOKENIZER_FILES)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SHARD_MEGABYTES = 2000
-ROW_NUMBERS = 1 << 24  # numbers of a tensor that are compared or averaged at a time
 
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Described:
-    """What a folder's config.json says: whose form it has, and the model's shape."""
+    """What a folder's config.json, or a checkpoint's manifest, says: whose form it has, and the model's shape."""
 
     hugging_face: bool
     config: ModelConfig
@@ -51,14 +52,20 @@ class Described:
 
 
 def describe(folder: Path) -> Described:
-    """Read a folder's config.json.
+    """Read a folder's config.json, or of a checkpoint whose it is.
 
     Raises:
         ValueError: there is none, or it describes nothing that this model can be.
     """
+    if is_checkpoint(folder):
+        with Checkpoint(folder, trusted=True) as checkpoint:
+            return Described(False, *model_of(checkpoint))
     path = folder / "config.json"
     if not path.exists():
-        raise ValueError(f"{folder} holds no config.json: give the folder of a model, a stage's `model` for instance")
+        raise ValueError(
+            f"{folder} holds no config.json: give the folder of a model, a stage's `model` for instance, or of a "
+            f"checkpoint with its manifest"
+        )
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -80,7 +87,7 @@ def verify(folder: Path) -> dict[str, Any]:
         ValueError: tensors are missing, left over, misshapen or not finite; all of them are named. Of a checkpoint, the
             first file that is missing, was cut or changed.
     """
-    if (folder / MANIFEST).exists():
+    if is_checkpoint(folder):
         return Checkpoint(folder).sizes()
     described = describe(folder)
     numbers = size = count = 0
@@ -96,6 +103,22 @@ def verify(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds numbers that are not finite in {len(spoilt)} tensors: {', '.join(spoilt)}")
     form = "Hugging Face form" if described.hugging_face else "Gristmill form"
     return {"form": form, "tensors": count, "parameters": numbers, "bytes": size}
+
+
+@contextmanager
+def opened_model(folder: Path, described: Described) -> Iterator[Tensors]:
+    """The tensors of a folder of a model, or of the model in a checkpoint, all there and of their shapes.
+
+    Raises:
+        ValueError: they are not, or there are none.
+    """
+    if is_checkpoint(folder):
+        with Checkpoint(folder) as checkpoint:
+            yield CheckpointModel(checkpoint)
+        return
+    with TensorFolder(folder) as found:
+        check(found, described)
+        yield found
 
 
 def check(found: TensorFolder, described: Described) -> None:
@@ -121,7 +144,7 @@ def convert(
     shard_megabytes: int = SHARD_MEGABYTES,
     log: Log = silent,
 ) -> int:
-    """From Hugging Face's form to ours, or from ours to theirs; the number of safetensors files.
+    """From Hugging Face's form to ours, or from ours (a checkpoint's too) to theirs; the number of safetensors files.
 
     Args:
         dtype: of the weights written; by default bfloat16 for ours, and for theirs what the weights have.
@@ -134,13 +157,13 @@ def convert(
     described = describe(source)
     if described.hugging_face and fp8:
         raise ValueError("fp8 is a form of Hugging Face's folders, and this one becomes ours: leave it out")
-    with _written(out) as part, TensorFolder(source) as found:
+    with _written(out) as part, ExitStack() as stack:
         if described.hugging_face:
             files = import_folder(
                 source, part, dtype=DTYPES[dtype or "bfloat16"], shard_megabytes=shard_megabytes, log=log
             )
         else:
-            check(found, described)
+            found = stack.enter_context(opened_model(source, described))
             kept = DTYPES[dtype] if dtype else found.dtype("norm.weight")
             files = export(
                 of_folder(found), described.config, described.vocab_size, part, dtype=kept, fp8=fp8, mtp=mtp,
@@ -194,12 +217,15 @@ def _token_ids(folder: Path) -> dict[str, Any]:
 def differences(one: Path, other: Path) -> Iterator[dict[str, Any]]:
     """Of each tensor that differs, how: the largest difference, and the root mean square of it over that of the first.
 
-    Tensors that only one of them has, or that have other shapes, are told with those words.
+    Of two checkpoints all that they hold is compared, moments of the optimizer and averages too
+    (`momentum/norm.weight`, laid flat); of a checkpoint and a model, the model. Tensors that only one of them has, or
+    that have other shapes, are told with those words.
 
     Raises:
         ValueError: one of them is not a folder of tensors.
     """
-    with TensorFolder(one) as first, TensorFolder(other) as second:
+    whole = is_checkpoint(one) and is_checkpoint(other)
+    with _opened(one, whole) as first, _opened(other, whole) as second:
         for name in sorted(first.names() | second.names()):
             if name not in second.names() or name not in first.names():
                 yield {"tensor": name, "differs": f"only in {one if name in first.names() else other}"}
@@ -215,12 +241,20 @@ def differences(one: Path, other: Path) -> Iterator[dict[str, Any]]:
                 yield {"tensor": name, "largest": largest, "relative": math.sqrt(apart / size) if size else math.inf}
 
 
-def _floats(found: TensorFolder, name: str) -> Iterator[Tensor]:
-    """A tensor in float32, row by row along its first axis, a bounded number of rows at a time."""
-    rows = max(1, ROW_NUMBERS // max(1, math.prod(found.shape(name)[1:])))
-    for part in found.parts(name):
-        for start in range(0, max(1, len(part)), rows):
-            yield part[start : start + rows].float()
+@contextmanager
+def _opened(folder: Path, whole: bool) -> Iterator[Tensors]:
+    """The tensors of a folder; of a checkpoint those of its model, or the `whole` of what it holds."""
+    if not is_checkpoint(folder):
+        with TensorFolder(folder) as found:
+            yield found
+        return
+    with Checkpoint(folder) as checkpoint:
+        yield CheckpointTensors(checkpoint) if whole else CheckpointModel(checkpoint)
+
+
+def _floats(found: Tensors, name: str) -> Iterator[Tensor]:
+    """A tensor in float32, a bounded number of rows at a time."""
+    return (part.float() for part in found.parts(name))
 
 
 def average(folders: Sequence[Path], out: Path, weights: Sequence[float] | None = None, log: Log = silent) -> int:
@@ -244,9 +278,7 @@ def average(folders: Sequence[Path], out: Path, weights: Sequence[float] | None 
             raise ValueError(f"{folder} is a model of another shape or form than {folders[0]}: average equal ones")
     total = sum(shares)
     with ExitStack() as stack:
-        opened = [stack.enter_context(TensorFolder(folder)) for folder in folders]
-        for found in opened:
-            check(found, first)
+        opened = [stack.enter_context(opened_model(folder, first)) for folder in folders]
         part = stack.enter_context(_written(out))
 
         def mean(name: str) -> Iterator[Tensor]:
@@ -257,10 +289,17 @@ def average(folders: Sequence[Path], out: Path, weights: Sequence[float] | None 
             return Entry(name, opened[0].shape(name), opened[0].dtype(name), lambda: mean(name))
 
         files = write_folder(part, [entry(name) for name in sorted(opened[0].names())], SHARD_MEGABYTES, log)
-        described = json.loads((folders[0] / "config.json").read_text(encoding="utf-8"))
+        described = _config_json(folders[0], first)
         if described.pop("quantization_config", None):  # FP8 was multiplied out
             described["torch_dtype"] = "bfloat16"
         text = json.dumps(described, indent=2, sort_keys=True)
         (part / "config.json").write_text(text + "\n", encoding="utf-8")
         _copy_beside(folders[0], part)
     return files
+
+
+def _config_json(folder: Path, described: Described) -> dict[str, Any]:
+    """What a folder's config.json says; of a checkpoint, what that of its model would."""
+    if is_checkpoint(folder):
+        return {**described.config.model_dump(mode="json"), "vocab_size": described.vocab_size}
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))

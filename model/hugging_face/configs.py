@@ -118,6 +118,7 @@ def from_hugging_face(described: dict[str, Any]) -> tuple[ModelConfig, int]:
     if lacking:
         raise ValueError(f"config.json of a {name} lacks {', '.join(lacking)}: what is not said is not guessed")
     _refuse(described, name)
+    _refuse_other_quantisation(described.get("quantization_config"))
     rotary = described.get("rope_parameters") or {}
     given: dict[str, Any] = {field: described[field] for field in SAME if described.get(field) is not None}
     given["rope_theta"] = described.get("rope_theta") or rotary.get("rope_theta", 10_000.0)
@@ -165,6 +166,21 @@ def _refuse(described: dict[str, Any], name: str) -> None:
     methods = ("greedy", "group_limited_greedy")
     if name == "deepseek_v2" and described.get("topk_method", "greedy") not in methods:
         raise ValueError(f"topk_method is {described['topk_method']!r}, and a softmax gate has {' or '.join(methods)}")
+
+
+def _refuse_other_quantisation(quantisation: dict[str, Any] | None) -> None:
+    """Weights that are stored in another way than DeepSeek's releases, with a scale a block of 128 × 128.
+
+    Raises:
+        ValueError: which field says so.
+    """
+    for field in ("quant_method", "fmt", "weight_block_size") if quantisation is not None else ():
+        given = quantisation.get(field)
+        if given != FP8[field]:
+            raise ValueError(
+                f"quantization_config has {field} {given!r}, and {FP8[field]!r} alone can be read: convert the weights "
+                f"to bfloat16 first"
+            )
 
 
 def _read_scaling(scaling: dict[str, Any]) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gristmill.model.config import ModelConfig
 from gristmill.model.hugging_face.configs import from_hugging_face, to_hugging_face
-from gristmill.model.hugging_face.folders import Entry, TensorFolder, write_folder
+from gristmill.model.hugging_face.folders import Entry, TensorFolder, Tensors, write_folder
 from gristmill.model.hugging_face.fp8 import SCALES, is_quantised, quantised
 from gristmill.model.hugging_face.names import Piece, copies, layout
 from gristmill.model.transformer import Transformer
@@ -133,8 +133,8 @@ def of_model(model: Transformer) -> Get:
     return lambda name, piece: own[name][piece.place()]
 
 
-def of_folder(found: TensorFolder) -> Get:
-    """Pieces of one of our folders."""
+def of_folder(found: Tensors) -> Get:
+    """Pieces of a folder that holds our tensors."""
     return lambda name, piece: found.read(name, None, piece.place())
 
 

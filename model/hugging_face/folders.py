@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +29,38 @@ DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
 }
 STORED = {name: dtype for dtype, name in DTYPES.items()}
-PART_BYTES = 256 << 20  # of a tensor that is looked at in parts
+PART_NUMBERS = 1 << 24  # of a tensor that is looked at in parts
+
+
+class Tensors(Protocol):
+    """Named tensors that are read one by one, wherever they lie."""
+
+    def names(self) -> set[str]:
+        """All tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type in which a tensor is read."""
+        ...
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """A tensor as pieces along its first axis (`row_slices`)."""
+        ...
+
+    def read(self, name: str, dtype: torch.dtype | None = None, place: tuple[int | slice, ...] = ()) -> Tensor:
+        """A tensor or the part of it at `place`."""
+        ...
+
+
+def row_slices(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Rows of a tensor of that shape, at most PART_NUMBERS numbers at a time: the same ones whatever its type is."""
+    rows = max(1, PART_NUMBERS // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0] if shape else 1, rows):
+        yield slice(start, start + rows)
 
 
 class TensorFolder:
@@ -155,14 +186,11 @@ class TensorFolder:
             )
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """A tensor as pieces along its first axis, none of them larger than need be; end to end they are the whole."""
+        """A tensor as pieces along its first axis (`row_slices`); what is stored in FP8 is read whole for them."""
         shape = self.shape(name)
-        if self._stored(name) == torch.float8_e4m3fn or len(shape) < 2:
-            yield self.read(name)
-            return
-        rows = max(1, PART_BYTES // max(1, math.prod(shape[1:]) * self._stored(name).itemsize))
-        for start in range(0, shape[0], rows):
-            yield self.read(name, None, (slice(start, start + rows),))
+        whole = self.read(name) if self._stored(name) == torch.float8_e4m3fn or not shape else None
+        for rows in row_slices(shape):
+            yield self.read(name, None, (rows,)) if whole is None else whole[rows] if shape else whole
 
     def read(self, name: str, dtype: torch.dtype | None = None, place: tuple[int | slice, ...] = ()) -> Tensor:
         """A tensor or the part of it at `place`; FP8 weights are multiplied by their blocks' scales.
@@ -242,12 +270,15 @@ def _write_file(path: Path, entries: list[Entry]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            _write_parts(file, entry)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with part.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for entry in entries:
+                _write_parts(file, entry)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk's names no file
+        raise OSError(f"{path} cannot be written ({error}): is the disk full?") from error
     os.replace(part, path)
 
 

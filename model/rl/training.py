@@ -100,6 +100,7 @@ class Policy:
             if (step + 1) % self.config.checkpoint_every == 0 and step + 1 < self.config.steps:
                 self._checkpoint(step + 1)
             progress(step + 1, self.config.steps, reward=row["reward"], length=row["response_length"])
+        self.writer.close()
 
     def questions(self, step: int) -> list[Row]:
         """The problems of a step: consecutive places of permutations of the problems, one an epoch."""

@@ -3,7 +3,7 @@
     checkpoint-00000200/
       rank-00000.safetensors  pieces of tensors, laid flat: "<kind>/<name>@<first number>"
       state.json              curves and whatever else the run keeps
-      manifest.json           written last: step, size and hash of every file, and whose checkpoint it is
+      manifest.json           written last: step, size and hash of every file, whose checkpoint it is, and its own hash
 
 Kinds are `parameter`, `buffer` (expert biases), the optimizer's moments, and what a run adds (`reference`, `average`).
 The schedule, the data's position and all random numbers are functions of the step, so the step is their state. A folder
@@ -12,10 +12,13 @@ is called `.tmp` until its manifest is in it, and does not count. Nothing here i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,9 +29,10 @@ from torch import Tensor
 
 from gristmill.model.training.files import sha256, sync_and_rename, sync_folder, write_json
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 2
 MANIFEST, STATE = "manifest.json", "state.json"
+REQUIRED = ("step", "ranks", "owner", "files", "sha256")
 
 
 class DamagedCheckpoint(ValueError):
@@ -47,27 +51,32 @@ class CheckpointWriter:
         self._step: int | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._removal: threading.Thread | None = None
 
     @property
     def busy(self) -> bool:
         """Whether a save was begun and is not published yet."""
         return self._step is not None
 
-    def begin(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], *, settled: bool = False) -> None:
+    def begin(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], *, settled: bool = False) -> float:
         """Copy what is to be saved, and write it from a thread; every rank calls this, with its own pieces.
 
-        What is `settled` nothing changes until it is written: on a CPU it needs no copy.
+        Returns the seconds that the copy took. What is `settled` nothing changes until it is written: on a CPU it needs
+        no copy.
 
         Raises:
             RuntimeError: the save before it is not published yet.
         """
         if self.busy:
             raise RuntimeError(f"the checkpoint of step {self._step} is still being written: publish it first")
+        began = time.perf_counter()
         copies = {key: tensor.detach().to("cpu", copy=not settled).reshape(-1) for key, tensor in tensors.items()}
+        copied = time.perf_counter() - began
         told = json.dumps(state, sort_keys=True) if self.rank == 0 else None
         self._step, self._failure = step, None
         self._thread = threading.Thread(target=self._write, args=(copies, told), name="checkpoint", daemon=True)
         self._thread.start()
+        return copied
 
     def written(self) -> bool:
         """Whether this rank's part is on the disk.
@@ -89,7 +98,11 @@ class CheckpointWriter:
         self.written()
 
     def publish(self) -> None:
-        """Say that all ranks have written: the first makes the folder a checkpoint and removes old ones."""
+        """Say that all ranks have written: the first makes the folder a checkpoint and removes old ones.
+
+        Raises:
+            OSError: the disk is full, or will not be written; what was published before stays.
+        """
         step, self._step, self._thread = self._step, None, None
         if step is None or self.rank:
             return
@@ -99,15 +112,28 @@ class CheckpointWriter:
         for left in {p.name for p in part.iterdir()} - {*names}:  # by an attempt that was killed
             (part / left).unlink()
         manifest = {"format": FORMAT, "step": step, "ranks": self.ranks, "owner": self.owner, "files": files}
-        write_json(part / MANIFEST, manifest)
+        with _said_if_full(part / MANIFEST):
+            write_json(part / MANIFEST, {**manifest, "sha256": manifest_hash(manifest)})
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         sync_folder(self.work)
+        self._remove_surplus()
+
+    def _remove_surplus(self) -> None:
+        """Remove old checkpoints by a thread: on some file systems that takes longer than the rest of a publication."""
+        self.close()
+        aside: list[Path] = []
         for old in checkpoints(self.work)[: -self.keep]:
-            aside = old.with_suffix(".tmp")  # half removed it must not count
-            shutil.rmtree(aside, ignore_errors=True)
-            old.rename(aside)
-            shutil.rmtree(aside)
+            aside.append(old.with_suffix(".tmp"))  # half removed it must not count
+            shutil.rmtree(aside[-1], ignore_errors=True)
+            old.rename(aside[-1])
+        self._removal = threading.Thread(target=lambda: [*map(shutil.rmtree, aside)], name="removal", daemon=True)
+        self._removal.start()
+
+    def close(self) -> None:
+        """Until what was to be removed is."""
+        if self._removal is not None:
+            self._removal.join()
 
     def _hash(self, path: Path) -> str:
         told = path.with_suffix(".sha256")
@@ -124,21 +150,38 @@ class CheckpointWriter:
             part = self._part(self._step)
             part.mkdir(parents=True, exist_ok=True)
             path = part / _file_of(self.rank)
-            try:
+            with _said_if_full(path):
                 save_file(tensors, path.with_suffix(".part"))
-            except SafetensorError as error:  # which is what a full disk gives
-                raise OSError(f"{path} cannot be written ({error}): is the disk full?") from error
-            sync_and_rename(path.with_suffix(".part"), path)
-            path.with_suffix(".sha256").write_text(sha256(path), encoding="ascii")
+                sync_and_rename(path.with_suffix(".part"), path)
+            with _said_if_full(path.with_suffix(".sha256")):
+                path.with_suffix(".sha256").write_text(sha256(path), encoding="ascii")
             if state is not None:
-                (part / STATE).with_suffix(".part").write_text(state, encoding="utf-8")
-                sync_and_rename((part / STATE).with_suffix(".part"), part / STATE)
+                with _said_if_full(part / STATE):
+                    (part / STATE).with_suffix(".part").write_text(state, encoding="utf-8")
+                    sync_and_rename((part / STATE).with_suffix(".part"), part / STATE)
         except BaseException as error:  # raised again by `written`, in the thread that trains
             self._failure = error
 
 
 def _file_of(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
+
+
+@contextmanager
+def _said_if_full(path: Path) -> Iterator[None]:
+    """Raise an OSError that names the file that cannot be written: a full disk's own names none."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk gives the tensors
+        raise OSError(
+            f"{path} cannot be written ({error}): is the disk full? Checkpoints that were published before it stay"
+        ) from error
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """Of all that a manifest says but its own hash."""
+    told = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _refuse_not_finite(tensors: dict[str, Tensor]) -> None:
@@ -154,6 +197,11 @@ def checkpoints(work: Path) -> list[Path]:
     return sorted(p for p in work.glob("checkpoint-*") if p.suffix != ".tmp" and (p / MANIFEST).exists())
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a published checkpoint; a stage's result has a manifest too."""
+    return (folder / MANIFEST).exists() and (folder.name.startswith("checkpoint-") or (folder / STATE).exists())
+
+
 def _nothing() -> None:
     """What is done at each file where nobody waits."""
 
@@ -162,24 +210,32 @@ class Checkpoint:
     """A published checkpoint, read by pieces; use it in a `with`.
 
     Args:
+        owner: whose it must be, where that matters.
         trusted: take the files as they are, since this process has just written or checked them.
         alive: called now and then while files are hashed.
 
     Raises:
-        DamagedCheckpoint: a file is missing, was cut or changed, or the format is a later one.
+        DamagedCheckpoint: a file is missing, was cut or changed, the format is a later one, or it is another's.
     """
 
-    def __init__(self, folder: Path, *, trusted: bool = False, alive: Callable[[], None] = _nothing) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        owner: dict[str, Any] | None = None,
+        trusted: bool = False,
+        alive: Callable[[], None] = _nothing,
+    ) -> None:
+        self.folder, self._owner = folder, owner
         self._open: dict[str, Any] = {}
         try:
-            self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            made, self.step = self.manifest["format"], int(self.manifest["step"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(f"{MANIFEST} cannot be read ({error!r})") from error
-        if made != FORMAT:
-            raise self._damaged(f"{MANIFEST} has format {made}, and this version of Gristmill reads {FORMAT}")
-        wrong = None if trusted else _first_wrong(folder, self.manifest["files"], alive)
+            self.manifest = _read_manifest(folder)
+        except (OSError, ValueError) as error:
+            raise self._damaged(f"{MANIFEST} {error}") from error
+        self.step = int(self.manifest["step"])
+        wrong = _difference(self.manifest["owner"], owner)
+        if wrong is None and not trusted:
+            wrong = _first_wrong(folder, self.manifest["files"], alive)
         if wrong:
             raise self._damaged(wrong)
         self._where = self._index()
@@ -191,9 +247,10 @@ class Checkpoint:
         self._open.clear()
 
     def _damaged(self, what: str) -> DamagedCheckpoint:
-        good = [p.name for p in checkpoints(self.folder.parent) if p != self.folder and _is_whole(p)]
+        good = [p.name for p in checkpoints(self.folder.parent) if p != self.folder and _is_whole(p, self._owner)]
         after = f"the last good one is {good[-1]}: " if good else "there is no other: "
-        return DamagedCheckpoint(f"{self.folder}: {what}; {after}remove {self.folder.name} to go on from there")
+        ahead = "go on from there" if good else "begin from the start"
+        return DamagedCheckpoint(f"{self.folder}: {what}; {after}remove {self.folder.name} to {ahead}")
 
     def _index(self) -> dict[tuple[str, str], list[tuple[int, int, str, str]]]:
         """Of each kind and name its stretches: (first, end, file, key), ascending."""
@@ -216,22 +273,21 @@ class Checkpoint:
         """What the run kept beside tensors."""
         return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
 
-    def refuse_unless_of(self, owner: dict[str, Any]) -> None:
-        """Raise DamagedCheckpoint, naming the first difference, unless it is this owner's."""
-        own = self.manifest["owner"]
-        for field in sorted({*own, *owner}):
-            if own.get(field) != owner.get(field):
-                raise DamagedCheckpoint(
-                    f"{self.folder} is of another model: {field} is {own.get(field)}, and this run's is "
-                    f"{owner.get(field)}: remove the folder, or give the run another store"
-                )
-
     def sizes(self) -> dict[str, Any]:
         """How many tensors of all kinds there are, their numbers, and the bytes of the files."""
         numbers = sum(end - first for stretches in self._where.values() for first, end, *_ in stretches)
         size = sum(told["bytes"] for told in self.manifest["files"].values())
         form = f"checkpoint of step {self.step} by {self.manifest['ranks']} ranks"
         return {"form": form, "tensors": len(self._where), "parameters": numbers, "bytes": size}
+
+    def held(self) -> dict[tuple[str, str], int]:
+        """Of each (kind, name) that is here how far its numbers reach."""
+        return {name: max(end for _, end, *_ in stretches) for name, stretches in self._where.items()}
+
+    def dtype(self, kind: str, name: str) -> torch.dtype:
+        """The type that a tensor is saved in."""
+        _, _, file, key = self._where[kind, name][0]
+        return self._open[file].get_slice(key)[:0].dtype
 
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of a kind."""
@@ -281,12 +337,40 @@ def _first_wrong(folder: Path, files: dict[str, dict[str, Any]], alive: Callable
     return None
 
 
-def _is_whole(folder: Path) -> bool:
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest, as it was written.
+
+    Raises:
+        OSError, ValueError: what is wrong with it, to be said behind its name.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["format"] == FORMAT and _first_wrong(folder, manifest["files"], _nothing) is None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot be read ({error!r})") from error
+    made = manifest.get("format") if isinstance(manifest, dict) else None
+    if made != FORMAT:
+        raise ValueError(f"has format {made}, and this version of Gristmill reads {FORMAT}")
+    if lacking := [name for name in REQUIRED if name not in manifest]:
+        raise ValueError(f"lacks {', '.join(lacking)}")
+    if manifest["sha256"] != manifest_hash(manifest):
+        raise ValueError("has another hash than what was written")
+    return manifest
+
+
+def _difference(own: dict[str, Any], owner: dict[str, Any] | None) -> str | None:
+    """The first field in which a checkpoint's owner is not the one asked for, as words."""
+    for field in sorted({*own, *owner}) if owner is not None else ():
+        if own.get(field) != owner.get(field):
+            return f"it is of another model: {field} is {own.get(field)}, and this run's is {owner.get(field)}"
+    return None
+
+
+def _is_whole(folder: Path, owner: dict[str, Any] | None) -> bool:
+    try:
+        manifest = _read_manifest(folder)
+    except (OSError, ValueError):
         return False
+    return _difference(manifest["owner"], owner) is None and _first_wrong(folder, manifest["files"], _nothing) is None
 
 
 def last_checkpoint(
@@ -300,6 +384,4 @@ def last_checkpoint(
     found = checkpoints(work)
     if not found:
         return None
-    checkpoint = Checkpoint(found[-1], trusted=trusted, alive=alive)
-    checkpoint.refuse_unless_of(owner)
-    return checkpoint
+    return Checkpoint(found[-1], owner=owner, trusted=trusted, alive=alive)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,26 +45,56 @@ def write_from(
 
 
 class KeptModels:
-    """`kept/step-…` every so many steps and `kept/best`, by the curves' held-out loss."""
+    """`kept/step-…` every so many steps and `kept/best`, by the curves' held-out loss; written by a thread.
+
+    What is begun must be awaited before the next checkpoint is published: killed in between, the run resumes from the
+    checkpoint that was to be kept, and keeps it then.
+    """
 
     def __init__(self, folder: Path, every: int, best: bool, alive: Callable[[], None]) -> None:
         self.folder, self.every, self.best, self.alive = folder, every, best, alive
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
 
     def __bool__(self) -> bool:
         return bool(self.every or self.best)
 
-    def look(self, checkpoint: Checkpoint, model: Transformer, curves: list[dict[str, Any]]) -> None:
-        """Keep a checkpoint's model where it is due; raises as `write_from`."""
-        step = checkpoint.step
+    def due(self, step: int, curves: list[dict[str, Any]]) -> list[str]:
+        """Under which names the checkpoint of a step is to be kept."""
+        names = []
         if self.every and step % self.every == 0 and not (self.folder / f"step-{step:08d}").exists():
-            self._keep(checkpoint, model, f"step-{step:08d}")
+            names.append(f"step-{step:08d}")
         losses = {row["step"] + 1: row["held_out_bpb"] for row in curves if "held_out_bpb" in row}
         if self.best and step in losses and losses[step] == min(v for s, v in losses.items() if s <= step):
-            self._keep(checkpoint, model, "best")
+            names.append("best")
+        return names
 
-    def _keep(self, checkpoint: Checkpoint, model: Transformer, name: str) -> None:
-        part = self.folder / f"{name}.tmp"
-        shutil.rmtree(part, ignore_errors=True)
-        write_from(checkpoint, model, part, self.alive)
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        part.rename(self.folder / name)
+    def begin(self, checkpoint: Checkpoint, model: Transformer, names: list[str]) -> None:
+        """Keep a checkpoint's model under these names; what an earlier call began is over. The checkpoint is closed."""
+        self._thread = threading.Thread(target=self._write, args=(checkpoint, model, names), name="keep", daemon=True)
+        self._thread.start()
+
+    def written(self) -> bool:
+        """Whether nothing is being written."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until what was begun is written; raises as `write_from`."""
+        while not self.written():
+            self.alive()
+            time.sleep(0.01)
+        self._thread = None
+        if self._failure is not None:
+            raise self._failure
+
+    def _write(self, checkpoint: Checkpoint, model: Transformer, names: list[str]) -> None:
+        try:
+            with checkpoint:
+                for name in names:
+                    part = self.folder / f"{name}.tmp"
+                    shutil.rmtree(part, ignore_errors=True)
+                    write_from(checkpoint, model, part, lambda: None)  # the thread that trains shows life
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+                    part.rename(self.folder / name)
+        except BaseException as error:  # raised again by `wait`, in the thread that trains
+            self._failure = error

@@ -163,10 +163,11 @@ class Run:
             if texts is not None and self.rank == 0:
                 self.history.samples += texts(step, partial(self.engine.alive_before, "texts"))
             worked = time.perf_counter()
-            self._save(step + 1)
+            copying = self._save(step + 1)
             now = time.perf_counter()
             if recorder is not None:
-                spent = Spent(now - began, self.engine.data_seconds, worked - trained, now - worked)
+                stalled = now - worked - copying
+                spent = Spent(now - began, self.engine.data_seconds, worked - trained, copying, stalled)
                 began = now  # to write this down is part of the next step
                 self._record(recorder, step, spent)
             shown = {"loss": row.get("main_loss"), "grad_norm": row.get("grad_norm")}
@@ -176,6 +177,8 @@ class Run:
             recorder.close()
         if first < steps:
             self._publish()
+        self.kept.wait()
+        self.writer.close()
         self._leave_model()
         return self.history
 
@@ -259,32 +262,40 @@ class Run:
             ]
         return evenness(share_LE)
 
-    def _save(self, done: int) -> None:
-        """Begin a checkpoint where one is due, and publish the one before it once all ranks have written it."""
+    def _save(self, done: int) -> float:
+        """Begin a checkpoint where one is due, and publish the one before it once all ranks have written it.
+
+        Returns the seconds that the copy took. Training waits beyond it for the save before, where the next is due and
+        that one, or a model that is kept, is not written; for the ranks to agree, at each step while one is being
+        written; and for the manifest and the folder's new name.
+        """
         due = done % self.training.checkpoint_every == 0 or done == self.training.steps
-        if self.writer.busy and (due or self.engine.agree(self.writer.written())):
+        if self.writer.busy and (due or self.engine.agree(self.writer.written() and self.kept.written())):
             self._publish()
-        if due:
-            tensors = {f"{kind}/{name}@{start}": numbers for kind, name, start, numbers in self.engine.tensors()}
-            state = {**vars(self.history), "optimizer_steps": self.engine.optimizer.steps_done}
-            self.writer.begin(done, tensors, state, settled=done == self.training.steps)
+        if not due:
+            return 0.0
+        tensors = {f"{kind}/{name}@{start}": numbers for kind, name, start, numbers in self.engine.tensors()}
+        state = {**vars(self.history), "optimizer_steps": self.engine.optimizer.steps_done}
+        return self.writer.begin(done, tensors, state, settled=done == self.training.steps)
 
     def _publish(self) -> None:
         if not self.writer.written():
             self.life.ask_for_silence()  # and no more signs: a disk that hangs is to be noticed
         while not self.writer.written():
             time.sleep(0.01)
+        self.kept.wait()
         dist.barrier()
         self.writer.publish()
         self._keep()
 
     def _keep(self) -> None:
-        """Keep the model of the last checkpoint, where that is asked for."""
-        if self.rank == 0 and self.kept:
-            checkpoint = last_checkpoint(self.out / "work", self.owner, trusted=True)
-            assert checkpoint is not None
-            with checkpoint:
-                self.kept.look(checkpoint, self.model, self.history.curves)
+        """Begin to keep the model of the last checkpoint, where that is asked for."""
+        if self.rank or not self.kept:
+            return
+        checkpoint = last_checkpoint(self.out / "work", self.owner, trusted=True)
+        assert checkpoint is not None
+        if names := self.kept.due(checkpoint.step, self.history.curves):
+            self.kept.begin(checkpoint, self.model, names)
 
     def _resume(self) -> int:
         """Take up the last checkpoint, whose files the first rank hashes; the step to begin with."""

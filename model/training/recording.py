@@ -34,12 +34,22 @@ log = logging.getLogger("gristmill.recording")
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of a step: in all, and of these on data (waited for by the first rank), on checks and on checkpoints."""
+    """Seconds of a step: in all, and of these on data (waited for by the first rank), on checks and on checkpoints.
+
+    Of checkpoints, `copying_seconds` is the copy of what is saved; `stalled_seconds` all else that training waited for:
+    the save before it where that is not written yet, the ranks' agreement that it is, its publication.
+    """
 
     seconds: float
     data_seconds: float
     evaluating_seconds: float
-    saving_seconds: float
+    copying_seconds: float
+    stalled_seconds: float
+
+    @property
+    def saving_seconds(self) -> float:
+        """All of checkpoints."""
+        return self.copying_seconds + self.stalled_seconds
 
 
 class Recorder:
@@ -80,7 +90,8 @@ class Recorder:
 
     def step(self, step: int, spent: Spent, tokens: int, sequence_length: int) -> Row:
         """Note what a step took; the row of timings.jsonl."""
-        row = {"step": step, **{name: round(value, 5) for name, value in vars(spent).items()}}
+        told = {**vars(spent), "saving_seconds": spent.saving_seconds}
+        row = {"step": step, **{name: round(value, 5) for name, value in told.items()}}
         working = max(spent.seconds - spent.evaluating_seconds - spent.saving_seconds, 1e-9)
         rate = tokens / working
         possible = self.peak.flops_per_second * self.ranks

@@ -42,6 +42,7 @@ def curves(steps: int) -> list[dict[str, Any]]:
 
 def timing(step: int, **more: Any) -> dict[str, Any]:
     spent = {"seconds": 0.2, "data_seconds": 0.003, "evaluating_seconds": 0.0, "saving_seconds": 0.0}
+    spent |= {"copying_seconds": 0.0, "stalled_seconds": 0.0}
     return {
         "step": step, **spent, "tokens": 4096, "tokens_per_second": 20480.0, "mfu": 0.31, "memory_bytes": 9 * 10**8, **more,
     }  # fmt: skip

@@ -121,7 +121,9 @@ def test_another_machine_takes_up_unfinished_work_from_s3(
     recipe = Toy(write=Parts(parts=PARTS))
     one, two = (Store(f"{s3}/store", tmp_path / name) for name in ("one", "two"))
     monkeypatch.setattr(
-        one, "mirror", lambda stage, key: mirror.Mirror(one.far, f"{stage}/{key}.partial", one.folder(stage, key), 0.02)
+        one,
+        "mirror",
+        lambda stage, key, say: mirror.Mirror(one.far, f"{stage}/{key}.partial", one.folder(stage, key), say, 0.02),
     )
     stopped = Heard()
 

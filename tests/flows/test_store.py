@@ -240,12 +240,12 @@ def test_s3_refusals(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_snapshot_is_of_one_moment(s3: str, tmp_path: Path) -> None:
-    far, folder = Store(f"{s3}/store", tmp_path / "cache").far, tmp_path / "work"
+    far, folder, said = Store(f"{s3}/store", tmp_path / "cache").far, tmp_path / "work", []
     (folder / "checkpoint").mkdir(parents=True)
     for name in ("a", "b"):
         (folder / "checkpoint" / name).write_text(f"{name}1")
     (folder / "half.tmp").write_text("not yet")
-    mirror = Mirror(far, "write/0.partial", folder)
+    mirror = Mirror(far, "write/0.partial", folder, said.append)
     assert mirror.send()
     assert not mirror.send()  # nothing changed
     put = far.put
@@ -259,13 +259,17 @@ def test_a_snapshot_is_of_one_moment(s3: str, tmp_path: Path) -> None:
     far.put = changed_meanwhile  # type: ignore[method-assign]
     assert not mirror.send()
     far.put = put  # type: ignore[method-assign]
-    assert restore(far, "write/0.partial", tmp_path / "elsewhere")
+    assert restore(far, "write/0.partial", tmp_path / "elsewhere", said.append)
     files = {p.relative_to(tmp_path / "elsewhere").as_posix(): p.read_text() for p in _files(tmp_path / "elsewhere")}
     assert files == {"checkpoint/a": "a1", "checkpoint/b": "b1"}
     assert mirror.send()
-    assert restore(far, "write/0.partial", tmp_path / "later")
+    assert restore(far, "write/0.partial", tmp_path / "later", said.append)
     assert (tmp_path / "later" / "checkpoint" / "b").read_text() == "b2"
-    assert len(far.names("write/0.partial")) == 3  # two files and the snapshot: what is no longer used is gone
+    assert len(far.names("write/0.partial")) == 6  # two snapshots of two files
+    (folder / "checkpoint" / "b").write_text("b3")
+    assert mirror.send()
+    assert len(far.names("write/0.partial")) == 5  # they share one: what is no longer used is gone
+    assert said == []
 
 
 def _files(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from gristmill.model.training.checkpoints import (
     DamagedCheckpoint,
     checkpoints,
     last_checkpoint,
+    manifest_hash,
 )
 
 OWNER = {"hidden_size": 32, "vocab_size": 64}
@@ -35,6 +36,7 @@ def save(work: Path, step: int, ranks: int = 1, keep: int = 2, value: float = 1.
         writer.wait()
     for writer in reversed(writers):
         writer.publish()
+        writer.close()
     return work / f"checkpoint-{step:08d}"
 
 
@@ -132,6 +134,41 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path: Path) -> No
     assert found.step == 1
 
 
+def test_a_hash_that_cannot_be_written_is_said_too(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-00000002.tmp" / "rank-00000.sha256").mkdir(parents=True)  # nothing can be written there
+    writer = CheckpointWriter(tmp_path, OWNER)
+    writer.begin(2, {"parameter/w@0": torch.ones(3)}, {})
+    with pytest.raises(OSError, match=r"rank-00000.sha256 cannot be written .*: is the disk full\?"):
+        writer.wait()
+
+
+FULL_FOR_THE_STATE = FULL.replace("100_000", "9").replace("}, {})", '}, {"curves": [0.5] * 9999})')
+FULL_FOR_THE_MANIFEST = (
+    FULL.replace("resource.setrlimit", "pass #").replace("100_000", "9")
+    + """
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+writer.publish()
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("program", "named"), [(FULL_FOR_THE_STATE, "state.json"), (FULL_FOR_THE_MANIFEST, "manifest.json")]
+)
+def test_a_disk_that_fills_behind_the_tensors_is_said_too(program: str, named: str, tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", program, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert f"checkpoint-00000002.tmp/{named} cannot be written" in last
+    assert "is the disk full? Checkpoints that were published before it stay" in last
+    found = last_checkpoint(tmp_path, OWNER)
+    assert found is not None
+    assert found.step == 1
+
+
 def spoil(folder: Path, how: str) -> None:
     file, manifest = folder / "rank-00000.safetensors", folder / MANIFEST
     told = json.loads(manifest.read_text())
@@ -145,6 +182,18 @@ def spoil(folder: Path, how: str) -> None:
         file.unlink()
     elif how == "of a later version":
         manifest.write_text(json.dumps({**told, "format": 99}))
+    elif how == "another step":
+        manifest.write_text(json.dumps({**told, "step": told["step"] + 1}))
+    elif how == "no fields":
+        manifest.write_text(json.dumps({"format": told["format"], "step": told["step"]}))
+    elif how == "no dictionary":
+        manifest.write_text("[]")
+    elif how == "another model":
+        told["owner"] = {**told["owner"], "hidden_size": 48}
+        manifest.write_text(json.dumps({**told, "sha256": manifest_hash(told)}))
+    elif how == "half uploaded":  # the files that were sent first, and half of the next
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        (folder / "state.json").unlink()
     else:
         manifest.write_text("{")
 
@@ -155,8 +204,13 @@ def spoil(folder: Path, how: str) -> None:
         ("truncated", r"rank-00000.safetensors has \d+ bytes, and \d+ were written"),
         ("a bit flipped", "rank-00000.safetensors has another hash than what was written"),
         ("missing", "rank-00000.safetensors is missing"),
-        ("of a later version", "manifest.json has format 99, and this version of Gristmill reads 1"),
+        ("of a later version", "manifest.json has format 99, and this version of Gristmill reads 2"),
         ("no JSON", "manifest.json cannot be read"),
+        ("no dictionary", "manifest.json has format None"),
+        ("no fields", "manifest.json lacks ranks, owner, files, sha256"),
+        ("another step", "manifest.json has another hash than what was written"),
+        ("another model", "it is of another model: hidden_size is 48, and this run's is 32"),
+        ("half uploaded", r"(state.json is missing|rank-00000.safetensors has \d+ bytes, and \d+ were written)"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_named(how: str, said: str, tmp_path: Path) -> None:
@@ -166,7 +220,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_named(how: str, s
     with pytest.raises(DamagedCheckpoint, match=f"{said}.*the last good one is checkpoint-00000002: remove"):
         last_checkpoint(tmp_path, OWNER)
     spoil(tmp_path / "checkpoint-00000002", "truncated")
-    with pytest.raises(DamagedCheckpoint, match="there is no other"):
+    with pytest.raises(
+        DamagedCheckpoint, match="there is no other: remove checkpoint-00000004 to begin from the start"
+    ):
         last_checkpoint(tmp_path, OWNER)
 
 
@@ -174,6 +230,11 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 2)
     with pytest.raises(DamagedCheckpoint, match="is of another model: hidden_size is 32, and this run's is 48"):
         last_checkpoint(tmp_path, {**OWNER, "hidden_size": 48})
+    save(tmp_path, 4)
+    spoil(tmp_path / "checkpoint-00000002", "another model")
+    spoil(tmp_path / "checkpoint-00000004", "truncated")
+    with pytest.raises(DamagedCheckpoint, match="there is no other"):  # another model's is none to go on from
+        last_checkpoint(tmp_path, OWNER)
 
 
 def test_lacking_numbers_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from gristmill.model.config import ModelConfig, RotaryScalingConfig
 from gristmill.model.decoding import Decoder, padded_prompts
 from gristmill.model.hugging_face import conversion
-from gristmill.model.hugging_face.configs import from_hugging_face, to_hugging_face
+from gristmill.model.hugging_face.configs import FP8, from_hugging_face, to_hugging_face
 from gristmill.model.hugging_face.folders import INDEX, TensorFolder
 from gristmill.model.hugging_face.fp8 import dequantised, quantised
 from gristmill.model.hugging_face.names import layout
@@ -294,6 +294,62 @@ def test_an_fp8_folder_holds_and_gives_what_its_blocks_say(tmp_path: Path) -> No
         torch.testing.assert_close(given, original, rtol=1 / 15, atol=float(original.abs().max()) / 448 / 16)
 
 
+def test_several_files_and_their_index_are_written_and_read(tmp_path: Path) -> None:
+    """Of a model of some megabytes, so that the smallest size of a file makes several."""
+    model = build(shape(hidden_size=192, moe_intermediate_size=96, intermediate_size=256))
+    files = write(model, tmp_path, shard_megabytes=1)
+    assert files >= 3
+    names = [f"model-{i + 1:05d}-of-{files:05d}.safetensors" for i in range(files)]
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == names
+    index = json.loads((tmp_path / INDEX).read_text())
+    held = {name: load_file(tmp_path / name) for name in names}
+    assert index["weight_map"] == {tensor: name for name in names for tensor in held[name]}
+    sizes = [sum(t.nbytes for t in tensors.values()) for tensors in held.values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert max(sizes) <= 1_000_000
+    again, token_BS = conversion.load(tmp_path), tokens(2, 24)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    with torch.no_grad():
+        ours_BSV, theirs_BSV = again(plain(token_BS)), transformers_model(tmp_path)(token_BS).logits
+    assert torch.equal(ours_BSV, model(plain(token_BS)))
+    torch.testing.assert_close(ours_BSV, theirs_BSV, **CLOSE)
+
+
+def test_an_fp8_folder_written_by_hand_is_read_exactly(tmp_path: Path) -> None:
+    """In the layout of DeepSeek's release: `weight` in E4M3, `weight_scale_inv` float32, one a block of 128 × 128."""
+    config = shape(hidden_size=160, moe_intermediate_size=144, q_lora_rank=136, num_hidden_layers=2)
+    generator = torch.Generator().manual_seed(0)
+    held: dict[str, torch.Tensor] = {}
+    expected: dict[str, torch.Tensor] = {}
+    for pieces in (pieces for _, pieces in layout(config, VOCAB).values()):
+        for piece in pieces:
+            stored = torch.randn(piece.shape, generator=generator)
+            if not piece.name.endswith(("_proj.weight", "_with_mqa.weight")):
+                held[piece.name] = stored if "bias" in piece.name else stored.bfloat16()
+                expected[piece.name] = held[piece.name].float()
+                continue
+            held[piece.name] = (100 * stored).to(torch.float8_e4m3fn)
+            rows, columns = (-(-size // 128) for size in piece.shape)
+            scale = torch.rand(rows, columns, generator=generator) / 1000
+            held[f"{piece.name}_scale_inv"] = scale
+            spread = scale.repeat_interleave(128, 0)[: piece.shape[0]].repeat_interleave(128, 1)[:, : piece.shape[1]]
+            expected[piece.name] = (held[piece.name].float() * spread).bfloat16().float()
+    save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
+    quantisation = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }
+    described = {**to_hugging_face(config, VOCAB), "quantization_config": quantisation}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    assert any(scale.shape[0] > 1 and scale.shape[1] > 1 for name, scale in held.items() if name.endswith("_scale_inv"))
+    own = conversion.load(tmp_path).state_dict()
+    for ours, (_, pieces) in layout(config, VOCAB).items():
+        for piece in pieces:
+            assert torch.equal(own[ours][piece.place()], expected[piece.name]), piece.name
+
+
 def test_scales_that_are_missing_or_misshapen_are_listed(tmp_path: Path) -> None:
     write(build(SMALL), tmp_path, fp8=True)
     held = load_file(tmp_path / "model.safetensors")
@@ -373,6 +429,11 @@ def test_what_is_not_said_is_not_guessed(field: str) -> None:
     ("change", "message"),
     [
         ({"model_type": "mixtral"}, "'mixtral' is not one of"),
+        ({"quantization_config": {**FP8, "weight_block_size": [64, 64]}}, r"weight_block_size \[64, 64\]"),
+        ({"quantization_config": {**FP8, "weight_block_size": None}}, "weight_block_size None"),
+        ({"quantization_config": {**FP8, "fmt": "e5m2"}}, "fmt 'e5m2', and 'e4m3' alone can be read"),
+        ({"quantization_config": {**FP8, "quant_method": "gptq"}}, "quant_method 'gptq'"),
+        ({"quantization_config": {}}, "quant_method None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "'linear' is neither yarn nor llama3"),

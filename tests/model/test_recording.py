@@ -131,6 +131,18 @@ def test_timings_say_how_fast_and_against_what(run: Path) -> None:
     assert all(row["evaluating_seconds"] > 1e-3 for row in told if row["step"] in (2, 5))
 
 
+def test_timings_tell_the_copy_of_a_checkpoint_from_the_wait_for_it(run: Path) -> None:
+    told = rows(run / "log" / "timings.jsonl")
+    due = [(row["step"] + 1) % CONFIG.checkpoint_every == 0 or row["step"] + 1 == CONFIG.steps for row in told]
+    assert any(due)
+    assert not all(due)
+    for row, saves in zip(told, due, strict=True):
+        assert (row["copying_seconds"] > 0) == saves
+        assert row["stalled_seconds"] >= 0
+        parts = row["copying_seconds"] + row["stalled_seconds"]
+        assert row["saving_seconds"] == pytest.approx(parts, abs=2e-5)  # each is rounded to five digits
+
+
 def test_samples_are_of_each_check_and_repeat(run: Path, watched: Path) -> None:
     told = rows(run / "log" / "samples.jsonl")
     assert [row["step"] for row in told] == [2, 2, 5, 5]

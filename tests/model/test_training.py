@@ -237,6 +237,22 @@ def test_models_are_kept_on_the_way(base: Path, tokens: Path, tmp_path: Path) ->
     ).read_bytes()
 
 
+def test_the_best_model_is_kept_where_it_is_not_the_last(tokens: Path, tmp_path: Path) -> None:
+    """A rate so large that the run is best after four steps, by a third of its loss at the next check."""
+    wild = OptimizerConfig(muon_learning_rate=0.0, adam_learning_rate=0.3)
+    schedule = ScheduleConfig(warmup_steps=6, decay_fraction=0.0)
+    config = {"keep_every": 2, "keep_best": True, "evaluate_every": 2, "optimizer": wild, "schedule": schedule}
+    trained(tokens, tmp_path / "out", CONFIG.model_copy(update=config))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "curves.jsonl").read_text().splitlines()]
+    losses = {row["step"] + 1: row["held_out_bpb"] for row in rows if "held_out_bpb" in row}
+    best = min(losses, key=losses.__getitem__)
+    assert 2 < best < 10  # neither the first nor the last
+    kept = tmp_path / "out" / "kept"
+    models = {p.name: (p / "model.safetensors").read_bytes() for p in kept.iterdir()}
+    assert sorted(models) == ["best", *(f"step-{step:08d}" for step in (2, 4, 6, 8, 10))]
+    assert [name for name, held in models.items() if name != "best" and held == models["best"]] == [f"step-{best:08d}"]
+
+
 @pytest.mark.slow
 def test_averaging_leaves_the_training_alone(base: Path, tokens: Path, tmp_path: Path) -> None:
     trained(tokens, tmp_path / "out", CONFIG.model_copy(update={"ema_decay": 0.9}))
