@@ -197,13 +197,13 @@ def decoding(device: str, dtype: torch.dtype, batch: int, places: int, *model: i
     given = (*new, draw(batch, places, latent + turning), start, places, (angle.cos(), angle.sin()))
     given = (*given, draw(latent), 1e-6, draw(heads, plain + value, latent), (plain + turning) ** -0.5)
     flops = 2 * batch * heads * (places * (2 * latent + turning) + latent * (plain + value))
-    peer = {"absorbed, in torch": partial(mla_decode_reference, *given)}
-    yield case("mla_decode", f"{batch} × {places}, {heads} heads", flops, partial(mla_decode, *given), peer)
+    peers: dict[str, Work] = {"absorbed, in torch": partial(mla_decode_reference, *given)}
+    yield case("mla_decode", f"{batch} × {places}, {heads} heads", flops, partial(mla_decode, *given), peers)
 
     x, expert, gate = draw(batch, width), routed(batch, experts, 4).to(device), draw(batch, 4).abs()
     gate_up, down = draw(experts, 2 * hidden, width), draw(experts, width, hidden)
     ours = partial(moe_mlp, x, expert, gate, gate_up, down, expert.flatten().bincount(minlength=experts))
-    peers: dict[str, Work] = {}
+    peers = {}
     if importlib.util.find_spec("transformers"):
         for name in ("grouped_mm", "eager"):
             theirs = _transformers_experts(name, width, hidden, experts)
@@ -212,8 +212,8 @@ def decoding(device: str, dtype: torch.dtype, batch: int, places: int, *model: i
     yield case("moe_mlp, few rows", shape, 24 * batch * width * hidden, ours, peers)
 
     w, shape = draw(16 * width, width), f"{batch} × {width} → {16 * width}"
-    peer = {"torch.nn.functional.linear": partial(F.linear, x, w)}
-    yield case("linear, few rows", shape, 32 * batch * width**2, partial(linear, x, w), peer)
+    peers = {"torch.nn.functional.linear": partial(F.linear, x, w)}
+    yield case("linear, few rows", shape, 32 * batch * width**2, partial(linear, x, w), peers)
 
 
 def linear_product(device: str, dtype: torch.dtype, rows: int, inner: int, outer: int) -> Iterator[Case]:
