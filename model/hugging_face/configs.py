@@ -174,7 +174,9 @@ def _refuse_other_quantisation(quantisation: dict[str, Any] | None) -> None:
     Raises:
         ValueError: which field says so.
     """
-    for field in ("quant_method", "fmt", "weight_block_size") if quantisation is not None else ():
+    if quantisation is None:
+        return
+    for field in ("quant_method", "fmt", "weight_block_size"):
         given = quantisation.get(field)
         if given != FP8[field]:
             raise ValueError(

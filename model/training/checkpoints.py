@@ -359,7 +359,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _difference(own: dict[str, Any], owner: dict[str, Any] | None) -> str | None:
     """The first field in which a checkpoint's owner is not the one asked for, as words."""
-    for field in sorted({*own, *owner}) if owner is not None else ():
+    if owner is None:
+        return None
+    for field in sorted({*own, *owner}):
         if own.get(field) != owner.get(field):
             return f"it is of another model: {field} is {own.get(field)}, and this run's is {owner.get(field)}"
     return None
