@@ -11,6 +11,13 @@ converted to ours and back to bfloat16 in a process each. Keys of the last line,
     export_peak_mib, export_own_peak_mib    the same of the way back
     start_mib                   what the libraries take before any tensor is read
     largest_tensor_mib          in bfloat16
+    …_model_mib                 beside each peak what the model of memory below allows; one above it ends in exit code 1
+    v3                          what it says of the released shape (671 B parameters), whose tensors are never made
+
+The model: a conversion holds its own two matrices in bfloat16 (the one that is written and the one that is multiplied
+out of FP8 after it), a row of blocks of one in float32, and a few KiB of description a tensor; all else are pages of
+the one file that is being read, of which none has to stay. So memory grows with the largest matrix and the largest
+file, not with the model.
 """
 
 from __future__ import annotations
@@ -23,19 +30,74 @@ import tempfile
 import threading
 import time
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
+TENSOR_BYTES = 8 << 10  # names, shapes and entries of a tensor while it waits to be written
+ON_FIRST_USE = 64 << 20  # of libraries that are loaded once tensors are touched, and what the allocator keeps
+BLOCK_ROWS, BLOCK_COPIES = 128, 3  # of a matrix in FP8 that are in float32 at once: values, scales, products
+BFLOAT16, FLOAT32 = 2, 4
+V3_VOCAB, V3_FILE_BYTES = 129_280, 5_300_000_000  # rows of the released model's vocabulary; its largest file
 
 
-def shape(layers: int, experts: int) -> Any:
+@dataclass(frozen=True)
+class Held:
+    """Bytes that a conversion holds at once beyond the libraries: its own, and pages of the file that it reads."""
+
+    own: int
+    mapped: int
+
+    def mib(self, start_own: int, start_all: int) -> tuple[int, int]:
+        """The most of its own and the most of all, given what was held (MiB) before it began."""
+        return start_own + -(-self.own // MIB), start_all + -(-(self.own + self.mapped) // MIB)
+
+
+def importing(config: Any, vocab_size: int, largest_file: int) -> Held:
+    """From a release in FP8 of this shape, whose largest file has so many bytes, to ours in bfloat16."""
+    from gristmill.model.hugging_face.fp8 import is_quantised
+    from gristmill.model.hugging_face.names import layout
+
+    pieces = [piece for _, found in layout(config, vocab_size).values() for piece in found]
+    matrices = [piece.shape for piece in pieces if is_quantised(piece.name)]
+    largest = max(rows * columns for rows, columns in matrices)
+    in_float32 = BLOCK_ROWS * max(columns for _, columns in matrices) * FLOAT32 * BLOCK_COPIES
+    own = 2 * largest * BFLOAT16 + in_float32 + TENSOR_BYTES * len(pieces) + ON_FIRST_USE
+    return Held(own, largest_file)
+
+
+def exporting(config: Any, vocab_size: int, largest_file: int) -> Held:
+    """From ours in bfloat16, whose largest file has so many bytes, to Hugging Face's form in bfloat16."""
+    from gristmill.model.hugging_face.names import layout
+
+    pieces = sum(len(found) for _, found in layout(config, vocab_size).values())
+    return Held(TENSOR_BYTES * pieces + ON_FIRST_USE, largest_file)
+
+
+def of_v3() -> dict[str, int]:
+    """What the model says of the released shape: MiB beyond the libraries."""
+    import math
+
+    from gristmill.model.hugging_face.names import layout
+
+    config = shape(61, 256, dense=3)
+    ours = max(math.prod(tensor) for tensor, _ in layout(config, V3_VOCAB).values()) * BFLOAT16
+    there, back = importing(config, V3_VOCAB, V3_FILE_BYTES), exporting(config, V3_VOCAB, ours)
+    made = {}
+    for name, held in (("import", there), ("export", back)):
+        own, everything = held.mib(0, 0)
+        made |= {f"{name}_own_model_mib": own, f"{name}_model_mib": everything}
+    return made
+
+
+def shape(layers: int, experts: int, dense: int = 1) -> Any:
     """V3's widths (arXiv 2412.19437, section 4.2)."""
     from gristmill.model.config import ModelConfig, RotaryScalingConfig
 
     return ModelConfig(
         hidden_size=7168, num_hidden_layers=layers, num_attention_heads=128, q_lora_rank=1536, kv_lora_rank=512,
-        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=1, intermediate_size=18432,
+        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=dense, intermediate_size=18432,
         n_routed_experts=experts, num_experts_per_tok=8, moe_intermediate_size=2048, n_group=8, topk_group=4,
         routed_scaling_factor=2.5, max_position_embeddings=163_840, rope_scaling=RotaryScalingConfig(),
     )  # fmt: skip
@@ -86,20 +148,28 @@ def status(field: str) -> int:
 
 
 def run(source: Path, out: Path) -> None:
-    """One conversion, and what it took."""
-    from gristmill.model.model_folders import convert
+    """One conversion, and what it took beyond what the libraries hold once a model's shape was made."""
+    from gristmill.model.hugging_face.names import layout
+    from gristmill.model.model_folders import convert, describe
 
-    start, began = status("RssAnon"), time.perf_counter()
+    described = describe(source)
+    layout(described.config, described.vocab_size)
+    start, everything, began = status("RssAnon"), status("VmRSS"), time.perf_counter()
     watch = Watch()
     convert(source, out, dtype="bfloat16", mtp=True, shard_megabytes=1000)
     seconds = time.perf_counter() - began
-    print(json.dumps({"start": start, "own": watch.end(), "peak": status("VmHWM"), "seconds": round(seconds, 1)}))
+    told = {"start": start, "start_all": everything, "own": watch.end(), "peak": status("VmHWM")}
+    print(json.dumps({**told, "seconds": round(seconds, 1)}))
 
 
 def measured(source: Path, out: Path) -> dict[str, Any]:
     command = [sys.executable, "-P", __file__, "--run", str(source), str(out)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(said.splitlines()[-1])
+
+
+def largest_file(folder: Path) -> int:
+    return max(path.stat().st_size for path in folder.iterdir())
 
 
 def mib(folder: Path) -> int:
@@ -126,6 +196,13 @@ def main() -> None:
         back = measured(folder / "ours", folder / "bf16")
         print(f"and to bfloat16: {back}", flush=True)
         largest = max(arguments.vocab * 7168, 18432 * 7168) * 2
+        config = shape(arguments.layers, arguments.experts)
+        of_import = importing(config, arguments.vocab, largest_file(folder / "fp8")).mib(
+            there["start"], there["start_all"]
+        )
+        of_export = exporting(config, arguments.vocab, largest_file(folder / "ours")).mib(
+            back["start"], back["start_all"]
+        )
         result = {
             "fp8_mib": mib(folder / "fp8"),
             "ours_mib": mib(folder / "ours"),
@@ -135,8 +212,21 @@ def main() -> None:
             "export_own_peak_mib": back["own"],
             "start_mib": there["start"],
             "largest_tensor_mib": largest // MIB,
+            "import_own_peak_model_mib": of_import[0],
+            "import_peak_model_mib": of_import[1],
+            "export_own_peak_model_mib": of_export[0],
+            "export_peak_model_mib": of_export[1],
+            "v3": of_v3(),
         }
+    above = [
+        f"{name} {result[name]} MiB is above the model's {result[name.replace('_mib', '_model_mib')]}"
+        for name in ("import_peak_mib", "import_own_peak_mib", "export_peak_mib", "export_own_peak_mib")
+        if result[name] > result[name.replace("_mib", "_model_mib")]
+    ]
+    print("\n".join(above) or "every peak is within the model of memory")
     print(json.dumps(result))
+    if above:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
