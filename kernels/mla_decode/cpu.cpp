@@ -68,9 +68,10 @@ void softmax(float *scores, int64_t places) {
     const float high = largest(most);
     Vector sums{};
     for (int64_t p = 0; p < places; p += LANES) {
-        const Vector v = exponential_of_low(load(scores + p, places - p) - high);
+        Vector v = exponential_of_low(load(scores + p, places - p) - high);
+        for (int64_t i = places - p; i < LANES; i++) v[i] = 0;
         store(scores + p, v, places - p);
-        for (int64_t i = 0; i < LANES && i < places - p; i++) sums[i] += v[i];
+        sums += v;
     }
     const float scale = 1.0f / total(sums);
     for (int64_t p = 0; p < places; p += LANES) store(scores + p, load(scores + p, places - p) * scale, places - p);
