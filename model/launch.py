@@ -272,7 +272,7 @@ def _failure(failure: Path, output: Path, code: int, for_memory: bool) -> JobFai
         return JobRefused(f"rank {rank} was ended by the kernel: out of memory; {SPARING} (log: {output})")
     if sent:
         return JobFailed(f"rank {rank} was ended by signal {sent}, and the job with it (log: {output})")
-    if failure.exists():
+    with suppress(FileNotFoundError, json.JSONDecodeError):  # it is cut off where the disk is full
         told = json.loads(failure.read_text(encoding="utf-8"))
         return (JobFailed if told["may_pass"] else JobRefused)(f"{told['error']} (log: {output})")
     last = _last_line(output) or "nothing"

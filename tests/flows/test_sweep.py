@@ -244,5 +244,6 @@ def test_a_sweep_that_is_killed_goes_on_and_comes_to_the_same(tmp_path: Path) ->
     assert said.count("cached") >= 9  # six stages of the text, a mixture, two rungs
     assert "Forecast at width 32" in said
     quiet = Store(str(tmp_path / "quiet"))
-    Plain(quiet).run(sweep, load_recipe("smoke", SMALL))
+    recipe = load_recipe("smoke", SMALL)
+    Plain(quiet, recipe.execution).run(sweep, recipe)  # as many threads, so that sums are the same
     assert quiet.verify()["stages"] == Store(str(tmp_path / "killed")).verify()["stages"]
