@@ -70,11 +70,12 @@ def convert(
 
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
+    to = local_path(out)
     try:
         with fetched([source]) as (here,):
             files = work(
                 here,
-                local_path(out),
+                to,
                 dtype=dtype,
                 fp8=fp8,
                 mtp=mtp,
@@ -133,9 +134,10 @@ def average(
         shares = [float(share) for share in weights.split(",")] if weights else None
     except ValueError as error:
         raise UsageError(f"--weights {weights} are not numbers with commas between them") from error
+    to = local_path(folders[-1])
     try:
         with fetched(folders[:-1]) as here:
-            files = work(here, local_path(folders[-1]), shares)
+            files = work(here, to, shares)
     except ValueError as error:
         raise UsageError(str(error)) from error
     print(f"{folders[-1]}: {files} files")

@@ -88,8 +88,8 @@ def compute(call: Call, store: Store, execution: Execution, watcher: Watcher) ->
     }
     manifest["ledger"] = ledger_line(manifest, execution, stage.services)
     manifest["device_hours"] = manifest["ledger"]["device_hours"]
-    store.finish(manifest)  # may fail, and is then tried again: the ledger counts it once
-    store.record_ledger(manifest["ledger"])
+    store.record_ledger(manifest["ledger"])  # first: a finished stage is not looked at again
+    store.finish(manifest)
     return manifest
 
 

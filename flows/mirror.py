@@ -89,7 +89,8 @@ class Mirror:
         else:
             self.say(f"unfinished work is sent to {self.place} again")
         (self.folder / UPLOADS).parent.mkdir(exist_ok=True)
-        with (self.folder / UPLOADS).open("a", encoding="utf-8") as file:
+        # where the disk is full, what was said must do
+        with suppress(OSError), (self.folder / UPLOADS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"at": round(time.time(), 3), "failure": failure}) + "\n")
 
     def send(self) -> bool:
@@ -100,8 +101,8 @@ class Mirror:
         if hashes is None or self._view() != before:
             return False
         if self._there is None:
-            self._there = self._earlier(SNAPSHOT), self._earlier(BEFORE)
             self._placed = {*self.far.names(self.place)} - {SNAPSHOT, BEFORE}
+            self._there = self._earlier(SNAPSHOT), self._earlier(BEFORE)
         if not hashes or (self._published and hashes == self._there[0]):
             return False
         for path, digest in hashes.items():
@@ -125,7 +126,7 @@ class Mirror:
         assert self.far is not None
         assert self._there is not None
         latest, before = self._there
-        if latest and latest != hashes:
+        if self._published and latest != hashes:  # an earlier process's may be damaged
             before = latest
             self.far.write(f"{self.place}/{BEFORE}", json.dumps(before, sort_keys=True).encode())
         self.far.write(f"{self.place}/{SNAPSHOT}", json.dumps(hashes, sort_keys=True).encode())
@@ -177,8 +178,10 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 def failed_uploads(folder: Path) -> list[dict[str, Any]]:
     """When uploads of a stage's unfinished work began to fail on this machine, and why."""
-    path = folder / UPLOADS
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    path, rows = folder / UPLOADS, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):  # a full disk left half a line
+            rows.append(json.loads(line))
     return [row for row in rows if row["failure"]]
 
 

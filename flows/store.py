@@ -38,7 +38,7 @@ from gristmill.flows.manifest import (
     sha256_of_all,
     write_json,
 )
-from gristmill.flows.mirror import SNAPSHOT, Mirror, Say, restore
+from gristmill.flows.mirror import BEFORE, SNAPSHOT, Mirror, Say, restore
 from gristmill.flows.remote import Remote
 
 LEDGER = "ledger.jsonl"
@@ -332,8 +332,8 @@ class Store:
         """
         folder = self.folder(stage, key)
         if self.remote:
-            self.far.remove(f"{stage}/{key}/{MANIFEST}")
-            self.far.remove(f"{stage}/{key}.partial/{SNAPSHOT}")
+            for name in (f"{key}/{MANIFEST}", f"{key}.partial/{BEFORE}", f"{key}.partial/{SNAPSHOT}"):
+                self.far.remove(f"{stage}/{name}")
         if folder.exists():
             trash = self.local / TRASH / uuid.uuid4().hex
             trash.parent.mkdir(parents=True, exist_ok=True)
@@ -386,7 +386,10 @@ class Store:
             self.far.put(path, f"runs/{path.name}")
 
     def record_ledger(self, line: dict[str, Any]) -> None:
-        """Append a line to the ledger; the caller holds the store's lock."""
+        """Append a line to the ledger, unless it has that start of that stage; the caller holds the store's lock."""
+        same = [{name: of.get(name) for name in ("stage", "key", "started")} for of in (line, *self.ledger())]
+        if same[0] in same[1:]:
+            return
         if self.remote:
             before = self.far.read(LEDGER) or b""
             self.far.write(LEDGER, before + canonical(line).encode() + b"\n")

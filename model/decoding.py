@@ -32,7 +32,9 @@ from gristmill.model.transformer import (
 
 DENSE_TOKENS = 64  # up to so many tokens, all experts at once are cheaper than sorting rows by expert,
 DENSE_SHARE = 4  # where a token takes at least one in so many of them
-PROMPT_SCORES = 1 << 25  # numbers of a layer's attention scores while prompts are read; a few such tensors live at once
+PROMPT_SCORES = (
+    1 << 25
+)  # numbers of a layer's scores while prompts are read, where torch holds them; a few such tensors at once
 
 
 class SlotCache:

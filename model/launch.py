@@ -31,7 +31,7 @@ from gristmill.model.training.config import LayoutConfig
 
 POLL_SECONDS = 0.2
 END_SECONDS = 10.0  # that a job has to end by itself
-LAST_WORDS = 20_000  # characters of a log in which torchrun says what failed
+LAST_WORDS = 20_000  # bytes of a log in which torchrun says what failed
 MEETING_PORTS = range(29_400, 30_400)  # of the first node, where torchrun's agents find each other: one a Slurm job
 
 
@@ -82,6 +82,7 @@ def launch(
     (log / "job.json").write_text(json.dumps(described, indent=1, sort_keys=True), encoding="utf-8")
     killed = kills_for_memory()
     with (log / "output.log").open("ab") as output:
+        before = output.tell()
         process = subprocess.Popen(
             command(log / "job.json", ranks, layout or LayoutConfig(), os.environ),
             stdout=output,
@@ -98,7 +99,7 @@ def launch(
         raise KeyboardInterrupt
     ended = None if code else _ended(metrics)
     if ended is None:
-        raise _failure(failure, log / "output.log", code, kills_for_memory() > killed)
+        raise _failure(failure, log / "output.log", before, code, kills_for_memory() > killed)
     return _cleared(work, metrics, ended)
 
 
@@ -261,12 +262,15 @@ def _is_over(process: psutil.Process) -> bool:
 ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", re.DOTALL)
 
 
-def _failure(failure: Path, output: Path, code: int, for_memory: bool) -> JobFailed:
+def _failure(failure: Path, output: Path, before: int, code: int, for_memory: bool) -> JobFailed:
     """What ended a job: the signal that torchrun or the launcher saw, a rank's own error, or its last words.
 
-    `for_memory`: the kernel ended a process of this machine for want of memory meanwhile.
+    `before`: bytes of the log that earlier starts wrote. `for_memory`: the kernel ended a process of this machine for
+    want of memory meanwhile.
     """
-    ended = ROOT_CAUSE.search(output.read_text(encoding="utf-8", errors="replace")[-LAST_WORDS:])
+    with output.open("rb") as file:
+        file.seek(max(before, output.stat().st_size - LAST_WORDS))
+        ended = ROOT_CAUSE.search(file.read().decode("utf-8", errors="replace"))
     rank, sent = (0, -code) if code < 0 else (int(ended[1]), int(ended[2])) if ended else (0, 0)
     if sent == signal.SIGKILL and for_memory:
         return JobRefused(f"rank {rank} was ended by the kernel: out of memory; {SPARING} (log: {output})")

@@ -29,15 +29,15 @@ extern "C" void few(
 ) {
     std::vector<const float *> from(rows);
     for (int64_t r = 0; r < rows; r++) from[r] = x + r * depth;
-    const int64_t blocks = (columns + DOTS_COLUMNS - 1) / DOTS_COLUMNS;
+    const int64_t strip = 4 * DOTS_COLUMNS, blocks = (columns + strip - 1) / strip;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float *> to(rows);
-#pragma omp for schedule(dynamic, 2)
+#pragma omp for schedule(dynamic)
         for (int64_t b = 0; b < blocks; b++) {
-            const int64_t c = b * DOTS_COLUMNS;
+            const int64_t c = b * strip;
             for (int64_t r = 0; r < rows; r++) to[r] = y + r * columns + c;
-            dots(from.data(), rows, w + c * depth, depth, std::min(DOTS_COLUMNS, columns - c), depth, to.data());
+            dots(from.data(), rows, w + c * depth, depth, std::min(strip, columns - c), depth, to.data());
         }
     }
 }

@@ -47,7 +47,7 @@ def mla_decode(
 
     Raises:
         TypeError: dtypes differ, or places are not int64.
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or (on a CPU) a place is negative or not below the reach.
     """
     (batch, length, heads, wide), (latent,) = q_BSHQ.shape, norm_C.shape
     turning, value = kv_BSY.shape[-1] - latent, up_HXC.shape[1] + kv_BSY.shape[-1] - latent - wide
@@ -72,6 +72,10 @@ def mla_decode(
     read = (cache_BPC, rotary[0], rotary[1], norm_C, up_HXC, start_B)
     lies = all(t.is_contiguous() for t in read[1:]) and cache_BPC.stride()[1:] == (latent + turning, 1)
     lies = lies and _rows(q_BSHQ) is not None and _rows(kv_BSY) is not None and rotary[0].dtype == torch.float32
+    if q_BSHQ.device.type == "cpu":  # on a GPU, looking would wait
+        low, high = int(start_B.min()), int(start_B.max()) + length
+        within = low >= 0 and high <= reach
+        require(within, ValueError, "mla_decode: places", (low, high - 1), f"from 0 to below reach, {reach}")
     if chosen("mla_decode", q_BSHQ, SOURCE if lies else None, triton=False) != "compiled":
         return mla_decode_reference(q_BSHQ, kv_BSY, cache_BPC, start_B, reach, rotary, norm_C, eps, up_HXC, scale)
     out = q_BSHQ.new_empty(batch, length, heads * value)

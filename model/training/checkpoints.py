@@ -52,6 +52,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._removal: threading.Thread | None = None
+        self._not_removed: OSError | None = None
 
     @property
     def busy(self) -> bool:
@@ -127,13 +128,22 @@ class CheckpointWriter:
             aside.append(old.with_suffix(".tmp"))  # half removed it must not count
             shutil.rmtree(aside[-1], ignore_errors=True)
             old.rename(aside[-1])
-        self._removal = threading.Thread(target=lambda: [*map(shutil.rmtree, aside)], name="removal", daemon=True)
+        self._removal = threading.Thread(target=self._remove, args=(aside,), name="removal", daemon=True)
         self._removal.start()
+
+    def _remove(self, aside: list[Path]) -> None:
+        for folder in aside:
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:  # raised again by `close`, in the thread that trains
+                self._not_removed = error
 
     def close(self) -> None:
         """Until what was to be removed is."""
         if self._removal is not None:
             self._removal.join()
+        if self._not_removed is not None:
+            raise self._not_removed
 
     def _hash(self, path: Path) -> str:
         told = path.with_suffix(".sha256")
@@ -215,7 +225,7 @@ class Checkpoint:
         alive: called now and then while files are hashed.
 
     Raises:
-        DamagedCheckpoint: a file is missing, was cut or changed, the format is a later one, or it is another's.
+        DamagedCheckpoint: a file is missing, was cut or changed, the format is another one, or it is another's.
     """
 
     def __init__(

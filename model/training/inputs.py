@@ -36,12 +36,15 @@ def check_tokenizer(model: Path, tokenizer: Path) -> None:
     """A model, in the folder of the stage that made it, and the tokenizer of a tokenize stage have one vocabulary.
 
     Raises:
-        ValueError: they have not, or one of them is not there.
+        ValueError: they have not, or one of them is not there or damaged.
     """
     path = tokenizer / "tokenizer" / "tokenizer.json"
     if not path.exists():
         raise ValueError(f"{tokenizer} holds no tokenizer/tokenizer.json: give the folder of a tokenize stage")
-    found = Tokenizer.from_file(str(path))
+    try:
+        found = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower one
+        raise ValueError(f"{path} is no tokenizer ({error}): run tokenize again") from error
     refuse_other_vocabulary(vocabulary_of(model), found.get_vocab_size(), "tokenizer")
 
 
@@ -49,12 +52,15 @@ def vocabulary_of(model: Path) -> int:
     """Tokens that the model in a stage's folder knows, by its config.json.
 
     Raises:
-        ValueError: there is no model.
+        ValueError: there is no model, or its config.json is damaged.
     """
     path = model / "model" / "config.json"
     if not path.exists():
         raise ValueError(f"{model} holds no model/config.json: give the folder of a stage that made a model")
-    return int(json.loads(path.read_text(encoding="utf-8"))["vocab_size"])
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["vocab_size"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} gives no vocab_size ({error!r}): make the model again") from error
 
 
 def refuse_other_vocabulary(own: int, given: int, of: str) -> None:
@@ -84,5 +90,6 @@ def check_mixture(stage: str, config: PretrainConfig | ExtendConfig, mixture: Mi
     if different < config.batch_sequences:
         raise ValueError(
             f"{stage} asks for batches of batch_sequences {config.batch_sequences}, and the shards give it {different} "
-            f"different sequences of {config.sequence_length} tokens: choose at most {different}, or give more text"
+            f"different sequences of {config.sequence_length} tokens: "
+            f"{f'choose at most {different}, or ' if different else ''}give more text"
         )

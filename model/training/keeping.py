@@ -48,11 +48,11 @@ class KeptModels:
     """`kept/step-…` every so many steps and `kept/best`, by the curves' held-out loss; written by a thread.
 
     What is begun must be awaited before the next checkpoint is published: killed in between, the run resumes from the
-    checkpoint that was to be kept, and keeps it then.
+    checkpoint that was to be kept, and keeps it then. `before_waiting` is called where it is not written yet.
     """
 
-    def __init__(self, folder: Path, every: int, best: bool, alive: Callable[[], None]) -> None:
-        self.folder, self.every, self.best, self.alive = folder, every, best, alive
+    def __init__(self, folder: Path, every: int, best: bool, before_waiting: Callable[[], None]) -> None:
+        self.folder, self.every, self.best, self.before_waiting = folder, every, best, before_waiting
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -80,8 +80,9 @@ class KeptModels:
 
     def wait(self) -> None:
         """Until what was begun is written; raises as `write_from`."""
+        if not self.written():
+            self.before_waiting()
         while not self.written():
-            self.alive()
             time.sleep(0.01)
         self._thread = None
         if self._failure is not None:

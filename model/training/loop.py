@@ -139,7 +139,7 @@ class Run:
         self.writer = CheckpointWriter(
             out / "work", self.owner, rank=self.rank, ranks=self.ranks, keep=layout.kept_checkpoints
         )
-        self.kept = KeptModels(out / "kept", training.keep_every, training.keep_best, self.alive)
+        self.kept = KeptModels(out / "kept", training.keep_every, training.keep_best, self.life.ask_for_silence)
         self.history = History()
 
     def alive(self) -> None:

@@ -137,6 +137,8 @@ def test_no_rows_at_all() -> None:
         ({"reach": 10}, ValueError, "reach is 10; wanted at most 9"),
         ({"start_B": torch.zeros(2, dtype=torch.int32)}, TypeError, r"start_B is torch\.int32"),
         ({"start_B": torch.zeros(3, dtype=torch.int64)}, ValueError, r"shape of start_B is \(3,\); wanted \(2,\)"),
+        ({"start_B": torch.tensor([-1, 0])}, ValueError, r"places is \(-1, 0\); wanted from 0 to below reach"),
+        ({"start_B": torch.tensor([0, 9]), "reach": 9}, ValueError, r"places is \(0, 9\); .*below reach, 9"),
         ({"norm_C": torch.ones(8).double()}, TypeError, r"norm_C is torch\.float64; wanted torch\.float32"),
         ({"up_HXC": torch.ones(3, 8, 8)}, ValueError, r"shape of up_HXC is \(3, 8, 8\)"),
     ],

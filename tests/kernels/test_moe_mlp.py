@@ -131,7 +131,7 @@ def test_without_gradients(tokens: int, experts: int, chosen: int, width: int, h
 
 
 def test_a_token_of_few_does_not_depend_on_the_others(cpu_path: str) -> None:
-    if cpu_path != "compiled" or DEVICE != "cpu":
+    if cpu_path != "compiled" or DEVICE != "cpu" or INTERPRETED:
         pytest.skip("elsewhere sums may be cut elsewhere")
     given_ = case(30, 8, 2, 67, 21)
     whole = moe_mlp(**given_)

@@ -311,7 +311,7 @@ def test_several_files_and_their_index_are_written_and_read(tmp_path: Path) -> N
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     with torch.no_grad():
         ours_BSV, theirs_BSV = again(plain(token_BS)), transformers_model(tmp_path)(token_BS).logits
-    assert torch.equal(ours_BSV, model(plain(token_BS)))
+        assert torch.equal(ours_BSV, model(plain(token_BS)))
     torch.testing.assert_close(ours_BSV, theirs_BSV, **CLOSE)
 
 
