@@ -167,6 +167,34 @@ def test_of_half_uploaded_work_the_last_whole_state_is_taken_up(how: str, s3: st
     assert (tmp_path / "third" / "work" / "checkpoint").read_text() == "of step 4"
 
 
+def test_a_damaged_snapshot_is_never_the_one_to_go_back_to(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far, folder = Remote(f"{s3}/store"), tmp_path / "work"
+    folder.mkdir()
+    mirror = Mirror(far, "train/0.partial", folder, lambda _: None)
+    for step in (2, 4):
+        (folder / "checkpoint").write_text(f"of step {step}")
+        assert mirror.send()
+    damage(far, "train/0.partial", SNAPSHOT, "half")
+    assert restore(far, "train/0.partial", tmp_path / "later", lambda _: None)
+    again = Mirror(far, "train/0.partial", tmp_path / "later", lambda _: None)
+    (tmp_path / "later" / "checkpoint").write_text("of step 6")
+    write = far.write
+
+    def cut(name: str, data: bytes) -> None:
+        if name.endswith(f"/{SNAPSHOT}"):
+            raise OSError("the line is cut")
+        write(name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(far, "write", cut)
+        with pytest.raises(OSError, match="the line is cut"):
+            again.send()
+    assert restore(far, "train/0.partial", tmp_path / "third", lambda _: None)
+    assert (tmp_path / "third" / "checkpoint").read_text() == "of step 2"
+
+
 def damage(far: Remote, place: str, which: str, how: str) -> None:
     (digest,) = json.loads(far.read(f"{place}/{which}") or b"").values()
     data = far.read(f"{place}/{digest}") or b""

@@ -213,3 +213,11 @@ def test_a_rank_that_never_appears_is_named(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(JobHung, match=r"rank 1 of 2 has not appeared, 2 s after the first one did.*machine is up"):
         started("busy", {}, tmp_path, ranks=2, layout=LayoutConfig(hang_seconds=2))
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.usefixtures("here_importable")
+def test_how_an_earlier_start_ended_is_not_how_this_one_did(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "output.log").write_text("Root Cause (first observed failure):\n rank : 1\n exitcode : -9\n")
+    with pytest.raises(JobRefused, match=r"^no "):
+        started("refusing", {"kind": "ValueError"}, tmp_path)
