@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -155,7 +156,9 @@ def test_two_phases_run_and_are_found_again(tmp_path: Path) -> None:
     shown = card_markdown(last, store.folder("extend_2", last["key"]))
     assert "## Needles in a haystack" in shown
     assert "## Loss by position" in shown
-    assert shown.count("data:image/png") == 4  # maps, loss by position, experts, curves
+    assert "## Speed" in shown
+    assert "## Gradient" in shown
+    assert shown.count("data:image/png") == 6  # maps, loss by position, experts, curves, speed, gradient
     assert Plan(store).run(short, recipe).cached
 
 
@@ -164,7 +167,10 @@ def test_smoke_with_two_phases_runs_to_its_report(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     assert Plain(store, Execution(workers=1, threads=1)).run(r1, smoke(f"extend={PHASES}"))["state"] == "completed"
     page = next(store.local.glob("report/*/view/report.html")).read_text(encoding="utf-8")
-    assert page.count('class="name"') == 17
+    assert re.findall('class="name"[^>]*>([^<]*)<', page) == [
+        "ingest", "dedup", "filter", "exam", "decontaminate", "tokenize", "mix", "problems", "pretrain", "extend 1",
+        "extend 2", "cold start", "R1-Zero", "RL (R1)", "evaluate", "export",
+    ]  # fmt: skip
     assert "Extend 2: contexts of 256 tokens" in page
 
 
