@@ -387,8 +387,8 @@ class Store:
 
     def record_ledger(self, line: dict[str, Any]) -> None:
         """Append a line to the ledger, unless it has that start of that stage; the caller holds the store's lock."""
-        same = [{name: of.get(name) for name in ("stage", "key", "started")} for of in (line, *self.ledger())]
-        if same[0] in same[1:]:
+        same = ("stage", "key", "started")
+        if any(all(known.get(name) == line[name] for name in same) for known in self.ledger()):
             return
         if self.remote:
             before = self.far.read(LEDGER) or b""

@@ -34,8 +34,7 @@ def chosen(operation: str, x: Tensor, source: str | None = None, *, triton: bool
     elif x.is_cuda or (INTERPRETED and os.environ.get("GRISTMILL_KERNELS") == "gpu"):
         picked = "gpu" if triton else "torch"
     elif x.device.type == "cpu":
-        native = source is not None and x.dtype == torch.float32 and compiled(source) is not None
-        picked = "compiled" if native else "cpu"
+        picked = "compiled" if source is not None and runs_compiled(x, source) else "cpu"
     else:
         picked = "reference"
         if (operation, x.device.type) not in _said:
@@ -45,9 +44,9 @@ def chosen(operation: str, x: Tensor, source: str | None = None, *, triton: bool
     return picked
 
 
-def runs_compiled(x: Tensor) -> bool:
-    """Whether operations on such tensors have compiled paths here: float32 on a CPU, with a compiler."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and compiled("moe_mlp/cpu.cpp") is not None
+def runs_compiled(x: Tensor, source: str) -> bool:
+    """Whether an operation with this C++ source is compiled for such tensors: float32 on a CPU, with a compiler."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and compiled(source) is not None
 
 
 @contextmanager

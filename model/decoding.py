@@ -18,6 +18,7 @@ from torch import Tensor
 from gristmill.kernels.dispatch import runs_compiled
 from gristmill.kernels.linear import linear
 from gristmill.kernels.mla_decode import mla_decode
+from gristmill.kernels.moe_mlp.native import SOURCE
 from gristmill.model.config import ModelConfig
 from gristmill.model.transformer import (
     Block,
@@ -129,7 +130,7 @@ class FewTokens:
         c = self.config = module.config
         self.module, experts = module, module.experts
         few = c.n_routed_experts <= DENSE_SHARE * c.num_experts_per_tok
-        self.dense = few and not runs_compiled(experts.down_proj)
+        self.dense = few and not runs_compiled(experts.down_proj, SOURCE)
         if self.dense:
             gate_up: list[Tensor] = [experts.gate_up_proj]
             down: list[Tensor] = [experts.down_proj.transpose(1, 2).flatten(0, 1)]

@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from gristmill.flows.cli import app
-from gristmill.flows.errors import UsageError
 from gristmill.flows.mirror import Mirror
 from gristmill.flows.remote import Remote
 from gristmill.model import model_folders
@@ -19,6 +16,7 @@ from gristmill.model.training.checkpoint_tensors import stretch
 from gristmill.model.training.checkpoints import CheckpointWriter
 from gristmill.model.training.models import load_model, save_model
 from gristmill.model.transformer import Transformer
+from tests.model.checkpoint_command import gristmill
 
 SMALL = ModelConfig(
     hidden_size=32, num_hidden_layers=3, num_attention_heads=4, kv_lora_rank=16, qk_nope_head_dim=8,
@@ -52,14 +50,6 @@ def checkpoint(work: Path, step: int, model: Transformer, ranks: int = 1) -> Pat
     for writer in reversed(writers):
         writer.publish()
     return work / f"checkpoint-{step:08d}"
-
-
-def gristmill(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["checkpoint", *map(str, arguments)])
-    if isinstance(result.exception, UsageError):  # `main` prints it and ends with 2
-        return 2, result.output + str(result.exception)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
 
 
 def same(one: Transformer, other: Transformer) -> bool:

@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from gristmill.flows.cli import app
-from gristmill.flows.errors import UsageError
 from gristmill.model import model_folders
 from gristmill.model.config import ModelConfig
 from gristmill.model.hugging_face.folders import TensorFolder
 from gristmill.model.training.models import load_model, save_model
 from gristmill.model.transformer import Transformer
+from tests.model.checkpoint_command import gristmill
 
 SMALL = ModelConfig(
     hidden_size=32, num_hidden_layers=3, num_attention_heads=4, kv_lora_rank=16, qk_nope_head_dim=8,
@@ -39,14 +37,6 @@ def spoil(path: Path, **changes: torch.Tensor | None) -> None:
         else:
             held[name.replace("__", ".")] = tensor
     save_file(held, path)
-
-
-def gristmill(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["checkpoint", *map(str, arguments)])
-    if isinstance(result.exception, UsageError):  # `main` prints it and ends with 2
-        return 2, result.output + str(result.exception)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
 
 
 def test_there_and_back_is_the_same(tmp_path: Path) -> None:
