@@ -24,8 +24,9 @@ from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.fp8_gemm import bench_rows
 from gristmill.kernels.grouped_gemm import grouped_gemm
 from gristmill.kernels.linear import linear
+from gristmill.kernels.mla_attention import attention as whole_attention
 from gristmill.kernels.mla_attention import latent_attention
-from gristmill.kernels.mla_attention.sdpa import sdpa_latent_attention
+from gristmill.kernels.mla_attention.sdpa import sdpa_attention, sdpa_latent_attention
 from gristmill.kernels.mla_decode import mla_decode
 from gristmill.kernels.mla_decode.reference import mla_decode_reference
 from gristmill.kernels.moe_mlp import moe_mlp
@@ -35,6 +36,7 @@ from gristmill.kernels.optim import AdamW, adamw
 from gristmill.kernels.router import Choice, route
 from gristmill.kernels.swiglu import swiglu
 from gristmill.kernels.timing import Case, Work, both_ways, memory, seconds, without_gradients
+from gristmill.kernels.tune import SEARCHES, tune
 
 
 def routed(tokens: int, experts: int, active: int) -> Tensor:
@@ -160,24 +162,42 @@ def between_products(device: str, dtype: torch.dtype, rows: int, width: int) -> 
 def attention(
     device: str, dtype: torch.dtype, batch: int, length: int, heads: int, width: int, turning: int, values: int
 ) -> Iterator[Case]:
-    """Causal attention of MLA's projections against torch's own, with the copies that it needs."""
+    """Causal attention of MLA's projections against torch's own, with the copies that it needs; on a GPU also within
+    documents, and at equal head widths, which flash attention takes."""
     shapes = ((heads, width + turning), (heads, width + values), (turning,))
     leaves = [torch.randn(batch, length, *shape, device=device, dtype=dtype) for shape in shapes]
     angle = torch.rand(batch, length, turning // 2, device=device)
     rotary, scale = (angle.cos(), angle.sin()), (width + turning) ** -0.5
-
-    def ours(q: Tensor, kv: Tensor, key: Tensor) -> Tensor:
-        return latent_attention(q, kv, key, rotary, scale)
-
-    def theirs(q: Tensor, kv: Tensor, key: Tensor) -> Tensor:
-        return sdpa_latent_attention(q, kv, key, rotary, scale)
-
     shape = f"{batch} × {length}, {heads} × {width}+{turning}/{values}"
-    flops = batch * heads * length * (length + 1) * (width + turning + values)
-    peer = "rotate, cat, scaled_dot_product"
-    forward = without_gradients(lambda: ours(*leaves)), without_gradients(lambda: theirs(*leaves))
-    yield Case("attention forward", shape, flops, forward[0], {peer: (forward[1], None)})
-    yield Case("attention", shape, 7 * flops // 2, both_ways(ours, *leaves), {peer: (both_ways(theirs, *leaves), None)})
+    flops, peer = batch * heads * length * (length + 1), "rotate, cat, scaled_dot_product"
+
+    def cases(
+        op: str, shape: str, flops: int, leaves: list[Tensor], ours: Callable[..., Tensor],
+        peer: str, theirs: Callable[..., Tensor], goal: float | None = None,
+    ) -> Iterator[Case]:  # fmt: skip
+        sides = without_gradients(partial(ours, *leaves)), without_gradients(partial(theirs, *leaves))
+        yield Case(f"{op} forward", shape, flops, sides[0], {peer: (sides[1], goal)})
+        both = both_ways(ours, *leaves), both_ways(theirs, *leaves)
+        yield Case(op, shape, 7 * flops // 2, both[0], {peer: (both[1], goal)})
+
+    ours, theirs = (
+        partial(latent_attention, rotary=rotary, scale=scale),
+        partial(sdpa_latent_attention, rotary=rotary, scale=scale),
+    )
+    yield from cases("attention", shape, flops * (width + turning + values), leaves, ours, peer, theirs)
+    if device == "cuda":
+        document = torch.arange(length, device=device) // (length // 4)
+        mask = (document[:, None] == document).tril().expand(batch, length, length)
+        ours, theirs = (partial(side, mask_BSS=mask) for side in (ours, theirs))
+        yield from cases(
+            "attention, documents", shape, flops // 4 * (width + turning + values), leaves, ours, peer, theirs
+        )
+        leaves = [torch.randn(batch, length, heads, width, device=device, dtype=dtype) for _ in range(3)]
+        ours, theirs = partial(whole_attention, scale=scale), partial(sdpa_attention, scale=scale)
+        shape = f"{batch} × {length}, {heads} × {width}/{width}"
+        yield from cases(
+            "attention, equal", shape, 2 * flops * width, leaves, ours, "torch, flash attention", theirs, 0.9
+        )
 
 
 def decoding(device: str, dtype: torch.dtype, batch: int, places: int, *model: int) -> Iterator[Case]:
@@ -325,9 +345,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     operations = "linear between_products router optim grouped_gemm moe_mlp attention decoding cross_entropy fp8_gemm"
     parser.add_argument("--op", choices=operations.split())
+    parser.add_argument("--tune", action="store_true", help="find the sizes of tiles on this GPU first, for tiles.json")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     asked = parser.parse_args()
     device, dtype = asked.device, torch.bfloat16 if asked.device == "cuda" else torch.float32
+    if asked.tune:
+        if device != "cuda":
+            parser.error("--tune is of GPUs: there are no tiles to choose on a CPU")
+        tune([op for op in SEARCHES if asked.op in (None, op)], device)
     makers: dict[str, Callable[..., Iterator[Case]]] = {
         "grouped_gemm": grouped,
         "moe_mlp": experts_mlp,

@@ -24,6 +24,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gristmill.kernels.dispatch import require
+from gristmill.kernels.tiles import tuned
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter's dot does not know bfloat16
 ALIGNED = 16  # bytes; of addresses and of steps from row to row
@@ -191,7 +192,7 @@ def product(a_NI: Tensor, w_EMK: Tensor, ends_E: Tensor, transposed: bool, tiles
     if not inner:
         return y.zero_()
     engine = _fits_engine(a_NI, w_EMK, y)
-    tiles = tiles or (PRODUCT if engine else PLAIN)
+    tiles = tiles or (tuned("grouped_gemm.product", a_NI.device, PRODUCT) if engine else PLAIN)
     # Each group may end in a tile that is not full: there are at most this many of rows, known without the ends.
     most = triton.cdiv(rows, tiles.rows) + groups
     table = torch.empty(most, 4, dtype=torch.int32, device=a_NI.device)
@@ -221,7 +222,8 @@ def weight_gradient(grad_NM: Tensor, x_NK: Tensor, ends_E: Tensor, tiles: Tiles 
         return grad_w.zero_()
     engine = _fits_engine(grad_NM, x_NK, grad_w)
     few = len(x_NK) < FEW_ROWS * groups
-    tiles = tiles or (PLAIN if not engine else SHORT_GRADIENT if few else GRADIENT)
+    kernel, usual = ("short_gradient", SHORT_GRADIENT) if few else ("gradient", GRADIENT)
+    tiles = tiles or (tuned(f"grouped_gemm.{kernel}", x_NK.device, usual) if engine else PLAIN)
     grad, x, w = grad_NM, x_NK, grad_w
     if engine:
         grad = create_ragged_descriptor(grad_NM, [tiles.terms, tiles.rows])

@@ -1,7 +1,8 @@
 """Softmax attention for training and prefill, and multi-head latent attention from its projections (V3 section 2.1.1).
 
-On a CPU in float32 a compiled source runs (cpu.cpp; `compiled` in `report()`). Elsewhere it is torch's own
-`scaled_dot_product_attention` (sdpa.py): on a GPU (`gpu`) that is flash attention, on a CPU (`cpu`) its tiles.
+On a CPU in float32 a compiled source runs (cpu.cpp; `compiled` in `report()`), on a Hopper GPU code in Triton (gpu.py;
+`gpu`) where heads are made of parts of 16 bytes. Elsewhere it is torch's own `scaled_dot_product_attention` (sdpa.py;
+`torch` on a GPU, `cpu` on a CPU).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.dispatch import INTERPRETED, chosen, require
 from gristmill.kernels.mla_attention.native import SOURCE, Attention, LatentAttention
 from gristmill.kernels.mla_attention.reference import attention_reference, latent_attention_reference
 from gristmill.kernels.mla_attention.sdpa import sdpa_attention, sdpa_latent_attention
@@ -43,11 +44,15 @@ def attention(q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float, mask
     divides = groups > 0 and heads % groups == 0
     require(divides, ValueError, "attention: heads of k_BSGN", groups, f"a divisor of the {heads} of q_BSHN")
     _check_mask("attention", mask_BSS, q_BSHN)
-    implementation = chosen("attention", q_BSHN, SOURCE)
+    implementation = chosen("attention", q_BSHN, SOURCE, triton=_in_triton(q_BSHN, width, v_BSGW.shape[3]))
     if implementation == "reference":
         return attention_reference(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS)
     if implementation == "compiled":
         return Attention.apply(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS)
+    if implementation == "gpu":
+        from gristmill.kernels.mla_attention.gpu import TritonAttention
+
+        return TritonAttention.apply(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS)
     return sdpa_attention(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS)
 
 
@@ -86,12 +91,27 @@ def latent_attention(
         _check_shape(f"{name}: shape of the {what}", angle, (batch, length, turning // 2))
         _check_device(f"{name}: device of the {what}", angle, q_BSHQ)
     _check_mask(name, mask_BSS, q_BSHQ)
-    implementation = chosen(name, q_BSHQ, SOURCE if cos.dtype == sin.dtype == torch.float32 else None)
+    exact = cos.dtype == sin.dtype == torch.float32
+    triton = exact and _in_triton(q_BSHQ, wide, kv_BSHX.shape[3] - wide + turning, turning)
+    implementation = chosen(name, q_BSHQ, SOURCE if exact else None, triton=triton)
     if implementation == "reference":
         return latent_attention_reference(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS)
     if implementation == "compiled":
         return LatentAttention.apply(q_BSHQ, kv_BSHX, key_BSR, cos, sin, scale, mask_BSS)
+    if implementation == "gpu":
+        from gristmill.kernels.mla_attention.gpu import TritonLatentAttention
+
+        return TritonLatentAttention.apply(q_BSHQ, kv_BSHX, key_BSR, cos, sin, scale, mask_BSS)
     return sdpa_latent_attention(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS)
+
+
+def _in_triton(q: Tensor, width: int, values: int, turning: int | None = None) -> bool:
+    """Whether the code in Triton takes queries of this width, the last of which are turned, and such values."""
+    if not (q.is_cuda or INTERPRETED):
+        return False
+    from gristmill.kernels.mla_attention.gpu import supported
+
+    return supported(q, width, values, turning)
 
 
 def _check_tensors(operation: str, ranks: dict[str, tuple[Tensor, int]]) -> None:

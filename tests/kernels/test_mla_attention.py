@@ -1,7 +1,9 @@
-"""Attention, forward and all gradients, against its reference in float64: on both paths of a CPU, or on the GPU."""
+"""Attention, forward and all gradients, against its reference in float64: on both paths of a CPU, or on the GPU, and the
+Triton code under its interpreter."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ from gristmill import kernels
 from gristmill.kernels.mla_attention import attention, latent_attention
 from gristmill.kernels.mla_attention.reference import attention_reference, latent_attention_reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("GRISTMILL_KERNELS") == "gpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+EXAMPLES = 5 if INTERPRETED else 40
 EPS = torch.finfo(torch.float32).eps
 Tensors = tuple[torch.Tensor, ...]
 
@@ -81,7 +85,7 @@ def doubled(given_: Tensors) -> Tensors:
     how=st.sampled_from(["causal", "documents", "holes"]),
     strided=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_result_and_gradients(
     batch: int, length: int, groups: int, shared: int, width: int, values: int, how: str, strided: bool
 ) -> None:
@@ -106,7 +110,7 @@ def test_result_and_gradients(
     values=st.sampled_from([8, 11, 32, 128]),
     how=st.sampled_from(["causal", "documents", "holes"]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_from_the_projections(
     batch: int, length: int, heads: int, width: int, turning: int, values: int, how: str
 ) -> None:
@@ -189,12 +193,12 @@ def test_large_scores_do_not_overflow() -> None:
     assert float((got.double() - wanted).norm()) <= 8000 * EPS * float(wanted.norm())  # scores of thousands, to eps
 
 
-@pytest.mark.usefixtures("cpu_path")
-def test_two_runs_give_equal_bits_and_threads_change_none() -> None:
+def test_two_runs_give_equal_bits_and_threads_change_none(cpu_path: str) -> None:
+    """On any number of threads where the source is ours: torch's own products are other sums on other numbers."""
     given_, rotary = projections(3, 90, 4, 16, 8, 16)
     seen, runs = draw(4, 3, 90, 4, 16), []
     threads = torch.get_num_threads()
-    for count in (threads, threads, 2):
+    for count in (threads, threads, threads if cpu_path == "cpu" else 2):
         torch.set_num_threads(count)
         runs.append(both_ways(lambda *x: latent_attention(*x, rotary, 0.2), given_, seen))
     torch.set_num_threads(threads)
@@ -202,7 +206,7 @@ def test_two_runs_give_equal_bits_and_threads_change_none() -> None:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a path of CPUs")
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="a path of CPUs")
 def test_what_is_kept_for_the_backward_pass(cpu_path: str) -> None:
     if cpu_path == "cpu":
         pytest.skip("torch keeps what it keeps")
@@ -221,11 +225,12 @@ def test_the_reference_on_demand_and_the_report(cpu_path: str) -> None:
     with kernels.use_reference():
         wanted = attention(*given_, 0.3)
     close((attention(*given_, 0.3),), (wanted.double(),), wanted, 20, 8)
-    after, here = kernels.report()["attention"], "gpu" if DEVICE == "cuda" else cpu_path
+    after, here = kernels.report()["attention"], "gpu" if INTERPRETED else "torch" if DEVICE == "cuda" else cpu_path
     for how in ("reference", here):
         assert after[how] == before.get(how, 0) + 1
 
 
+@pytest.mark.skipif(INTERPRETED, reason="a path of CPUs")
 def test_other_dtypes_run_in_torch() -> None:
     before = kernels.report().get("attention", {}).get("cpu", 0)
     given_ = tuple(t.cpu().bfloat16() for t in whole(2, 20, 4, 2, 8, 8))
@@ -234,6 +239,34 @@ def test_other_dtypes_run_in_torch() -> None:
     assert kernels.report()["attention"]["cpu"] == before + 1
     wanted = attention_reference(*doubled(given_), 0.3)
     assert float((got.double() - wanted).norm()) <= 2 * 2**-8 * float(wanted.norm())  # weights and result are rounded
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="code for GPUs")
+@pytest.mark.parametrize("how", ["causal", "documents", "holes"])
+@pytest.mark.parametrize("sizes", [(16, 16, 32), (128, 64, 128), (24, 8, 40)])
+def test_in_bfloat16(sizes: tuple[int, int, int], how: str) -> None:
+    """Weights, the slopes of scores, rotated parts and results are rounded to bfloat16, each by 2⁻⁹ at most; where
+    gradients of scores cancel, what is left of them is of the size of their terms."""
+    if INTERPRETED and sizes[0] == 128:
+        pytest.skip("takes minutes under the interpreter")
+    batch, length, heads = (2, 333, 4) if DEVICE == "cuda" else (1, 150, 2)
+    given_, rotary = projections(batch, length, heads, *sizes)
+    given_, seen = tuple(t.bfloat16() for t in given_), draw(4, batch, length, heads, sizes[2]).bfloat16()
+    mask, exact, scale = mask_of(how, batch, length), (rotary[0].double(), rotary[1].double()), sum(sizes[:2]) ** -0.5
+    before = kernels.report().get("latent_attention", {}).get("gpu", 0)
+    got = both_ways(lambda *x: latent_attention(*x, rotary, scale, mask), given_, seen)
+    assert kernels.report()["latent_attention"]["gpu"] == before + 1
+    wanted = both_ways(lambda *x: latent_attention_reference(*x, exact, scale, mask), doubled(given_), seen.double())
+    for i, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
+        size = max(float(theirs.norm()), 0.0 if i == 0 else float(seen.norm()))
+        assert mine.dtype == torch.bfloat16
+        assert float((mine.double() - theirs).norm()) <= 4 * 2**-9 * size
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
+def test_triton_under_its_interpreter(under_the_interpreter) -> None:
+    """The same tests on the GPU's code."""
+    assert " passed" in under_the_interpreter(__file__)
 
 
 Q, K, V = torch.ones(2, 6, 4, 8), torch.ones(2, 6, 2, 8), torch.ones(2, 6, 2, 5)

@@ -1,0 +1,274 @@
+"""Softmax attention in Triton, forward and backward in tiles (Dao, arXiv 2307.08691), for MLA's unequal head widths.
+
+Queries and keys come in two parts, whose products are added: for MLA the part that is rotated, whose key all heads
+share and which is therefore never spread over them, and the part that is not; else a power of two and the rest, so
+that a width of 192 is not padded to 256. Tiles travel by the copy engine of a Hopper GPU.
+
+A mask is looked at once, tile by tile: a block of queries then has a list of the tiles of keys that it sees whole,
+which need no mask, and of those that it sees in part; others cost nothing. A block of keys has such a list of tiles of
+queries. Whatever is added up is added by one program in one order: two runs give equal bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gristmill.kernels.grouped_gemm.gpu import ALIGNED, INTERPRETED, _has_engine, _whole
+from gristmill.kernels.mla_attention.gpu_kernels import (
+    forward,
+    gradient_of_keys,
+    gradient_of_queries,
+    kinds,
+    products,
+)
+from gristmill.kernels.norm_rope.reference import rotate_reference
+from gristmill.kernels.tiles import tuned
+
+LOG2_E = math.log2(math.e)
+LEAST = 16  # columns of a tile: less a product of tensor cores does not take
+MOST = 256  # columns of a part: more does not fit beside the rest
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Queries and keys of a tile; warps and buffers of a program."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+FORWARD, OF_QUERIES, OF_KEYS = Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)
+FLOAT32 = Tiles(32, 32, 4, 2)
+
+
+class Sides(NamedTuple):
+    """Of one attention, (B, heads, S, width) each: both parts of queries and keys, the second or none, and values."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_second: Tensor | None
+    k_second: Tensor | None
+
+
+class Lists(NamedTuple):
+    """Tiles that are seen, those seen whole first, for each block of a sequence: (B, blocks, tiles), and two counts."""
+
+    tile: Tensor
+    whole: Tensor
+    part: Tensor
+
+
+def _lists(mask_BSS: Tensor | None, tiles: Tiles, like: Tensor, *, of_keys: bool = False) -> Lists:
+    """For blocks of queries the tiles of keys, or the other way round; nothing is in them without a mask."""
+    if mask_BSS is None:
+        return Lists(*(torch.empty(1, dtype=torch.int32, device=like.device) for _ in range(3)))
+    batch, length = mask_BSS.shape[:2]
+    rows, keys = triton.cdiv(length, tiles.rows), triton.cdiv(length, tiles.keys)
+    kind = torch.empty(batch, rows, keys, dtype=torch.int8, device=like.device)
+    kinds[(rows, keys, batch)](mask_BSS, kind, length, ROWS=tiles.rows, KEYS=tiles.keys)
+    kind = kind.mT if of_keys else kind
+    order = kind.sort(dim=-1, descending=True, stable=True).indices.to(torch.int32).contiguous()
+    whole, part = ((kind == which).sum(-1, dtype=torch.int32) for which in (2, 1))
+    return Lists(order, whole, part)
+
+
+def _padded(width: int) -> int:
+    return max(LEAST, triton.next_power_of_2(width))
+
+
+def _tile(tensor: Tensor, rows: int) -> Any:
+    """A descriptor of tiles of so many rows of one head; what is beyond the last row or column is zero."""
+    return _whole(tensor, 1, 1, rows, _padded(tensor.shape[-1]))
+
+
+def _fitting(tensor: Tensor) -> Tensor:
+    """The tensor as the copy engine takes it, copied where it does not lie so."""
+    size = tensor.element_size()
+    steps = all(stride * size % ALIGNED == 0 and stride > 0 for stride in tensor.stride()[:-1])
+    fits = steps and tensor.stride(-1) == 1 and tensor.data_ptr() % ALIGNED == 0
+    return tensor if fits else tensor.contiguous()
+
+
+def parts_of(width: int) -> tuple[int, int]:
+    """A width as a power of two and the rest."""
+    first = 1 << max(0, width.bit_length() - 1)
+    return first, width - first
+
+
+def supported(q: Tensor, width: int, values: int, turning: int | None) -> bool:
+    """Whether it runs here: in 16 bits on a Hopper GPU, heads of parts of whole 16 bytes and at most `MOST` numbers."""
+    first, second = parts_of(width) if turning is None else (width - turning, turning)
+    parts = [first, values, *([second] if second else [])]
+    within = all(0 < part <= MOST and part * q.element_size() % ALIGNED == 0 for part in parts)
+    return within and q.numel() > 0 and (q.element_size() == 2 or INTERPRETED) and _has_engine(q.device)
+
+
+def _common(sides: Sides, mask_BSS: Tensor | None, tiles: Tiles) -> dict[str, Any]:
+    return {
+        "SPLIT": sides.q_second is not None, "MASKED": mask_BSS is not None, "WIDE": INTERPRETED,
+        "ROWS": tiles.rows, "KEYS": tiles.keys, "N": _padded(sides.q.shape[-1]),
+        "R": LEAST if sides.q_second is None else _padded(sides.q_second.shape[-1]), "W": _padded(sides.v.shape[-1]),
+        "num_warps": tiles.warps, "num_stages": tiles.stages,
+    }  # fmt: skip
+
+
+def _of(sides: Sides) -> tuple[int, int, int, int, int]:
+    """B, H, S, heads that share keys, and whether the second part of a key is each head's own."""
+    batch, heads, length, _ = sides.q.shape
+    own = int(sides.k_second is not None and sides.k_second.shape[1] > 1)
+    return batch, heads, length, heads // sides.k.shape[1], own
+
+
+def _sides(sides: Sides, tiles: Tiles) -> tuple[Any, ...]:
+    """Descriptors of q, its second part, k, its second part and v, in the kernels' order."""
+    q_second, k_second = sides.q_second, sides.k_second
+    return (
+        _tile(sides.q, tiles.rows), _tile(sides.q if q_second is None else q_second, tiles.rows),
+        _tile(sides.k, tiles.keys), _tile(sides.k if k_second is None else k_second, tiles.keys),
+        _tile(sides.v, tiles.keys),
+    )  # fmt: skip
+
+
+def _chosen(kernel: str, like: Tensor, usual: Tiles, asked: Tiles | None) -> Tiles:
+    if like.dtype == torch.float32:
+        return FLOAT32
+    return asked or tuned(f"attention.{kernel}", like.device, usual)
+
+
+def attend(sides: Sides, scale: float, mask_BSS: Tensor | None, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
+    """Results (B, H, S, W), laid out (B, S, H, W), and log₂ Σ exp(scale · q k) of each query, (B, H, S)."""
+    tiles = _chosen("forward", sides.q, FORWARD, tiles)
+    batch, heads, length, shared, own = _of(sides)
+    out = sides.v.new_empty(batch, length, heads, sides.v.shape[-1]).transpose(1, 2)
+    log = torch.empty(batch, heads, length, dtype=torch.float32, device=sides.q.device)
+    lists = _lists(mask_BSS, tiles, log)
+    forward[(triton.cdiv(length, tiles.rows) * batch * heads,)](
+        *_sides(sides, tiles), _tile(out, tiles.rows), log, lists.part if mask_BSS is None else mask_BSS, *lists,
+        scale * LOG2_E, length, heads, shared, own, **_common(sides, mask_BSS, tiles),
+    )  # fmt: skip
+    return out, log
+
+
+def gradients_(
+    into: Sides, sides: Sides, out: Tensor, log: Tensor, grad: Tensor, scale: float, mask_BSS: Tensor | None,
+    of_queries: Tiles | None = None, of_keys: Tiles | None = None,
+) -> None:  # fmt: skip
+    """Write the gradients of `sides` into `into`, that of a shared second part of keys once for each head."""
+    of_queries = _chosen("of_queries", sides.q, OF_QUERIES, of_queries)
+    of_keys = _chosen("of_keys", sides.q, OF_KEYS, of_keys)
+    batch, heads, length, shared, own = _of(sides)
+    grad, product = _fitting(grad), torch.empty_like(log)
+    blocks = triton.cdiv(length, of_queries.rows)
+    products[(blocks * batch * heads,)](
+        _tile(out, of_queries.rows), _tile(grad, of_queries.rows), product, length, heads,
+        ROWS=of_queries.rows, W=_padded(out.shape[-1]),
+    )  # fmt: skip
+    numbers = (scale * LOG2_E, length, heads, shared, own, scale)
+    lists = _lists(mask_BSS, of_queries, log)
+    second = into.q if into.q_second is None else into.q_second
+    gradient_of_queries[(blocks * batch * heads,)](
+        *_sides(sides, of_queries), _tile(grad, of_queries.rows), _tile(into.q, of_queries.rows),
+        _tile(second, of_queries.rows), log, product, lists.part if mask_BSS is None else mask_BSS, *lists, *numbers,
+        **_common(sides, mask_BSS, of_queries),
+    )  # fmt: skip
+    lists = _lists(mask_BSS, of_keys, log, of_keys=True)
+    second = into.k if into.k_second is None else into.k_second
+    gradient_of_keys[(triton.cdiv(length, of_keys.keys) * batch * heads // shared,)](
+        *_sides(sides, of_keys), _tile(grad, of_keys.rows), _tile(into.k, of_keys.keys),
+        _tile(second, of_keys.keys), _tile(into.v, of_keys.keys), log, product,
+        lists.part if mask_BSS is None else mask_BSS, *lists, *numbers, **_common(sides, mask_BSS, of_keys),
+    )  # fmt: skip
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    return [_fitting(tensor.transpose(1, 2)) for tensor in tensors]
+
+
+def _bytes_of(mask_BSS: Tensor | None) -> Tensor | None:
+    return None if mask_BSS is None else mask_BSS.contiguous().view(torch.uint8)
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    first, rest = parts_of(x.shape[-1])
+    return x[..., :first], x[..., first:] if rest else None
+
+
+class TritonAttention(torch.autograd.Function):
+    """`attention` with its three gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float, mask_BSS: Tensor | None):
+        q, k, v = _heads_first(q_BSHN, k_BSGN, v_BSGW)
+        ctx.scale, mask_BSS = scale, _bytes_of(mask_BSS)
+        out, log = attend(_joined_sides(q, k, v), scale, mask_BSS)
+        ctx.save_for_backward(q, k, v, out, log, mask_BSS)
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BSHW: Tensor):
+        q, k, v, out, log, mask_BSS = ctx.saved_tensors
+        made = [torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in (q, k, v)]
+        into = _joined_sides(*(t.transpose(1, 2) for t in made))
+        gradients_(into, _joined_sides(q, k, v), out, log, grad_BSHW.transpose(1, 2), ctx.scale, mask_BSS)
+        return *made, None, None
+
+
+def _joined_sides(q: Tensor, k: Tensor, v: Tensor) -> Sides:
+    (q, q_second), (k, k_second) = _split(q), _split(k)
+    return Sides(q, k, v, q_second, k_second)
+
+
+class TritonLatentAttention(torch.autograd.Function):
+    """`latent_attention` with its three gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BSHQ: Tensor, kv_BSHX: Tensor, key_BSR: Tensor, cos: Tensor, sin: Tensor, scale: float,
+        mask_BSS: Tensor | None,
+    ):  # fmt: skip
+        turning, mask_BSS = key_BSR.shape[-1], _bytes_of(mask_BSS)
+        q, kv = _heads_first(q_BSHQ, kv_BSHX)
+        turned = rotate_reference(q_BSHQ[..., -turning:], cos[:, :, None], sin[:, :, None]).to(q.dtype)
+        key = rotate_reference(key_BSR, cos, sin).to(q.dtype)
+        turned, key = turned.transpose(1, 2), key[:, None]
+        out, log = attend(_latent_sides(q, kv, turned, key), scale, mask_BSS)
+        ctx.save_for_backward(q, kv, turned, key, cos, sin, out, log, mask_BSS)
+        ctx.scale = scale
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BSHW: Tensor):
+        q, kv, turned, key, cos, sin, out, log, mask_BSS = ctx.saved_tensors
+        batch, heads, length, _ = q.shape
+        turning = key.shape[-1]
+        grad_q, grad_kv = (t.new_empty(batch, length, heads, t.shape[-1]) for t in (q, kv))
+        seconds = [torch.empty(batch, length, heads, turning, dtype=torch.float32, device=q.device) for _ in range(2)]
+        views = (t.transpose(1, 2) for t in (grad_q, grad_kv, *seconds))
+        sides = _latent_sides(q, kv, turned, key)
+        gradients_(_latent_sides(*views), sides, out, log, grad_BSHW.transpose(1, 2), ctx.scale, mask_BSS)
+        grad_q[..., -turning:] = _turned_back(seconds[0], cos[:, :, None], sin[:, :, None])
+        return grad_q, grad_kv, _turned_back(seconds[1].sum(2), cos, sin).to(key.dtype), None, None, None, None
+
+
+def _latent_sides(q: Tensor, kv: Tensor, q_turned: Tensor, k_turned: Tensor) -> Sides:
+    """Of queries and of keys and values as the projections leave them, with the turned parts beside them."""
+    width = q.shape[-1] - k_turned.shape[-1]
+    return Sides(q[..., :width], kv[..., :width], kv[..., width:], q_turned, k_turned)
+
+
+def _turned_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient in front of a rotation of interleaved pairs."""
+    first, second = grad.chunk(2, -1)
+    return torch.stack((first * cos + second * sin, second * cos - first * sin), -1).flatten(-2)

@@ -1,0 +1,134 @@
+"""The search behind `bench --tune`: every candidate's time at DeepSeek's shapes, and the fastest into `tiles.json`.
+
+A candidate that does not fit into the device is left out, and one whose result differs from the usual one's by more
+than its rounding is refused: it would be a fault of the compiler's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import product as combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gristmill.kernels.tiles import FILE, put
+from gristmill.kernels.timing import seconds
+
+ROUNDING = 2.0**-7  # of results in bfloat16, and of what is rounded to it on the way; sums come in another order
+
+
+@dataclass(frozen=True)
+class Search:
+    """A kernel by its name in the file, its usual sizes and others, and what computes its results with some sizes."""
+
+    kernel: str
+    usual: Any
+    others: list[Any]
+    results: Callable[[Any], list[Tensor]]
+
+
+def attention(device: str) -> Iterator[Search]:
+    """Causal attention of the 16B model's heads, and all its gradients."""
+    from gristmill.kernels.mla_attention import gpu
+
+    batch, length, heads, width, turning, values = 2, 4096, 16, 128, 64, 128
+
+    def draw(of_heads: int, columns: int) -> Tensor:
+        drawn = torch.randn(batch, length, of_heads, columns, device=device, dtype=torch.bfloat16)
+        return drawn.transpose(1, 2)
+
+    def drawn(shared: int) -> list[Tensor]:
+        return [
+            draw(heads, width),
+            draw(heads, width),
+            draw(heads, values),
+            draw(heads, turning),
+            draw(shared, turning),
+        ]
+
+    sides, made = gpu.Sides(*drawn(1)), drawn(heads)
+    scale, grad = (width + turning) ** -0.5, draw(heads, values)
+    out, log = gpu.attend(sides, scale, None)
+
+    def both(of_queries: Any, of_keys: Any, kept: tuple[int, ...]) -> list[Tensor]:
+        gpu.gradients_(gpu.Sides(*made), sides, out, log, grad, scale, None, of_queries, of_keys)
+        return [made[i] for i in kept]
+
+    tiles = [gpu.Tiles(*sizes) for sizes in combinations((64, 128), (64, 128), (4, 8), (2, 3))]
+    yield Search("attention.forward", gpu.FORWARD, tiles, lambda t: [gpu.attend(sides, scale, None, t)[0]])
+    tiles = [gpu.Tiles(*sizes) for sizes in combinations((64, 128), (32, 64, 128), (4, 8), (2,))]
+    yield Search("attention.of_queries", gpu.OF_QUERIES, tiles, lambda t: both(t, gpu.OF_KEYS, (0, 3)))
+    tiles = [gpu.Tiles(*sizes) for sizes in combinations((32, 64), (64, 128), (4, 8), (2, 3))]
+    yield Search("attention.of_keys", gpu.OF_KEYS, tiles, lambda t: both(gpu.OF_QUERIES, t, (1, 2, 4)))
+
+
+def grouped(device: str) -> Iterator[Search]:
+    """Products of DeepSeek-V3's experts, 32,768 tokens, and the gradient of long and of short groups."""
+    from gristmill.kernels.grouped_gemm import gpu
+
+    experts, inner, outer = 256, 7168, 2048
+    w = torch.empty(experts, outer, inner, device=device, dtype=torch.bfloat16).normal_(0, inner**-0.5)
+
+    def sides(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        x, grad = (torch.randn(rows * experts, n, device=device, dtype=torch.bfloat16) for n in (inner, outer))
+        return x, grad, (torch.arange(experts, device=device) + 1) * rows
+
+    x, grad, ends = sides(1024)
+    tiles = [
+        gpu.Tiles(*s) for s in ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (256, 128, 64, 8, 3))
+    ]
+    yield Search("grouped_gemm.product", gpu.PRODUCT, tiles, lambda t: [gpu.product(x, w, ends, True, t)])
+    tiles = [
+        gpu.Tiles(*s)
+        for s in ((256, 128, 32, 8, 4), (256, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 4, 3, 2))
+    ]
+    yield Search("grouped_gemm.gradient", gpu.GRADIENT, tiles, lambda t: [gpu.weight_gradient(grad, x, ends, t)])
+    x, grad, ends = sides(128)
+    yield Search(
+        "grouped_gemm.short_gradient", gpu.SHORT_GRADIENT, tiles, lambda t: [gpu.weight_gradient(grad, x, ends, t)]
+    )
+
+
+SEARCHES: dict[str, Callable[[str], Iterator[Search]]] = {"attention": attention, "grouped_gemm": grouped}
+
+
+def tune(operations: list[str], device: str, file: Path = FILE) -> None:
+    """Try the candidates of these operations, say their times, and write the fastest into the file."""
+    for operation in operations:
+        for search in SEARCHES[operation](device):
+            best = fastest(search, device)
+            put(torch.cuda.get_device_name(), search.kernel, best, file)
+
+
+def fastest(search: Search, device: str) -> Any:
+    """The candidate with the least median time, of those that fit and are right."""
+    wanted = [t.clone() for t in search.results(search.usual)]
+    fits = [sizes for sizes in dict.fromkeys([search.usual, *search.others]) if _is_right(search, sizes, wanted)]
+    times = seconds([lambda sizes=sizes: search.results(sizes) for sizes in fits], device)
+    for taken, sizes in sorted(zip(times, fits, strict=True), key=lambda pair: pair[0]):
+        print(f"{search.kernel:<28} {taken * 1e3:9.3f} ms   {_said(sizes)}", flush=True)
+    return min(zip(times, fits, strict=True), key=lambda pair: pair[0])[1]
+
+
+def _is_right(search: Search, sizes: Any, wanted: list[Tensor]) -> bool:
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        got = search.results(sizes)
+    except OutOfResources:
+        print(f"{search.kernel:<28} does not fit: {_said(sizes)}", flush=True)
+        return False
+    for mine, theirs in zip(got, wanted, strict=True):
+        apart = float((mine.float() - theirs.float()).norm() / theirs.float().norm())
+        if not apart <= ROUNDING:
+            print(f"{search.kernel:<28} refused, its result is {apart:.2g} apart: {_said(sizes)}", flush=True)
+            return False
+    return True
+
+
+def _said(sizes: Any) -> str:
+    return ", ".join(f"{name} {number}" for name, number in asdict(sizes).items())

@@ -1,0 +1,51 @@
+"""Sizes of tiles: which candidate is taken, and that what was found for a device is used there and nowhere else."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources
+
+from gristmill.kernels import tiles
+from gristmill.kernels.mla_attention.gpu import Tiles
+from gristmill.kernels.tune import Search, fastest
+
+SLOW, FAST, WRONG, LARGE = (Tiles(rows, 64, 4, 2) for rows in (16, 32, 64, 128))
+
+
+def results(sizes: Tiles) -> list[torch.Tensor]:
+    if sizes == LARGE:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+    if sizes == SLOW:
+        time.sleep(0.01)
+    return [torch.full((4,), 2.0 if sizes == WRONG else 1.0)]
+
+
+def test_the_fastest_that_fits_and_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fastest(Search("some.kernel", SLOW, [LARGE, WRONG, FAST], results), "cpu") == FAST
+    said = capsys.readouterr().out
+    assert "does not fit: rows 128" in said
+    assert "refused, its result is 1 apart: rows 64" in said
+
+
+def test_what_was_found_is_kept_by_device(tmp_path: Path) -> None:
+    file = tmp_path / "tiles.json"
+    assert tiles.read(file) == {}
+    tiles.put("Some GPU", "some.kernel", FAST, file)
+    tiles.put("Some GPU", "another", SLOW, file)
+    assert set(tiles.read(file)["Some GPU"]) == {"some.kernel", "another"}
+    assert tiles._found(file, "some.kernel", "Some GPU", SLOW) == FAST
+    assert tiles._found(file, "some.kernel", "Another GPU", SLOW) == SLOW
+    assert tiles.tuned("some.kernel", torch.device("cpu"), SLOW) == SLOW
+
+
+def test_the_file_of_the_repository_names_fields_that_there_are() -> None:
+    for kernels in tiles.read().values():
+        for kernel, numbers in kernels.items():
+            assert all(isinstance(number, int) and number > 0 for number in numbers.values()), kernel
