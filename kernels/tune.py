@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import product as combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,11 @@ from gristmill.kernels.tiles import FILE, put
 from gristmill.kernels.timing import seconds
 
 ROUNDING = 2.0**-7  # of results in bfloat16, and of what is rounded to it on the way; sums come in another order
+
+# Candidates of attention: queries, keys, warps, buffers; others spill registers by the kilobyte or do not fit.
+FORWARD = [(128, 128, 8, 2), (128, 64, 8, 4), (64, 128, 4, 2), (128, 32, 8, 4), (64, 64, 4, 3)]
+OF_QUERIES = [(128, 64, 8, 3), (64, 128, 8, 2), (64, 64, 4, 3), (128, 32, 8, 3)]
+OF_KEYS = [(64, 64, 8, 3), (32, 128, 8, 2), (32, 64, 8, 3), (64, 128, 8, 2)]
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,11 @@ def attention(device: str) -> Iterator[Search]:
         gpu.gradients_(gpu.Sides(*made), sides, out, log, grad, scale, None, of_queries, of_keys)
         return [made[i] for i in kept]
 
-    tiles = [gpu.Tiles(*sizes) for sizes in combinations((64, 128), (64, 128), (4, 8), (2, 3))]
+    tiles = [gpu.Tiles(*sizes) for sizes in FORWARD]
     yield Search("attention.forward", gpu.FORWARD, tiles, lambda t: [gpu.attend(sides, scale, None, t)[0]])
-    tiles = [gpu.Tiles(*sizes) for sizes in combinations((64, 128), (32, 64, 128), (4, 8), (2,))]
+    tiles = [gpu.Tiles(*sizes) for sizes in OF_QUERIES]
     yield Search("attention.of_queries", gpu.OF_QUERIES, tiles, lambda t: both(t, gpu.OF_KEYS, (0, 3)))
-    tiles = [gpu.Tiles(*sizes) for sizes in combinations((32, 64), (64, 128), (4, 8), (2, 3))]
+    tiles = [gpu.Tiles(*sizes) for sizes in OF_KEYS]
     yield Search("attention.of_keys", gpu.OF_KEYS, tiles, lambda t: both(gpu.OF_QUERIES, t, (1, 2, 4)))
 
 

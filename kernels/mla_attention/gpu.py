@@ -26,6 +26,7 @@ from gristmill.kernels.mla_attention.gpu_kernels import (
     gradient_of_keys,
     gradient_of_queries,
     kinds,
+    packed,
     products,
 )
 from gristmill.kernels.norm_rope.reference import rotate_reference
@@ -33,6 +34,7 @@ from gristmill.kernels.tiles import tuned
 
 LOG2_E = math.log2(math.e)
 LEAST = 16  # columns of a tile: less a product of tensor cores does not take
+PACKED_ROWS = 64
 MOST = 256  # columns of a part: more does not fit beside the rest
 
 
@@ -68,14 +70,26 @@ class Lists(NamedTuple):
     part: Tensor
 
 
-def _lists(mask_BSS: Tensor | None, tiles: Tiles, like: Tensor, *, of_keys: bool = False) -> Lists:
-    """For blocks of queries the tiles of keys, or the other way round; nothing is in them without a mask."""
+def _bits(mask_BSS: Tensor | None) -> Tensor | None:
+    """A mask as bits, 64 keys a number, an even number of them: what tiles that are seen in part look at."""
     if mask_BSS is None:
-        return Lists(*(torch.empty(1, dtype=torch.int32, device=like.device) for _ in range(3)))
+        return None
     batch, length = mask_BSS.shape[:2]
+    words = 2 * triton.cdiv(length, 128)
+    bits_BSK = torch.empty(batch, length, words, dtype=torch.int64, device=mask_BSS.device)
+    grid = (triton.cdiv(batch * length, PACKED_ROWS), words)
+    packed[grid](mask_BSS.contiguous().view(torch.uint8), bits_BSK, batch * length, length, ROWS=PACKED_ROWS)
+    return bits_BSK
+
+
+def _lists(bits_BSK: Tensor | None, tiles: Tiles, like: Tensor, *, of_keys: bool = False) -> Lists:
+    """For blocks of queries the tiles of keys, or the other way round; nothing is in them without a mask."""
+    if bits_BSK is None:
+        return Lists(*(torch.empty(1, dtype=torch.int32, device=like.device) for _ in range(3)))
+    batch, length = bits_BSK.shape[:2]
     rows, keys = triton.cdiv(length, tiles.rows), triton.cdiv(length, tiles.keys)
     kind = torch.empty(batch, rows, keys, dtype=torch.int8, device=like.device)
-    kinds[(rows, keys, batch)](mask_BSS, kind, length, ROWS=tiles.rows, KEYS=tiles.keys)
+    kinds[(rows, keys, batch)](bits_BSK, kind, length, ROWS=tiles.rows, KEYS=tiles.keys)
     kind = kind.mT if of_keys else kind
     order = kind.sort(dim=-1, descending=True, stable=True).indices.to(torch.int32).contiguous()
     whole, part = ((kind == which).sum(-1, dtype=torch.int32) for which in (2, 1))
@@ -113,9 +127,9 @@ def supported(q: Tensor, width: int, values: int, turning: int | None) -> bool:
     return within and q.numel() > 0 and (q.element_size() == 2 or INTERPRETED) and _has_engine(q.device)
 
 
-def _common(sides: Sides, mask_BSS: Tensor | None, tiles: Tiles) -> dict[str, Any]:
+def _common(sides: Sides, bits_BSK: Tensor | None, tiles: Tiles) -> dict[str, Any]:
     return {
-        "SPLIT": sides.q_second is not None, "MASKED": mask_BSS is not None, "WIDE": INTERPRETED,
+        "SPLIT": sides.q_second is not None, "MASKED": bits_BSK is not None, "WIDE": INTERPRETED,
         "ROWS": tiles.rows, "KEYS": tiles.keys, "N": _padded(sides.q.shape[-1]),
         "R": LEAST if sides.q_second is None else _padded(sides.q_second.shape[-1]), "W": _padded(sides.v.shape[-1]),
         "num_warps": tiles.warps, "num_stages": tiles.stages,
@@ -145,22 +159,22 @@ def _chosen(kernel: str, like: Tensor, usual: Tiles, asked: Tiles | None) -> Til
     return asked or tuned(f"attention.{kernel}", like.device, usual)
 
 
-def attend(sides: Sides, scale: float, mask_BSS: Tensor | None, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
+def attend(sides: Sides, scale: float, bits_BSK: Tensor | None, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     """Results (B, H, S, W), laid out (B, S, H, W), and log₂ Σ exp(scale · q k) of each query, (B, H, S)."""
     tiles = _chosen("forward", sides.q, FORWARD, tiles)
     batch, heads, length, shared, own = _of(sides)
     out = sides.v.new_empty(batch, length, heads, sides.v.shape[-1]).transpose(1, 2)
     log = torch.empty(batch, heads, length, dtype=torch.float32, device=sides.q.device)
-    lists = _lists(mask_BSS, tiles, log)
+    lists = _lists(bits_BSK, tiles, log)
     forward[(triton.cdiv(length, tiles.rows) * batch * heads,)](
-        *_sides(sides, tiles), _tile(out, tiles.rows), log, lists.part if mask_BSS is None else mask_BSS, *lists,
-        scale * LOG2_E, length, heads, shared, own, **_common(sides, mask_BSS, tiles),
+        *_sides(sides, tiles), _tile(out, tiles.rows), log, lists.part if bits_BSK is None else bits_BSK, *lists,
+        scale * LOG2_E, length, heads, shared, own, **_common(sides, bits_BSK, tiles),
     )  # fmt: skip
     return out, log
 
 
 def gradients_(
-    into: Sides, sides: Sides, out: Tensor, log: Tensor, grad: Tensor, scale: float, mask_BSS: Tensor | None,
+    into: Sides, sides: Sides, out: Tensor, log: Tensor, grad: Tensor, scale: float, bits_BSK: Tensor | None,
     of_queries: Tiles | None = None, of_keys: Tiles | None = None,
 ) -> None:  # fmt: skip
     """Write the gradients of `sides` into `into`, that of a shared second part of keys once for each head."""
@@ -174,28 +188,24 @@ def gradients_(
         ROWS=of_queries.rows, W=_padded(out.shape[-1]),
     )  # fmt: skip
     numbers = (scale * LOG2_E, length, heads, shared, own, scale)
-    lists = _lists(mask_BSS, of_queries, log)
+    lists = _lists(bits_BSK, of_queries, log)
     second = into.q if into.q_second is None else into.q_second
     gradient_of_queries[(blocks * batch * heads,)](
         *_sides(sides, of_queries), _tile(grad, of_queries.rows), _tile(into.q, of_queries.rows),
-        _tile(second, of_queries.rows), log, product, lists.part if mask_BSS is None else mask_BSS, *lists, *numbers,
-        **_common(sides, mask_BSS, of_queries),
+        _tile(second, of_queries.rows), log, product, lists.part if bits_BSK is None else bits_BSK, *lists, *numbers,
+        **_common(sides, bits_BSK, of_queries),
     )  # fmt: skip
-    lists = _lists(mask_BSS, of_keys, log, of_keys=True)
+    lists = _lists(bits_BSK, of_keys, log, of_keys=True)
     second = into.k if into.k_second is None else into.k_second
     gradient_of_keys[(triton.cdiv(length, of_keys.keys) * batch * heads // shared,)](
         *_sides(sides, of_keys), _tile(grad, of_keys.rows), _tile(into.k, of_keys.keys),
         _tile(second, of_keys.keys), _tile(into.v, of_keys.keys), log, product,
-        lists.part if mask_BSS is None else mask_BSS, *lists, *numbers, **_common(sides, mask_BSS, of_keys),
+        lists.part if bits_BSK is None else bits_BSK, *lists, *numbers, **_common(sides, bits_BSK, of_keys),
     )  # fmt: skip
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [_fitting(tensor.transpose(1, 2)) for tensor in tensors]
-
-
-def _bytes_of(mask_BSS: Tensor | None) -> Tensor | None:
-    return None if mask_BSS is None else mask_BSS.contiguous().view(torch.uint8)
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -209,18 +219,18 @@ class TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float, mask_BSS: Tensor | None):
         q, k, v = _heads_first(q_BSHN, k_BSGN, v_BSGW)
-        ctx.scale, mask_BSS = scale, _bytes_of(mask_BSS)
-        out, log = attend(_joined_sides(q, k, v), scale, mask_BSS)
-        ctx.save_for_backward(q, k, v, out, log, mask_BSS)
+        ctx.scale, bits_BSK = scale, _bits(mask_BSS)
+        out, log = attend(_joined_sides(q, k, v), scale, bits_BSK)
+        ctx.save_for_backward(q, k, v, out, log, bits_BSK)
         return out.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BSHW: Tensor):
-        q, k, v, out, log, mask_BSS = ctx.saved_tensors
+        q, k, v, out, log, bits_BSK = ctx.saved_tensors
         made = [torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in (q, k, v)]
         into = _joined_sides(*(t.transpose(1, 2) for t in made))
-        gradients_(into, _joined_sides(q, k, v), out, log, grad_BSHW.transpose(1, 2), ctx.scale, mask_BSS)
+        gradients_(into, _joined_sides(q, k, v), out, log, grad_BSHW.transpose(1, 2), ctx.scale, bits_BSK)
         return *made, None, None
 
 
@@ -237,27 +247,27 @@ class TritonLatentAttention(torch.autograd.Function):
         ctx: Any, q_BSHQ: Tensor, kv_BSHX: Tensor, key_BSR: Tensor, cos: Tensor, sin: Tensor, scale: float,
         mask_BSS: Tensor | None,
     ):  # fmt: skip
-        turning, mask_BSS = key_BSR.shape[-1], _bytes_of(mask_BSS)
+        turning, bits_BSK = key_BSR.shape[-1], _bits(mask_BSS)
         q, kv = _heads_first(q_BSHQ, kv_BSHX)
         turned = rotate_reference(q_BSHQ[..., -turning:], cos[:, :, None], sin[:, :, None]).to(q.dtype)
         key = rotate_reference(key_BSR, cos, sin).to(q.dtype)
         turned, key = turned.transpose(1, 2), key[:, None]
-        out, log = attend(_latent_sides(q, kv, turned, key), scale, mask_BSS)
-        ctx.save_for_backward(q, kv, turned, key, cos, sin, out, log, mask_BSS)
+        out, log = attend(_latent_sides(q, kv, turned, key), scale, bits_BSK)
+        ctx.save_for_backward(q, kv, turned, key, cos, sin, out, log, bits_BSK)
         ctx.scale = scale
         return out.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BSHW: Tensor):
-        q, kv, turned, key, cos, sin, out, log, mask_BSS = ctx.saved_tensors
+        q, kv, turned, key, cos, sin, out, log, bits_BSK = ctx.saved_tensors
         batch, heads, length, _ = q.shape
         turning = key.shape[-1]
         grad_q, grad_kv = (t.new_empty(batch, length, heads, t.shape[-1]) for t in (q, kv))
         seconds = [torch.empty(batch, length, heads, turning, dtype=torch.float32, device=q.device) for _ in range(2)]
         views = (t.transpose(1, 2) for t in (grad_q, grad_kv, *seconds))
         sides = _latent_sides(q, kv, turned, key)
-        gradients_(_latent_sides(*views), sides, out, log, grad_BSHW.transpose(1, 2), ctx.scale, mask_BSS)
+        gradients_(_latent_sides(*views), sides, out, log, grad_BSHW.transpose(1, 2), ctx.scale, bits_BSK)
         grad_q[..., -turning:] = _turned_back(seconds[0], cos[:, :, None], sin[:, :, None])
         return grad_q, grad_kv, _turned_back(seconds[1].sum(2), cos, sin).to(key.dtype), None, None, None, None
 

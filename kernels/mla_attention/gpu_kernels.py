@@ -11,17 +11,49 @@ import triton.language as tl
 
 
 @triton.jit
-def kinds(mask_ptr, kind_ptr, length, ROWS: tl.constexpr, KEYS: tl.constexpr):
+def packed(mask_ptr, bits_ptr, rows, length, ROWS: tl.constexpr):
+    """64 neighbouring keys of a row of the mask as the bits of one number; those beyond the last are unseen."""
+    row, key = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, 64)
+    column = tl.program_id(1) * 64 + key
+    here = (row < rows)[:, None] & (column < length)[None, :]
+    seen = tl.load(mask_ptr + row[:, None] * length + column[None, :], mask=here, other=0) != 0
+    bits = tl.sum(seen.to(tl.int64) << key.to(tl.int64)[None, :], 1)  # of disjoint bits the sum is the union
+    tl.store(bits_ptr + row * tl.num_programs(1) + tl.program_id(1), bits, mask=row < rows)
+
+
+@triton.jit
+def _words(bits_ptr, batch, rows, word, length):
+    """A number for each row: of 64 keys, those from 64 · word on. A row has an even number of them."""
+    words = 2 * tl.cdiv(length, 128)
+    first = bits_ptr + batch.to(tl.int64) * length * words + word
+    return tl.load(first + rows * words, mask=rows < length, other=0)
+
+
+@triton.jit
+def _seen(bits_ptr, batch, rows, first, length, MASKED: tl.constexpr, KEYS: tl.constexpr, UPRIGHT: tl.constexpr):
+    """Whether rows see keys from `first` on, (ROWS, KEYS), or (KEYS, ROWS) if UPRIGHT."""
+    key = tl.arange(0, KEYS)
+    keys = first + key
+    keys, rows_there = (keys[:, None], rows[None, :]) if UPRIGHT else (keys[None, :], rows[:, None])
+    if MASKED:
+        word = _words(bits_ptr, batch, rows, first // 64, length)
+        bits, place = word[None, :] if UPRIGHT else word[:, None], keys - first // 64 * 64
+        if KEYS > 64:
+            more = _words(bits_ptr, batch, rows, first // 64 + 1, length)
+            bits = tl.where(place < 64, bits, more[None, :] if UPRIGHT else more[:, None])
+        return ((bits >> (place % 64).to(tl.int64)) & 1) != 0
+    return (keys <= rows_there) & (keys < length)
+
+
+@triton.jit
+def kinds(bits_ptr, kind_ptr, length, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """Of a tile of the mask: 0 nothing is seen, 2 everything, 1 a part, as where keys beyond the last would be."""
-    batch, row, key = tl.program_id(2).to(tl.int64), tl.program_id(0), tl.program_id(1)
-    rows, keys = row * ROWS + tl.arange(0, ROWS), key * KEYS + tl.arange(0, KEYS)
-    here = (rows < length)[:, None] & (keys < length)[None, :]
-    where = mask_ptr + (batch * length + rows[:, None]) * length + keys[None, :]
-    seen = tl.load(where, mask=here, other=0).to(tl.int32)
-    most = tl.max(tl.max(seen, 1), 0)
+    batch, row, key = tl.program_id(2), tl.program_id(0), tl.program_id(1)
+    rows = row * ROWS + tl.arange(0, ROWS)
+    seen = _seen(bits_ptr, batch, rows, key * KEYS, length, True, KEYS, False).to(tl.int32)
     least = tl.min(tl.min(tl.where((rows < length)[:, None], seen, 1), 1), 0)
-    place = (batch * tl.num_programs(0) + row) * tl.num_programs(1) + key
-    tl.store(kind_ptr + place, most + least)
+    place = (batch.to(tl.int64) * tl.num_programs(0) + row) * tl.num_programs(1) + key
+    tl.store(kind_ptr + place, tl.max(tl.max(seen, 1), 0) + least)
 
 
 @triton.jit
@@ -46,15 +78,6 @@ def _add_product(a, b, total, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _seen(mask_ptr, batch, rows, keys, length, MASKED: tl.constexpr):
-    """Whether a query sees a key, of the broadcast shape of rows and keys."""
-    if MASKED:
-        where = mask_ptr + (batch.to(tl.int64) * length + rows) * length + keys
-        return tl.load(where, mask=(rows < length) & (keys < length), other=0) != 0
-    return (keys <= rows) & (keys < length)
-
-
-@triton.jit
 def _bounds(whole_ptr, part_ptr, at):
     """Of a list of tiles: how many are seen whole, and how many at all."""
     count = tl.load(whole_ptr + at)
@@ -63,7 +86,7 @@ def _bounds(whole_ptr, part_ptr, at):
 
 @triton.jit
 def _tile_of_softmax(
-    x, x_second, k, k_second, v, top, total, sums, mask_ptr, list_ptr, i, batch, group, second, rows, scale, length,
+    x, x_second, k, k_second, v, top, total, sums, bits_ptr, list_ptr, i, batch, group, second, rows, scale, length,
     PART: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
     KEYS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
@@ -73,8 +96,8 @@ def _tile_of_softmax(
     key_second = k_second.load([batch, second, first, 0]).reshape(KEYS, R) if SPLIT else key
     scores = _scores(x, x_second, key, key_second, SPLIT, WIDE) * scale
     if PART:
-        keys = first + tl.arange(0, KEYS)
-        scores = tl.where(_seen(mask_ptr, batch, rows[:, None], keys[None, :], length, MASKED), scores, float("-inf"))
+        seen = _seen(bits_ptr, batch, rows, first, length, MASKED, KEYS, False)
+        scores = tl.where(seen, scores, float("-inf"))
     new = tl.maximum(top, tl.max(scores, 1))
     base = tl.where(new == float("-inf"), 0.0, new) if PART else new
     weight, fade = tl.exp2(scores - base[:, None]), tl.exp2(top - base)
@@ -84,7 +107,7 @@ def _tile_of_softmax(
 
 @triton.jit
 def forward(
-    q, q_second, k, k_second, v, out, log_ptr, mask_ptr, list_ptr, whole_ptr, part_ptr,
+    q, q_second, k, k_second, v, out, log_ptr, bits_ptr, list_ptr, whole_ptr, part_ptr,
     scale, length, heads, shared, own_second,
     SPLIT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
@@ -107,12 +130,12 @@ def forward(
         complete, end = (first + 1) // KEYS, tl.cdiv(tl.minimum(first + ROWS, length), KEYS)
     for i in range(0, complete):
         top, total, sums = _tile_of_softmax(
-            x, x_second, k, k_second, v, top, total, sums, mask_ptr, list_ptr, i, batch, group, second, rows, scale,
+            x, x_second, k, k_second, v, top, total, sums, bits_ptr, list_ptr, i, batch, group, second, rows, scale,
             length, False, SPLIT, MASKED, WIDE, KEYS, N, R, W,
         )  # fmt: skip
     for i in range(complete, end):
         top, total, sums = _tile_of_softmax(
-            x, x_second, k, k_second, v, top, total, sums, mask_ptr, list_ptr, i, batch, group, second, rows, scale,
+            x, x_second, k, k_second, v, top, total, sums, bits_ptr, list_ptr, i, batch, group, second, rows, scale,
             length, True, SPLIT, MASKED, WIDE, KEYS, N, R, W,
         )  # fmt: skip
     empty = total == 0.0
@@ -137,7 +160,7 @@ def products(out, grad, product_ptr, length, heads, ROWS: tl.constexpr, W: tl.co
 
 @triton.jit
 def _tile_of_queries(
-    x, x_second, slope, log, product, k, k_second, v, dq, dq_second, mask_ptr, list_ptr, i, batch, group, second, rows,
+    x, x_second, slope, log, product, k, k_second, v, dq, dq_second, bits_ptr, list_ptr, i, batch, group, second, rows,
     scale, length,
     PART: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
     KEYS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
@@ -149,8 +172,8 @@ def _tile_of_queries(
     value = v.load([batch, group, first, 0]).reshape(KEYS, W)
     scores = _scores(x, x_second, key, key_second, SPLIT, WIDE) * scale
     if PART:
-        keys = first + tl.arange(0, KEYS)
-        scores = tl.where(_seen(mask_ptr, batch, rows[:, None], keys[None, :], length, MASKED), scores, float("-inf"))
+        seen = _seen(bits_ptr, batch, rows, first, length, MASKED, KEYS, False)
+        scores = tl.where(seen, scores, float("-inf"))
     weight = tl.exp2(scores - log[:, None])
     change = weight * (_scores(slope, slope, value, value, False, WIDE) - product[:, None])
     dq = _add_product(change, key, dq, WIDE)
@@ -162,7 +185,7 @@ def _tile_of_queries(
 @triton.jit
 def gradient_of_queries(
     q, q_second, k, k_second, v, grad, grad_q, grad_second, log_ptr, product_ptr,
-    mask_ptr, list_ptr, whole_ptr, part_ptr, scale, length, heads, shared, own_second, factor,
+    bits_ptr, list_ptr, whole_ptr, part_ptr, scale, length, heads, shared, own_second, factor,
     SPLIT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
@@ -187,12 +210,12 @@ def gradient_of_queries(
         complete, end = (first + 1) // KEYS, tl.cdiv(tl.minimum(first + ROWS, length), KEYS)
     for i in range(0, complete):
         dq, dq_second = _tile_of_queries(
-            x, x_second, slope, log, product, k, k_second, v, dq, dq_second, mask_ptr, list_ptr, i, batch, group,
+            x, x_second, slope, log, product, k, k_second, v, dq, dq_second, bits_ptr, list_ptr, i, batch, group,
             second, rows, scale, length, False, SPLIT, MASKED, WIDE, KEYS, N, R, W,
         )  # fmt: skip
     for i in range(complete, end):
         dq, dq_second = _tile_of_queries(
-            x, x_second, slope, log, product, k, k_second, v, dq, dq_second, mask_ptr, list_ptr, i, batch, group,
+            x, x_second, slope, log, product, k, k_second, v, dq, dq_second, bits_ptr, list_ptr, i, batch, group,
             second, rows, scale, length, True, SPLIT, MASKED, WIDE, KEYS, N, R, W,
         )  # fmt: skip
     grad_q.store([batch, head, first, 0], (dq * factor).to(grad_q.dtype).reshape(1, 1, ROWS, N))
@@ -203,10 +226,10 @@ def gradient_of_queries(
 
 @triton.jit
 def _tile_of_keys(
-    q, q_second, key, key_second, value, grad, dk, dk_second, dv, log_ptr, product_ptr, mask_ptr, list_ptr, i, batch,
-    head, heads, keys, scale, length,
+    q, q_second, key, key_second, value, grad, dk, dk_second, dv, log_ptr, product_ptr, bits_ptr, list_ptr, i, batch,
+    head, heads, first_key, scale, length,
     PART: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """What one tile of queries adds to the gradients of a block of keys and values."""
     first = ROWS * (tl.load(list_ptr + i) if MASKED else i)
@@ -219,7 +242,8 @@ def _tile_of_keys(
     product = tl.load(product_ptr + at, mask=rows < length, other=0.0)
     scores = _scores(key, key_second, x, x_second, SPLIT, WIDE) * scale
     if PART:
-        scores = tl.where(_seen(mask_ptr, batch, rows[None, :], keys[:, None], length, MASKED), scores, float("-inf"))
+        seen = _seen(bits_ptr, batch, rows, first_key, length, MASKED, KEYS, True)
+        scores = tl.where(seen, scores, float("-inf"))
     weight = tl.exp2(scores - log[None, :])
     dv = _add_product(weight, slope, dv, WIDE)
     change = weight * (_scores(value, value, slope, slope, False, WIDE) - product[None, :])
@@ -232,7 +256,7 @@ def _tile_of_keys(
 @triton.jit
 def gradient_of_keys(
     q, q_second, k, k_second, v, grad, grad_k, grad_second, grad_v, log_ptr, product_ptr,
-    mask_ptr, list_ptr, whole_ptr, part_ptr, scale, length, heads, shared, own_second, factor,
+    bits_ptr, list_ptr, whole_ptr, part_ptr, scale, length, heads, shared, own_second, factor,
     SPLIT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
@@ -240,7 +264,6 @@ def gradient_of_keys(
     blocks, groups = tl.cdiv(length, KEYS), heads // shared
     block, both = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     batch, group, first = both // groups, both % groups, block * KEYS
-    keys = first + tl.arange(0, KEYS)
     key = k.load([batch, group, first, 0]).reshape(KEYS, N)
     key_second = k_second.load([batch, group * own_second, first, 0]).reshape(KEYS, R) if SPLIT else key
     value = v.load([batch, group, first, 0]).reshape(KEYS, W)
@@ -258,13 +281,13 @@ def gradient_of_keys(
     for head in range(group * shared, (group + 1) * shared):
         for i in range(part, part_end):
             dk, dk_second, dv = _tile_of_keys(
-                q, q_second, key, key_second, value, grad, dk, dk_second, dv, log_ptr, product_ptr, mask_ptr, list_ptr,
-                i, batch, head, heads, keys, scale, length, True, SPLIT, MASKED, WIDE, ROWS, N, R, W,
+                q, q_second, key, key_second, value, grad, dk, dk_second, dv, log_ptr, product_ptr, bits_ptr, list_ptr,
+                i, batch, head, heads, first, scale, length, True, SPLIT, MASKED, WIDE, ROWS, KEYS, N, R, W,
             )  # fmt: skip
         for i in range(begin, end):
             dk, dk_second, dv = _tile_of_keys(
-                q, q_second, key, key_second, value, grad, dk, dk_second, dv, log_ptr, product_ptr, mask_ptr, list_ptr,
-                i, batch, head, heads, keys, scale, length, False, SPLIT, MASKED, WIDE, ROWS, N, R, W,
+                q, q_second, key, key_second, value, grad, dk, dk_second, dv, log_ptr, product_ptr, bits_ptr, list_ptr,
+                i, batch, head, heads, first, scale, length, False, SPLIT, MASKED, WIDE, ROWS, KEYS, N, R, W,
             )  # fmt: skip
     grad_k.store([batch, group, first, 0], (dk * factor).to(grad_k.dtype).reshape(1, 1, KEYS, N))
     grad_v.store([batch, group, first, 0], dv.to(grad_v.dtype).reshape(1, 1, KEYS, W))
