@@ -40,7 +40,7 @@ class Tiles:
     stages: int
 
 
-FEW, MANY = Tiles(16, 32, 4, 3), Tiles(64, 32, 8, 3)  # up to 16 queries a row, and more
+FEW, MANY = Tiles(16, 32, 4, 3), Tiles(64, 64, 8, 2)  # up to 16 queries a row, and more
 PLAIN = Tiles(16, 16, 4, 2)  # of float32, whose products are no tensor cores'
 
 
@@ -77,12 +77,12 @@ def _append(
         h = (tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS)[:, None]
         query = q_ptr + row * q_row + s * q_token + h.to(tl.int64) * q_head + plain + 2 * r[None, :]
         both = (h < heads) & inside[None, :]
-        even = tl.load(query, mask=both, other=0.0).to(tl.float32)
-        odd = tl.load(query + 1, mask=both, other=0.0).to(tl.float32)
-        out = turned_ptr + (token * heads + h) * turning + r[None, :]
-        first, second = even * cos[None, :] - odd * sin[None, :], odd * cos[None, :] + even * sin[None, :]
-        tl.store(out, first.to(turned_ptr.dtype.element_ty), mask=both)
-        tl.store(out + half, second.to(turned_ptr.dtype.element_ty), mask=both)
+        evens = tl.load(query, mask=both, other=0.0).to(tl.float32)
+        odds = tl.load(query + 1, mask=both, other=0.0).to(tl.float32)
+        turned = turned_ptr + (token * heads + h) * turning + r[None, :]
+        first, second = evens * cos[None, :] - odds * sin[None, :], odds * cos[None, :] + evens * sin[None, :]
+        tl.store(turned, first.to(turned_ptr.dtype.element_ty), mask=both)
+        tl.store(turned + half, second.to(turned_ptr.dtype.element_ty), mask=both)
 
 
 @triton.jit(do_not_specialize=["length", "reach", "span", "tokens"])
