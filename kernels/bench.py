@@ -27,15 +27,14 @@ from gristmill.kernels.linear import linear
 from gristmill.kernels.mla_attention import attention as whole_attention
 from gristmill.kernels.mla_attention import latent_attention
 from gristmill.kernels.mla_attention.sdpa import sdpa_attention, sdpa_latent_attention
-from gristmill.kernels.mla_decode import mla_decode
-from gristmill.kernels.mla_decode.reference import mla_decode_reference
+from gristmill.kernels.mla_decode.bench_rows import cached_attention
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.norm_rope import rms_norm, rotate
 from gristmill.kernels.norm_rope.reference import rotate_reference
 from gristmill.kernels.optim import AdamW, adamw
 from gristmill.kernels.router import Choice, route
 from gristmill.kernels.swiglu import swiglu
-from gristmill.kernels.timing import Case, Work, both_ways, memory, seconds, without_gradients
+from gristmill.kernels.timing import Case, Work, both_ways, memory, replayed, seconds, without_gradients
 from gristmill.kernels.tune import SEARCHES, tune
 
 
@@ -201,8 +200,11 @@ def attention(
 
 
 def decoding(device: str, dtype: torch.dtype, batch: int, places: int, *model: int) -> Iterator[Case]:
-    """What a step of decoding a new token a row has, without gradients: attention, experts, a product."""
-    heads, plain, turning, value, latent, width, experts, hidden = model
+    """What a step of decoding a new token a row has, without gradients: attention; experts and a product if given."""
+    yield from cached_attention(device, dtype, batch, places, *model[:5])
+    if len(model) == 5:
+        return
+    width, experts, hidden = model[5:]
 
     def draw(*shape: int) -> Tensor:
         return torch.empty(*shape, device=device, dtype=dtype).normal_(0, shape[-1] ** -0.5)
@@ -212,18 +214,10 @@ def decoding(device: str, dtype: torch.dtype, batch: int, places: int, *model: i
             op, shape, flops, without_gradients(ours), {k: (without_gradients(v), None) for k, v in peers.items()}
         )
 
-    angle, start = torch.rand(batch, 1, turning // 2, device=device), torch.full((batch,), places - 1, device=device)
-    new = draw(batch, 1, heads, plain + turning), draw(batch, 1, latent + turning)
-    given = (*new, draw(batch, places, latent + turning), start, places, (angle.cos(), angle.sin()))
-    given = (*given, draw(latent), 1e-6, draw(heads, plain + value, latent), (plain + turning) ** -0.5)
-    flops = 2 * batch * heads * (places * (2 * latent + turning) + latent * (plain + value))
-    peers: dict[str, Work] = {"absorbed, in torch": partial(mla_decode_reference, *given)}
-    yield case("mla_decode", f"{batch} × {places}, {heads} heads", flops, partial(mla_decode, *given), peers)
-
     x, expert, gate = draw(batch, width), routed(batch, experts, 4).to(device), draw(batch, 4).abs()
     gate_up, down = draw(experts, 2 * hidden, width), draw(experts, width, hidden)
     ours = partial(moe_mlp, x, expert, gate, gate_up, down, expert.flatten().bincount(minlength=experts))
-    peers = {}
+    peers: dict[str, Work] = {}
     if importlib.util.find_spec("transformers"):
         for name in ("grouped_mm", "eager"):
             theirs = _transformers_experts(name, width, hidden, experts)
@@ -285,12 +279,13 @@ def optim(device: str, _: torch.dtype, matrices: int, size: int) -> Iterator[Cas
 
     numbers = sum(t.numel() for t in ours[0])
     peers: dict[str, tuple[Work, float | None]] = {
-        "torch.optim.AdamW(fused)": (peer(fused=True), 1.5),
+        "torch.optim.AdamW(fused)": (peer(fused=True), 1.0 if device == "cuda" else 1.5),
         "torch.optim.AdamW(foreach)": (peer(fused=False), 1.5),
     }
     p, g, m, v = ours
     step = partial(adamw, p, g, m, v, AdamW(rate=1e-3, step=10, decay=0.1))
-    yield Case("optim", f"{len(shapes)} tensors, {numbers / 1e6:.1f} M", 12 * numbers, step, peers)
+    shape = f"{len(shapes)} tensors, {numbers / 1e6:.1f} M"
+    yield Case("optim", shape, 12 * numbers, step, peers, bytes=7 * 4 * numbers)  # the gradient is only read
 
 
 def fp8(device: str, _: torch.dtype) -> Iterator[Case]:
@@ -307,12 +302,29 @@ def limit(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds([lambda: a @ b], device)[0]
 
 
-def measured(case: Case, device: str, dtype: torch.dtype, best: float) -> list[dict[str, Any]]:
-    """A row of the table for each peer."""
-    ours, *theirs = seconds([case.ours, *(work for work, _ in case.peers.values())], device)
+def bandwidth(device: str) -> float:
+    """Bytes a second that a copy of 2 GiB reads and writes."""
+    source = torch.zeros(2**31, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return 2 * source.numel() / seconds([lambda: target.copy_(source)], device)[0]
+
+
+def measured(
+    case: Case, device: str, dtype: torch.dtype, best: float, copied: float | None = None
+) -> list[dict[str, Any]]:
+    """A row of the table for each peer; `best` operations and `copied` bytes a second are the device's."""
+    sides = [case.ours, *(work for work, _ in case.peers.values())]
+    if case.replayed and device == "cuda":
+        sides = [replayed(side) for side in sides]
+    ours, *theirs = seconds(sides, device)
     held, name = memory(case.ours, device), str(dtype).removeprefix("torch.")
     common = {"op": case.op, "shape": case.shape, "dtype": name, "device": device, "seconds": ours}
     common |= {"tflops": case.flops / ours / 1e12, "share": case.flops / ours / best}
+    if case.bytes is not None and copied is not None:
+        share = case.bytes / ours / copied
+        common |= {"bandwidth_share": share}
+        if case.least_share is not None:
+            common |= {"least_share": case.least_share, "bandwidth_met": share >= case.least_share}
     rows = []
     for (peer, (work, goal)), taken in zip(case.peers.items(), theirs, strict=True):
         row = {**common, "peer": peer, "peer_seconds": taken, "ratio": taken / ours}
@@ -333,6 +345,10 @@ def said(row: dict[str, Any]) -> str:
     )
     if "goal" in row:
         line += f" (goal {row['goal']}: {'met' if row['met'] else 'missed'})"
+    if "bandwidth_share" in row:
+        line += f"   {row['bandwidth_share']:.2f} of a copy's bandwidth"
+    if "least_share" in row:
+        line += f" (goal {row['least_share']}: {'met' if row['bandwidth_met'] else 'missed'})"
     if "memory" in row:
         line += f"   {row['memory'] / 2**20:.0f} MiB against {row['peer_memory'] / 2**20:.0f}"
     if "most_memory" in row:
@@ -369,7 +385,7 @@ def main() -> None:
         "grouped_gemm": [(8, 1024, 4, 128, 128), (32, 2048, 4, 256, 256), (64, 2048, 4, 512, 512)],
         "moe_mlp": [(32, 2048, 4, 256, 128), (64, 2048, 4, 512, 256)],
         "attention": [(8, 256, 8, 16, 16, 32), (8, 256, 8, 32, 32, 64), (1, 1024, 4, 128, 64, 128)],
-        "decoding": [(rows, 192, 8, 16, 16, 32, 64, 256, 32, 128) for rows in (1, 32)],
+        "decoding": [*((rows, 192, 8, 16, 16, 32, 64, 256, 32, 128) for rows in (1, 32)), (1, 4096, 8, 16, 16, 32, 64)],
         "cross_entropy": [(2048, 128, 1024), (2048, 256, 8192), (2048, 256, 32_768)],
         "between_products": [(1, 256), (2048, 256)],
         "linear": [(2048, 256, 256), (2048, 512, 2048)],
@@ -382,7 +398,8 @@ def main() -> None:
             "grouped_gemm": [(256, tokens, 8, 7168, 2048) for tokens in (4096, 8192, 32_768)],
             "moe_mlp": [(64, 8192, 6, 2048, 1408)],  # of the 16B model
             "attention": [(2, 4096, 16, 128, 64, 128)],  # of the 16B model
-            "decoding": [(64, 4096, 16, 128, 64, 128, 512, 2048, 64, 1408)],  # of the 16B model
+            # of the 16B model, and the attention of the 671B model
+            "decoding": [(64, 4096, 16, 128, 64, 128, 512, 2048, 64, 1408), (16, 4096, 128, 128, 64, 128, 512)],
             "cross_entropy": [(8192, 2048, 32_768), (16_384, 7168, 129_280)],
             "between_products": [(8192, 2048)],
             "linear": [(8192, 7168, 2048)],
@@ -390,16 +407,18 @@ def main() -> None:
             "optim": [(320, 1024)],
             "fp8_gemm": [()],
         }
-    best = limit(device, dtype)
+    best, copied = limit(device, dtype), bandwidth(device) if device == "cuda" else None
     where = (
         torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
     print(f"torch {torch.__version__}, {where}; a square product reaches {best / 1e12:.3g} TFLOP/s in {dtype}")
+    if copied is not None:
+        print(f"a copy moves {copied / 1e12:.3g} TB/s, read and written")
     rows: list[dict[str, Any]] = []
     for op in makers if asked.op is None else [asked.op]:
         for shape in shapes[op]:
             for case in makers[op](device, dtype, *shape):
-                for row in measured(case, device, dtype, best):
+                for row in measured(case, device, dtype, best, copied):
                     print(said(row), flush=True)
                     rows.append(row)
     if asked.json:

@@ -26,7 +26,7 @@ def chosen(operation: str, x: Tensor, source: str | None = None, *, triton: bool
     """`gpu`, `compiled`, `cpu`, `torch` or `reference` for an operation on x; the choice is counted.
 
     `compiled` is of float32 alone, and where the operation's C++ `source` compiles; `cpu` is a path in torch.
-    `torch` are torch's own operations on a GPU, where the operation has no code in `triton` yet.
+    `torch` are torch's own operations on a GPU, where the operation has no code in `triton`, or none for such tensors.
     GRISTMILL_KERNELS=gpu with TRITON_INTERPRET=1 runs the GPU's code on a CPU, for its tests.
     """
     if _reference.get():

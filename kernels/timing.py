@@ -25,6 +25,11 @@ class Case:
     ours: Work
     peers: dict[str, tuple[Work, float | None]]
     most_memory: int | None = None  # bytes that are aimed at, beyond the inputs
+    bytes: int | None = None  # that have to be read and written, where memory is the bound
+    least_share: float | None = None  # of a copy's bandwidth that is aimed at
+    replayed: bool = (
+        False  # on a GPU from a CUDA graph, as a server does: launches of some µs would be most of the time
+    )
 
 
 def seconds(sides: list[Work], device: str) -> list[float]:
@@ -39,6 +44,20 @@ def seconds(sides: list[Work], device: str) -> list[float]:
             if run >= WARM:
                 times[side].append(time.perf_counter() - began)
     return [median(t) for t in times]
+
+
+def replayed(work: Work) -> Work:
+    """The same from a CUDA graph, on the inputs as they lie."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(WARM):  # what is compiled or chosen at first is none of the graph's
+            work()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def memory(work: Work, device: str) -> int | None:

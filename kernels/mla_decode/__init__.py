@@ -1,8 +1,9 @@
 """Multi-head latent attention of new tokens over a cache of latents, in its absorbed form (V3 section 2.1.1).
 
 On a CPU in float32 `cpu.cpp` runs (`compiled` in `report()`): a token's heads read the cache as it lies, nothing as
-large as the scores of all tokens is held, and what a token gives does not depend on those beside it. Elsewhere it is
-torch's operations (reference.py).
+large as the scores of all tokens is held, and what a token gives does not depend on those beside it. On a GPU Triton's
+kernels do the same (gpu.py, `gpu`), many programs sharing a long row. Elsewhere it is torch's operations
+(reference.py), as on a GPU in float64, or where places of the cache do not lie one behind the other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from gristmill.kernels.mla_decode.reference import mla_decode_reference
 
 __all__ = ["mla_decode"]
 SOURCE = "mla_decode/cpu.cpp"
+ON_TRITON = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
@@ -76,7 +78,13 @@ def mla_decode(
         low, high = int(start_B.min()), int(start_B.max()) + length
         within = low >= 0 and high <= reach
         require(within, ValueError, "mla_decode: places", (low, high - 1), f"from 0 to below reach, {reach}")
-    if chosen("mla_decode", q_BSHQ, SOURCE if lies else None, triton=False) != "compiled":
+    runs = cache_BPC.stride()[1:] == (latent + turning, 1) and q_BSHQ.dtype in ON_TRITON
+    path = chosen("mla_decode", q_BSHQ, SOURCE if lies else None, triton=runs)
+    if path == "gpu":
+        from gristmill.kernels.mla_decode.gpu import triton_mla_decode
+
+        return triton_mla_decode(q_BSHQ, kv_BSY, cache_BPC, start_B, reach, rotary, norm_C, eps, up_HXC, scale)
+    if path != "compiled":
         return mla_decode_reference(q_BSHQ, kv_BSY, cache_BPC, start_B, reach, rotary, norm_C, eps, up_HXC, scale)
     out = q_BSHQ.new_empty(batch, length, heads * value)
     inputs = (q_BSHQ, _rows(q_BSHQ), kv_BSY, _rows(kv_BSY), cache_BPC, cache_BPC.stride(0), start_B)

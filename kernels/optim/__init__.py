@@ -21,7 +21,9 @@ def adamw(
 
     With g' = coefficient · g: m ← β₁m + (1 − β₁)g', v ← β₂v + (1 − β₂)g'², and
     p ← (1 − rate · decay) p − rate · m̂ / (√v̂ + ε), where m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ). Moments may be
-    bfloat16: they are computed in the gradient's dtype and rounded to nearest as they are put down.
+    bfloat16: they are computed in the gradient's dtype, on a GPU in float32, and rounded to nearest as they are put
+    down. On a GPU contiguous tensors in float32 and bfloat16 are Triton's, those of equal dtypes in one launch
+    (gpu.py); others are torch's.
 
     Raises:
         ValueError: the lists differ in length, or a gradient or moment in shape or device from its parameter.
@@ -30,17 +32,24 @@ def adamw(
     for name, tensors in lists.items():
         require(len(tensors) == len(parameters), ValueError, f"adamw: length of {name}", len(tensors), len(parameters))
         for i, (tensor, parameter) in enumerate(zip(tensors, parameters, strict=True)):
-            got, wanted = (tuple(tensor.shape), tensor.device), (tuple(parameter.shape), parameter.device)
-            require(got == wanted, ValueError, f"adamw: shape and device of {name}[{i}]", got, wanted)
+            if tensor.shape != parameter.shape or tensor.device != parameter.device:
+                got, wanted = (tuple(tensor.shape), tensor.device), (tuple(parameter.shape), parameter.device)
+                raise ValueError(f"adamw: shape and device of {name}[{i}] is {got}; wanted {wanted}")
     if not parameters:
         return
-    plain = all(t.is_contiguous() for tensors in (parameters, *lists.values()) for t in tensors)
+    every = [t for tensors in (parameters, *lists.values()) for t in tensors]
+    plain = len({t.device for t in every}) == 1 and all(t.is_contiguous() for t in every)
     float32 = all(t.dtype == torch.float32 for tensors in (parameters, gradients) for t in tensors)
     moments = {t.dtype for tensors in (exp_avg, exp_avg_sq) for t in tensors}
-    fits = plain and float32 and moments in ({torch.float32}, {torch.bfloat16})
-    if chosen("adamw", parameters[0], SOURCE if fits else None, triton=False) != "compiled":
-        adamw_reference(parameters, gradients, exp_avg, exp_avg_sq, how)
-        return
+    compiles = plain and float32 and moments in ({torch.float32}, {torch.bfloat16})
+    runs = plain and {t.dtype for t in every} <= {torch.float32, torch.bfloat16}
+    path = chosen("adamw", parameters[0], SOURCE if compiles else None, triton=runs)
+    if path == "gpu":
+        from gristmill.kernels.optim.gpu import triton_adamw
+
+        return triton_adamw(parameters, gradients, exp_avg, exp_avg_sq, how)
+    if path != "compiled":
+        return adamw_reference(parameters, gradients, exp_avg, exp_avg_sq, how)
     addresses = [[t.data_ptr() for t in tensors] for tensors in (parameters, *lists.values())]
     counts = torch.tensor([p.numel() for p in parameters])
     needed(SOURCE)(

@@ -1,4 +1,4 @@
-"""AdamW by torch's operations on lists of tensors: the specification, and what runs on GPUs."""
+"""AdamW by torch's operations on lists of tensors: the specification."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Latent attention over a cache, against plain attention over up-projected keys and values in float64."""
+"""Latent attention over a cache, against plain attention over up-projected keys and values in float64: on the GPU where
+there is one, else on the CPU, and the Triton code under its interpreter."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -15,15 +17,22 @@ from gristmill.kernels.mla_decode import mla_decode
 from gristmill.kernels.norm_rope.reference import rms_norm_reference, rotate_reference
 
 EPS = 1e-6
+INTERPRETED = os.environ.get("GRISTMILL_KERNELS") == "gpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+ON_TRITON = INTERPRETED or DEVICE == "cuda"
+EXAMPLES = 4 if INTERPRETED else 10 if DEVICE == "cuda" else 40  # compiled anew for most shapes on a GPU
+HALVES = ("q_BSHQ", "kv_BSY", "cache_BPC", "norm_C", "up_HXC")  # what has the queries' dtype
 
 
-def case(batch: int, length: int, heads: int, sizes: tuple[int, int, int, int], places: int, seed: int = 0) -> dict:
+def case(
+    batch: int, length: int, heads: int, sizes: tuple[int, int, int, int], places: int, device: str = DEVICE
+) -> dict:
     """Arguments whose queries and latents are parts of one tensor, as a fused projection gives them."""
     plain, turning, value, latent = sizes
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(device)
 
     query, kv = draw(batch, length, heads * (plain + turning) + latent + turning).split(
         [heads * (plain + turning), latent + turning], -1
@@ -34,7 +43,7 @@ def case(batch: int, length: int, heads: int, sizes: tuple[int, int, int, int], 
         "q_BSHQ": query.unflatten(-1, (heads, -1)),
         "kv_BSY": kv,
         "cache_BPC": draw(batch, places + 3, latent + turning)[:, :places],
-        "start_B": start,
+        "start_B": start.to(device),
         "reach": int(start.max()) + length,
         "rotary": (angle.cos(), angle.sin()),
         "norm_C": draw(latent),
@@ -46,10 +55,7 @@ def case(batch: int, length: int, heads: int, sizes: tuple[int, int, int, int], 
 
 def wanted_of(given_: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The result and the cache, token by token: keys and values of every place made whole (V3 equations 1 to 10)."""
-    q, kv, cache, norm, up, cos, sin = (
-        t.double()
-        for t in (*(given_[n] for n in ("q_BSHQ", "kv_BSY", "cache_BPC", "norm_C", "up_HXC")), *given_["rotary"])
-    )
+    q, kv, cache, norm, up, cos, sin = (t.double().cpu() for t in (*(given_[n] for n in HALVES), *given_["rotary"]))
     cache, latent, turning = cache.clone(), len(norm), cache.shape[2] - len(norm)
     plain, out = q.shape[3] - turning, []
     for b, start in enumerate(given_["start_B"].tolist()):
@@ -67,7 +73,12 @@ def wanted_of(given_: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def run(given_: dict[str, Any]) -> tuple[Tensor, Tensor]:
     cache = given_["cache_BPC"].clone()
-    return mla_decode(**{**given_, "cache_BPC": cache}), cache
+    out = mla_decode(**{**given_, "cache_BPC": cache})
+    return out.cpu(), cache.cpu()
+
+
+def halved(given_: dict[str, Any]) -> dict[str, Any]:
+    return {**given_, **{name: given_[name].bfloat16() for name in HALVES}}
 
 
 @pytest.mark.usefixtures("cpu_path")
@@ -78,7 +89,7 @@ def run(given_: dict[str, Any]) -> tuple[Tensor, Tensor]:
     sizes=st.tuples(st.integers(1, 20), st.sampled_from([2, 4, 8, 10]), st.integers(1, 20), st.integers(1, 90)),
     places=st.integers(6, 70),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_result_and_cache(batch: int, length: int, heads: int, sizes: tuple[int, int, int, int], places: int) -> None:
     given_ = case(batch, length, heads, sizes, places)
     (out, cache), (wanted, kept) = run(given_), wanted_of(given_)
@@ -86,14 +97,40 @@ def test_result_and_cache(batch: int, length: int, heads: int, sizes: tuple[int,
     # off by 100 · 2⁻²⁴ · its size of at most about 50 moves a weight by as much, relative.
     torch.testing.assert_close(out.double(), wanted, rtol=3e-4, atol=3e-4)
     torch.testing.assert_close(cache.double(), kept, rtol=1e-5, atol=1e-5)
-    behind = torch.arange(places) >= (given_["start_B"] + length)[:, None]
-    before = torch.arange(places) < given_["start_B"][:, None]
-    untouched = behind | before
-    assert torch.equal(cache[untouched], given_["cache_BPC"][untouched])
+    start_B = given_["start_B"].cpu()
+    untouched = (torch.arange(places) >= (start_B + length)[:, None]) | (torch.arange(places) < start_B[:, None])
+    assert torch.equal(cache[untouched], given_["cache_BPC"].cpu()[untouched])
+
+
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "places"),
+    [(1, 1, 16, 700), (3, 6, 8, 400), (40, 1, 3, 150)],
+    ids=["a long row", "several tokens", "many rows"],
+)
+def test_many_places(batch: int, length: int, heads: int, places: int) -> None:
+    """A row of several spans, blocks of queries of several tokens, and rows that are a program's alone."""
+    given_ = case(batch, length, heads, (16, 16, 16, 64), places)
+    (out, cache), (wanted, kept) = run(given_), wanted_of(given_)
+    torch.testing.assert_close(out.double(), wanted, rtol=3e-4, atol=3e-4)  # as above
+    torch.testing.assert_close(cache.double(), kept, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize(("batch", "heads", "places"), [(2, 16, 300), (40, 20, 40)])
+def test_in_16_bits(batch: int, heads: int, places: int) -> None:
+    given_ = halved(case(batch, 1, heads, (16, 16, 16, 64), places))
+    (out, cache), (wanted, kept) = run(given_), wanted_of(given_)
+    assert out.dtype == torch.bfloat16
+    # Of 2⁻⁹ each: roundings of the latents, the queries, the scores (in torch), which are near 1, the weights, what is
+    # mixed of them and the result. The interpreter cuts off: 2⁻⁸.
+    allowed = 8 * (2**-8 if INTERPRETED else 2**-9)
+    assert float((out.double() - wanted).norm()) <= allowed * float(wanted.norm())
+    torch.testing.assert_close(cache.double(), kept, rtol=2**-7, atol=2**-7)
 
 
 def test_a_token_does_not_depend_on_the_others(cpu_path: str) -> None:
-    if cpu_path != "compiled":
+    if cpu_path != "compiled" or ON_TRITON:
         pytest.skip("torch's products may cut sums elsewhere")
     given_ = case(6, 1, 8, (16, 16, 32, 64), 50)
     whole, _ = run(given_)
@@ -112,15 +149,42 @@ def test_a_token_does_not_depend_on_the_others(cpu_path: str) -> None:
     assert torch.equal(kept, cache)
 
 
+@pytest.mark.skipif(not ON_TRITON, reason="the other paths have no spans")
+def test_how_far_other_rows_reach_does_not_matter() -> None:
+    """Row 0 sees 100 places: alone in a span that is the whole of its places, and in one of several."""
+    near = case(3, 1, 4, (16, 16, 16, 64), 1300)
+    near |= {"start_B": torch.tensor([100, 3, 120], device=DEVICE), "reach": 121}
+    far = {**near, "start_B": torch.tensor([100, 1299, 700], device=DEVICE), "reach": 1300}
+    assert torch.equal(run(near)[0][0], run(far)[0][0])
+
+
+@pytest.mark.skipif(not ON_TRITON, reason="the other paths do not give them")
+@pytest.mark.parametrize("places", [60, 1300])
+def test_logarithms_of_sums(places: int) -> None:
+    from gristmill.kernels.mla_decode.gpu import attend
+
+    given_ = case(2, 1, 4, (64, 16, 16, 64), places)  # whose queries have the latents' width
+    query, cache, start_B = given_["q_BSHQ"][:, 0], given_["cache_BPC"], given_["start_B"]
+    mixed, lse = attend(
+        query[..., :64].transpose(0, 1).contiguous(), query[..., 64:].contiguous(), cache, start_B, given_["reach"], 0.1
+    )
+    score = 0.1 * torch.einsum("bhc,bpc->bhp", query.double(), cache.double())
+    score = score.masked_fill(torch.arange(places, device=DEVICE) > start_B[:, None, None], -torch.inf)
+    torch.testing.assert_close(lse.double(), score.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    wanted = torch.einsum("bhp,bpc->hbc", score.softmax(-1), cache[..., :64].double())
+    torch.testing.assert_close(mixed.double(), wanted, rtol=3e-4, atol=3e-4)
+
+
 def test_what_runs(cpu_path: str) -> None:
     before = kernels.report().get("mla_decode", {})
     given_ = case(2, 1, 2, (4, 2, 4, 8), 9)
     run(given_)
-    halves = {n: given_[n].bfloat16() for n in ("q_BSHQ", "kv_BSY", "cache_BPC", "norm_C", "up_HXC")}
-    assert run({**given_, **halves})[0].dtype == torch.bfloat16
+    run(halved(given_))
+    run({**given_, "cache_BPC": given_["cache_BPC"].mT.contiguous().mT})
     after = kernels.report()["mla_decode"]
-    ran = {path: after.get(path, 0) - before.get(path, 0) for path in ("compiled", "cpu")}
-    assert ran == ({"compiled": 1, "cpu": 1} if cpu_path == "compiled" else {"compiled": 0, "cpu": 2})
+    ran = {path: count - before.get(path, 0) for path, count in after.items() if count > before.get(path, 0)}
+    elsewhere = {"compiled": 1, "cpu": 2} if cpu_path == "compiled" else {"cpu": 3}
+    assert ran == ({"gpu": 2, "torch": 1} if ON_TRITON else elsewhere)
 
 
 @pytest.mark.usefixtures("cpu_path")
@@ -145,4 +209,22 @@ def test_no_rows_at_all() -> None:
 )
 def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        mla_decode(**{**case(2, 1, 2, (4, 2, 4, 8), 9), **change})
+        mla_decode(**{**case(2, 1, 2, (4, 2, 4, 8), 9, "cpu"), **change})
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+def test_nothing_waits_for_the_host_on_a_gpu() -> None:
+    given_ = halved(case(2, 1, 16, (16, 16, 16, 64), 700))
+    first = mla_decode(**given_)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = mla_decode(**given_)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
+def test_triton_under_its_interpreter(under_the_interpreter) -> None:
+    """The same tests on the GPU's code."""
+    assert " passed" in under_the_interpreter(__file__)

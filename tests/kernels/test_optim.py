@@ -1,8 +1,11 @@
-"""AdamW over many tensors against the paper's formula in float64, and against torch's own."""
+"""AdamW over many tensors against the paper's formula in float64, and against torch's own: on the GPU where there is one,
+else on the CPU, and the Triton code under its interpreter."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from typing import Any
 
 import pytest
@@ -13,7 +16,10 @@ from hypothesis import strategies as st
 from gristmill import kernels
 from gristmill.kernels.optim import AdamW, adamw
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("GRISTMILL_KERNELS") == "gpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+ON_TRITON = INTERPRETED or DEVICE == "cuda"
+EXAMPLES = 8 if INTERPRETED else 40
 LISTS = ("parameters", "gradients", "exp_avg", "exp_avg_sq")
 
 
@@ -47,7 +53,7 @@ def wanted_of(given_: dict[str, list[torch.Tensor]], how: AdamW) -> dict[str, li
     coefficient=st.sampled_from([1.0, 0.37]),
     moments=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_an_update(shapes, step: int, decay: float, coefficient: float, moments: torch.dtype) -> None:
     how = AdamW(rate=1e-2, step=step, decay=decay, coefficient=coefficient)
     given_ = draw(shapes, moments)
@@ -55,9 +61,12 @@ def test_an_update(shapes, step: int, decay: float, coefficient: float, moments:
     gradients = [t.clone() for t in given_["gradients"]]
     adamw(*(given_[name] for name in LISTS), how)
     assert all(map(torch.equal, given_["gradients"], gradients))  # only read
-    # Ten float32 operations of 6e-8 each lie one behind the other; a bfloat16 moment is rounded to 2^-9 of itself.
+    # Ten float32 operations of 6e-8 each lie one behind the other; a bfloat16 moment is rounded to 2^-9 of itself, and
+    # by the interpreter cut off.
     for name, tolerance in (("parameters", 1e-6), ("exp_avg", 1e-6), ("exp_avg_sq", 1e-6)):
-        rounding = 2**-8 if moments == torch.bfloat16 and name != "parameters" else tolerance
+        rounding = (
+            (2**-7 if INTERPRETED else 2**-8) if moments == torch.bfloat16 and name != "parameters" else tolerance
+        )
         for got, exact in zip(given_[name], wanted[name], strict=True):
             torch.testing.assert_close(got.double(), exact, rtol=rounding, atol=tolerance)
 
@@ -97,11 +106,55 @@ def test_strides_are_respected_and_the_report_says_what_ran(cpu_path: str) -> No
     wanted = wanted_of(ours, how)
     before = kernels.report().get("adamw", {})
     adamw(*(ours[name] for name in LISTS), how)
-    here = cpu_path if DEVICE == "cpu" else "torch"
+    here = "gpu" if ON_TRITON else cpu_path
     assert kernels.report()["adamw"][here] == before.get(here, 0) + 1
     turned = {name: [t.t().contiguous().t() for t in tensors] for name, tensors in draw([(12, 10)]).items()}
     adamw(*(turned[name] for name in LISTS), how)
+    there = "torch" if ON_TRITON else "cpu"
+    assert kernels.report()["adamw"][there] == before.get(there, 0) + (2 if there == here else 1)
     torch.testing.assert_close(turned["parameters"][0].double(), wanted["parameters"][0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not ON_TRITON, reason="elsewhere torch's operations take them")
+@pytest.mark.parametrize("offset", [0, 1])
+def test_all_dtypes_that_triton_takes_in_one_call(offset: int) -> None:
+    """Whole chunks and parts of one, in every combination of dtypes, at whole 16 bytes and beside them."""
+    both, how = (torch.float32, torch.bfloat16), AdamW(rate=1e-2, step=5, decay=0.1, coefficient=0.5)
+    dtypes = list(itertools.product(both, repeat=4))
+    drawn = draw([(2048 + 40 * i + offset,) for i in range(len(dtypes))])
+    given_ = {
+        name: [t.to(dtype[side])[offset:] for t, dtype in zip(drawn[name], dtypes, strict=True)]
+        for side, name in enumerate(LISTS)
+    }
+    wanted = wanted_of(given_, how)
+    adamw(*(given_[name] for name in LISTS), how)
+    for name in ("parameters", "exp_avg", "exp_avg_sq"):
+        for got, exact in zip(given_[name], wanted[name], strict=True):
+            # As above: computed in float32 whatever goes in, and rounded once.
+            rounding = 1e-6 if got.dtype == torch.float32 else 2**-7 if INTERPRETED else 2**-8
+            torch.testing.assert_close(got.double(), exact, rtol=rounding, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+def test_nothing_waits_for_the_host_on_a_gpu() -> None:
+    """Also where gradients lie elsewhere than in the step before."""
+    given_, how = draw([(70, 50), (3,)]), AdamW(rate=1e-2, step=2)
+    adamw(*(given_[name] for name in LISTS), how)  # compiles
+    moved = {**given_, "gradients": [g.clone() for g in given_["gradients"]]}
+    wanted = wanted_of(moved, how)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        adamw(*(moved[name] for name in LISTS), how)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for got, exact in zip(moved["parameters"], wanted["parameters"], strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
+def test_triton_under_its_interpreter(under_the_interpreter) -> None:
+    """The same tests on the GPU's code."""
+    assert " passed" in under_the_interpreter(__file__)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""What the benchmark measures of attention over a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gristmill.kernels.mla_decode import mla_decode
+from gristmill.kernels.mla_decode.reference import mla_decode_reference
+from gristmill.kernels.norm_rope.reference import rotate_reference
+from gristmill.kernels.timing import Case, without_gradients
+
+
+def cached_attention(
+    device: str,
+    dtype: torch.dtype,
+    batch: int,
+    places: int,
+    heads: int,
+    plain: int,
+    turning: int,
+    value: int,
+    latent: int,
+) -> Iterator[Case]:
+    """A new token a row, at the last place, against the same in torch and against keys and values of all places."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.empty(*shape, device=device, dtype=dtype).normal_(0, shape[-1] ** -0.5)
+
+    angle, start = torch.rand(batch, 1, turning // 2, device=device), torch.full((batch,), places - 1, device=device)
+    new = draw(batch, 1, heads, plain + turning), draw(batch, 1, latent + turning)
+    given = (*new, draw(batch, places, latent + turning), start, places, (angle.cos(), angle.sin()))
+    given = (*given, draw(latent), 1e-6, draw(heads, plain + value, latent), (plain + turning) ** -0.5)
+    goal = 3.0 if device == "cpu" and places >= 4096 else None
+    yield Case(
+        "mla_decode",
+        f"{batch} × {places}, {heads} heads",
+        2 * batch * heads * (places * (2 * latent + turning) + latent * (plain + value)),
+        without_gradients(partial(mla_decode, *given)),
+        {
+            "absorbed, in torch": (without_gradients(partial(mla_decode_reference, *given)), None),
+            "not absorbed": (without_gradients(partial(_not_absorbed, *given)), goal),
+        },
+        bytes=given[2].numel() * given[2].element_size(),
+        least_share=0.7 if heads <= 16 else None,  # with more, products take as long as reading
+        replayed=True,
+    )
+
+
+def _not_absorbed(
+    q_BSHQ: Tensor, kv_BSY: Tensor, cache_BPC: Tensor, start_B: Tensor, reach: int, rotary: tuple[Tensor, Tensor],
+    norm_C: Tensor, eps: float, up_HXC: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    """`mla_decode` of one token a row, which sees all places, by torch's attention over keys and values held whole."""
+    (heads, wide), latent, (cos, sin) = q_BSHQ.shape[2:], len(norm_C), rotary
+    plain = wide - kv_BSY.shape[2] + latent
+    new_BSC = F.rms_norm(kv_BSY[..., :latent], norm_C.shape, norm_C, eps)
+    cache_BPC[:, -1:] = torch.cat((new_BSC, rotate_reference(kv_BSY[..., latent:], cos, sin).to(new_BSC.dtype)), -1)
+    made_BPHX = F.linear(cache_BPC[..., :latent], up_HXC.flatten(0, 1)).unflatten(-1, (heads, -1))
+    shared_BPHR = cache_BPC[:, :, None, latent:].expand(-1, -1, heads, -1)
+    k_BPHQ, v_BPHW = torch.cat((made_BPHX[..., :plain], shared_BPHR), -1), made_BPHX[..., plain:]
+    turned = rotate_reference(q_BSHQ[..., plain:], cos[:, :, None], sin[:, :, None]).to(q_BSHQ.dtype)
+    q, k, v = (t.transpose(1, 2) for t in (torch.cat((q_BSHQ[..., :plain], turned), -1), k_BPHQ, v_BPHW))
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2).flatten(2)

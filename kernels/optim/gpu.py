@@ -1,0 +1,120 @@
+"""AdamW over many tensors in Triton: one launch for all tensors of equal dtypes, each number read and written once.
+
+A program takes CHUNK neighbouring numbers of one tensor. Which, says a table on the device that depends on the tensors'
+lengths alone; where the tensors lie says another, of a few kilobytes. Both are kept by what they say, so a table can
+never be out of date, and travel from pinned memory, so that the host does not wait. All is computed in float32 and
+rounded to nearest once, as it is put down.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gristmill.kernels.optim.reference import AdamW
+
+CHUNK, WARPS = 2048, 8
+ALIGNED = 16  # bytes; what a thread reads at once
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def _pointers(address_ptr, first, ALIGNED: tl.constexpr, TYPE: tl.constexpr, CHUNK: tl.constexpr):
+    """Those of a chunk's numbers in the tensor whose address lies at `address_ptr`."""
+    numbers = tl.load(address_ptr).to(tl.pointer_type(TYPE)) + first + tl.arange(0, CHUNK)
+    return tl.multiple_of(numbers, ALIGNED)
+
+
+@triton.jit
+def _step(
+    p_ptr, g_ptr, m_ptr, v_ptr, here, coefficient, kept, beta1, rest1, beta2, rest2, eps, rate, unbiased
+):  # fmt: skip
+    """A chunk's numbers. `rest` is 1 − β, `kept` 1 − rate · decay; `rate` and `unbiased` correct m and v for t."""
+    p = tl.load(p_ptr, mask=here, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr, mask=here, other=0.0).to(tl.float32) * coefficient
+    m = tl.load(m_ptr, mask=here, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr, mask=here, other=0.0).to(tl.float32)
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
+    p = kept * p - rate * (m / (tl.sqrt(v * unbiased) + eps))
+    tl.store(m_ptr, m.to(m_ptr.dtype.element_ty), mask=here)
+    tl.store(v_ptr, v.to(v_ptr.dtype.element_ty), mask=here)
+    tl.store(p_ptr, p.to(p_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def _update(
+    address_ptr, chunk_ptr, tensors, coefficient, kept, beta1, rest1, beta2, rest2, eps, rate, unbiased,
+    ALIGNED: tl.constexpr, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One chunk; P, G, M and V are the dtypes of the four lists."""
+    entry = chunk_ptr + 3 * tl.program_id(0).to(tl.int64)
+    tensor, chunk, numbers = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    addresses, first = address_ptr + tensor, chunk.to(tl.int64) * CHUNK
+    p_ptr = _pointers(addresses, first, ALIGNED, P, CHUNK)
+    g_ptr = _pointers(addresses + tensors, first, ALIGNED, G, CHUNK)
+    m_ptr = _pointers(addresses + 2 * tensors, first, ALIGNED, M, CHUNK)
+    v_ptr = _pointers(addresses + 3 * tensors, first, ALIGNED, V, CHUNK)
+    if numbers == CHUNK:  # a bound that the compiler does not know would have threads read number by number
+        here = tl.full((CHUNK,), True, tl.int1)
+        _step(p_ptr, g_ptr, m_ptr, v_ptr, here, coefficient, kept, beta1, rest1, beta2, rest2, eps, rate, unbiased)
+    else:
+        here = tl.arange(0, CHUNK) < numbers
+        _step(p_ptr, g_ptr, m_ptr, v_ptr, here, coefficient, kept, beta1, rest1, beta2, rest2, eps, rate, unbiased)
+
+
+def triton_adamw(
+    parameters: list[Tensor], gradients: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], how: AdamW
+) -> None:
+    """See `adamw`; of contiguous tensors on one device, in the dtypes of TYPES."""
+    alike: dict[tuple[torch.dtype, ...], list[tuple[Tensor, ...]]] = {}
+    for together in zip(parameters, gradients, exp_avg, exp_avg_sq, strict=True):
+        alike.setdefault(tuple(t.dtype for t in together), []).append(together)
+    for dtypes, group in alike.items():
+        _launch(dtypes, group, how)
+
+
+def _launch(dtypes: tuple[torch.dtype, ...], group: list[tuple[Tensor, ...]], how: AdamW) -> None:
+    device = group[0][0].device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    chunks = _chunks(tuple(p.numel() for p, *_ in group), device, stream)
+    if not len(chunks):
+        return
+    addresses = tuple(t.data_ptr() for side in zip(*group, strict=True) for t in side)
+    aligned = all(address % ALIGNED == 0 for address in addresses)
+    parameter, gradient, first, second = (TYPES[dtype] for dtype in dtypes)
+    _update[(len(chunks),)](
+        _addresses(addresses, device, stream), chunks, len(group),
+        float(how.coefficient), 1.0 - how.rate * how.decay,
+        float(how.beta1), 1.0 - how.beta1, float(how.beta2), 1.0 - how.beta2, float(how.eps),
+        how.rate / (1.0 - how.beta1**how.step), 1.0 / (1.0 - how.beta2**how.step),
+        ALIGNED=ALIGNED if aligned else 1, P=parameter, G=gradient, M=first, V=second, CHUNK=CHUNK, num_warps=WARPS,
+    )  # fmt: skip
+
+
+# The stream is part of what tables are kept by: another one would not wait for the copy.
+
+
+@lru_cache(maxsize=64)
+def _chunks(lengths: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """Of each chunk its tensor, its number in it, and how many numbers it holds, (chunks, 3)."""
+    length = torch.tensor(lengths)
+    count = (length + CHUNK - 1) // CHUNK
+    tensor = torch.arange(len(lengths)).repeat_interleave(count)
+    chunk = torch.arange(len(tensor)) - (count.cumsum(0) - count)[tensor]
+    numbers = (length[tensor] - chunk * CHUNK).clamp_(max=CHUNK)
+    return _sent(torch.stack((tensor, chunk, numbers), 1).to(torch.int32), device)
+
+
+@lru_cache(maxsize=64)
+def _addresses(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """Where parameters, gradients and both moments lie, list after list."""
+    return _sent(torch.tensor(addresses), device)
+
+
+def _sent(table: Tensor, device: torch.device) -> Tensor:
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
