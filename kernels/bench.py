@@ -3,6 +3,7 @@
 Medians of several runs, the sides in turn in one process. A peer is torch's own operation, and where they are installed
 Liger-Kernel's and the experts of `transformers`. In brackets is the share of what the device reaches in a large square
 product of that dtype, as measured first; memory is the most beyond the inputs (on a GPU: torch counts none of a CPU).
+On a GPU norm and rotation, which wait for memory, are captured as graphs, and their share is of a large copy's bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,18 @@ from gristmill.kernels.norm_rope.reference import rotate_reference
 from gristmill.kernels.optim import AdamW, adamw
 from gristmill.kernels.router import Choice, route
 from gristmill.kernels.swiglu import swiglu
-from gristmill.kernels.timing import Case, Work, both_ways, memory, seconds, without_gradients
+from gristmill.kernels.timing import (
+    Case,
+    Work,
+    bandwidth,
+    both_ways,
+    memory,
+    seconds,
+    seconds_of_device,
+    without_gradients,
+)
+
+SHARE_GOAL = 0.8  # of a large copy's bytes a second, where memory sets the pace
 
 
 def routed(tokens: int, experts: int, active: int) -> Tensor:
@@ -144,15 +156,21 @@ def between_products(device: str, dtype: torch.dtype, rows: int, width: int) -> 
         gate, up = a.chunk(2, -1)
         return F.silu(gate) * up
 
-    def case(op: str, size: int, flops: int, ours: Work, peer: str, theirs: Work) -> Case:
-        return Case(op, f"{rows} × {size}", flops, ours, {peer: (theirs, None)})
+    def case(op: str, size: int, flops: int, ours: Work, peer: str, theirs: Work, moved: int | None = None) -> Case:
+        moved = moved if device == "cuda" else None
+        return Case(op, f"{rows} × {size}", flops, ours, {peer: (theirs, None)}, bytes=moved)
 
-    norm = both_ways(lambda a, b: rms_norm(a, b, 1e-6), x, weight)
-    peer = both_ways(lambda a, b: F.rms_norm(a, (width,), b, 1e-6), x, weight)
-    yield case("rms_norm", width, 12 * x.numel(), norm, "torch.nn.functional.rms_norm", peer)
-    turned = both_ways(lambda a: rotate(a, cos, sin), turning)
-    peer = both_ways(lambda a: rotate_reference(a, cos, sin), turning)
-    yield case("rotate", width // 2, 6 * turning.numel(), turned, "slices and cat", peer)
+    seen = torch.ones_like(x) if device == "cuda" else None
+    norm = both_ways(lambda a, b: rms_norm(a, b, 1e-6), x, weight, seen=seen)
+    peer = both_ways(lambda a, b: F.rms_norm(a, (width,), b, 1e-6), x, weight, seen=seen)
+    moved = 5 * x.nbytes  # x and the result; x, the result's gradient and its own
+    yield case("rms_norm", width, 12 * x.numel(), norm, "torch.nn.functional.rms_norm", peer, moved)
+    seen = torch.ones_like(turning, dtype=cos.dtype) if device == "cuda" else None
+    turned = both_ways(lambda a: rotate(a, cos, sin), turning, seen=seen)
+    peer = both_ways(lambda a: rotate_reference(a, cos, sin), turning, seen=seen)
+    moved = 2 * turning.numel() * (x.element_size() + cos.element_size())  # the result has the angles' dtype
+    moved += 4 * cos.nbytes
+    yield case("rotate", width // 2, 6 * turning.numel(), turned, "slices and cat", peer, moved)
     peer = both_ways(activated, gate_up)
     yield case("swiglu", 4 * width, 8 * gate_up.numel(), both_ways(swiglu, gate_up), "silu and product", peer)
 
@@ -287,12 +305,17 @@ def limit(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds([lambda: a @ b], device)[0]
 
 
-def measured(case: Case, device: str, dtype: torch.dtype, best: float) -> list[dict[str, Any]]:
+def measured(case: Case, device: str, dtype: torch.dtype, best: float, copied: float | None) -> list[dict[str, Any]]:
     """A row of the table for each peer."""
-    ours, *theirs = seconds([case.ours, *(work for work, _ in case.peers.values())], device)
+    sides = [case.ours, *(work for work, _ in case.peers.values())]
+    ours, *theirs = seconds(sides, device) if case.bytes is None else seconds_of_device(sides)
     held, name = memory(case.ours, device), str(dtype).removeprefix("torch.")
     common = {"op": case.op, "shape": case.shape, "dtype": name, "device": device, "seconds": ours}
     common |= {"tflops": case.flops / ours / 1e12, "share": case.flops / ours / best}
+    if case.bytes is not None and copied is not None:
+        share = case.bytes / ours / copied
+        common |= {"gigabytes": case.bytes / ours / 1e9, "share": share}
+        common |= {"share_goal": SHARE_GOAL, "share_met": share >= SHARE_GOAL}
     rows = []
     for (peer, (work, goal)), taken in zip(case.peers.items(), theirs, strict=True):
         row = {**common, "peer": peer, "peer_seconds": taken, "ratio": taken / ours}
@@ -307,9 +330,13 @@ def measured(case: Case, device: str, dtype: torch.dtype, best: float) -> list[d
 
 
 def said(row: dict[str, Any]) -> str:
+    rate = f"{row['tflops']:6.3g} TFLOP/s ({row['share']:.2f})"
+    if "gigabytes" in row:
+        met = "met" if row["share_met"] else "missed"
+        rate = f"{row['gigabytes']:6.4g} GB/s ({row['share']:.2f}, goal {row['share_goal']}: {met})"
     line = (
-        f"{row['op']:<21} {row['shape']:<36} {row['dtype']:<8} {row['seconds'] * 1e3:8.2f} ms {row['tflops']:6.3g} "
-        f"TFLOP/s ({row['share']:.2f})   {row['peer']}: {row['peer_seconds'] * 1e3:8.2f} ms   ratio {row['ratio']:.2f}"
+        f"{row['op']:<21} {row['shape']:<36} {row['dtype']:<8} {row['seconds'] * 1e3:8.2f} ms {rate}   "
+        f"{row['peer']}: {row['peer_seconds'] * 1e3:8.2f} ms   ratio {row['ratio']:.2f}"
     )
     if "goal" in row:
         line += f" (goal {row['goal']}: {'met' if row['met'] else 'missed'})"
@@ -359,22 +386,24 @@ def main() -> None:
             "attention": [(2, 4096, 16, 128, 64, 128)],  # of the 16B model
             "decoding": [(64, 4096, 16, 128, 64, 128, 512, 2048, 64, 1408)],  # of the 16B model
             "cross_entropy": [(8192, 2048, 32_768), (16_384, 7168, 129_280)],
-            "between_products": [(8192, 2048)],
+            "between_products": [(8192, 2048), (8192, 7168)],
             "linear": [(8192, 7168, 2048)],
             "router": [(8192, 7168, 256, 8, 8, 4)],
             "optim": [(320, 1024)],
             "fp8_gemm": [()],
         }
-    best = limit(device, dtype)
+    best, copied = limit(device, dtype), bandwidth(device) if device == "cuda" else None
     where = (
         torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
     print(f"torch {torch.__version__}, {where}; a square product reaches {best / 1e12:.3g} TFLOP/s in {dtype}")
+    if copied is not None:
+        print(f"a copy reads and writes {copied / 1e9:.4g} GB/s")
     rows: list[dict[str, Any]] = []
     for op in makers if asked.op is None else [asked.op]:
         for shape in shapes[op]:
             for case in makers[op](device, dtype, *shape):
-                for row in measured(case, device, dtype, best):
+                for row in measured(case, device, dtype, best, copied):
                     print(said(row), flush=True)
                     rows.append(row)
     if asked.json:

@@ -165,7 +165,7 @@ class TritonRMSNorm(torch.autograd.Function):
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
         _norm_backward[(programs,)](
             x, weight_D.contiguous(), scale, grad, grad_x, partial, scale.numel(), width, ctx.distance, grad_distance,
-            ROWS=rows, WIDTH=padded, STAGES=stages, num_warps=min(16, rows * padded // 512),
+            ROWS=rows, WIDTH=padded, STAGES=stages, num_warps=min(32, rows * padded // 512),
         )  # fmt: skip
         grad_weight = torch.empty(width, dtype=weight_D.dtype, device=x.device)
         _total[(triton.cdiv(width, COLUMNS),)](partial, grad_weight, programs, width, ROWS=128, COLUMNS=COLUMNS)

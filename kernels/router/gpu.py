@@ -102,7 +102,7 @@ def _choose(
     tl.store(gate_ptr + to, gate * scale, mask=wanted)
     tl.store(expert_ptr + to, (found // SIZE * size + found % SIZE).to(tl.int64), mask=wanted)
     count = tl.sum((here & (key == LOWEST)).to(tl.int32), 0)
-    tl.atomic_add(load_ptr + expert, count.to(tl.int64), mask=real & (count > 0))
+    tl.atomic_add(load_ptr + expert, count.to(tl.int64), mask=real & (count > 0), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["tokens"])
