@@ -3,6 +3,7 @@
 Medians of several runs, the sides in turn in one process. A peer is torch's own operation, and where they are installed
 Liger-Kernel's and the experts of `transformers`. In brackets is the share of what the device reaches in a large square
 product of that dtype, as measured first; memory is the most beyond the inputs (on a GPU: torch counts none of a CPU).
+Short kernels of a GPU are captured as graphs, and where memory sets the pace the share is also of a large copy's bytes.
 """
 
 from __future__ import annotations
@@ -34,8 +35,19 @@ from gristmill.kernels.norm_rope.reference import rotate_reference
 from gristmill.kernels.optim import AdamW, adamw
 from gristmill.kernels.router import Choice, route
 from gristmill.kernels.swiglu import swiglu
-from gristmill.kernels.timing import Case, Work, both_ways, memory, replayed, seconds, without_gradients
+from gristmill.kernels.timing import (
+    Case,
+    Work,
+    bandwidth,
+    both_ways,
+    memory,
+    seconds,
+    seconds_of_device,
+    without_gradients,
+)
 from gristmill.kernels.tune import SEARCHES, tune
+
+SHARE_GOAL = 0.8  # of a large copy's bytes a second, for norm and rotation
 
 
 def routed(tokens: int, experts: int, active: int) -> Tensor:
@@ -145,15 +157,22 @@ def between_products(device: str, dtype: torch.dtype, rows: int, width: int) -> 
         gate, up = a.chunk(2, -1)
         return F.silu(gate) * up
 
-    def case(op: str, size: int, flops: int, ours: Work, peer: str, theirs: Work) -> Case:
-        return Case(op, f"{rows} × {size}", flops, ours, {peer: (theirs, None)})
+    def case(op: str, size: int, flops: int, ours: Work, peer: str, theirs: Work, moved: int | None = None) -> Case:
+        goal = SHARE_GOAL if moved else None
+        peers: dict[str, tuple[Work, float | None]] = {peer: (theirs, None)}
+        return Case(op, f"{rows} × {size}", flops, ours, peers, bytes=moved, least_share=goal, captured=True)
 
-    norm = both_ways(lambda a, b: rms_norm(a, b, 1e-6), x, weight)
-    peer = both_ways(lambda a, b: F.rms_norm(a, (width,), b, 1e-6), x, weight)
-    yield case("rms_norm", width, 12 * x.numel(), norm, "torch.nn.functional.rms_norm", peer)
-    turned = both_ways(lambda a: rotate(a, cos, sin), turning)
-    peer = both_ways(lambda a: rotate_reference(a, cos, sin), turning)
-    yield case("rotate", width // 2, 6 * turning.numel(), turned, "slices and cat", peer)
+    seen = torch.ones_like(x) if device == "cuda" else None
+    norm = both_ways(lambda a, b: rms_norm(a, b, 1e-6), x, weight, seen=seen)
+    peer = both_ways(lambda a, b: F.rms_norm(a, (width,), b, 1e-6), x, weight, seen=seen)
+    moved = 5 * x.nbytes  # x and the result; x, the result's gradient and its own
+    yield case("rms_norm", width, 12 * x.numel(), norm, "torch.nn.functional.rms_norm", peer, moved)
+    seen = torch.ones_like(turning, dtype=cos.dtype) if device == "cuda" else None
+    turned = both_ways(lambda a: rotate(a, cos, sin), turning, seen=seen)
+    peer = both_ways(lambda a: rotate_reference(a, cos, sin), turning, seen=seen)
+    moved = 2 * turning.numel() * (x.element_size() + cos.element_size())  # the result has the angles' dtype
+    moved += 4 * cos.nbytes
+    yield case("rotate", width // 2, 6 * turning.numel(), turned, "slices and cat", peer, moved)
     peer = both_ways(activated, gate_up)
     yield case("swiglu", 4 * width, 8 * gate_up.numel(), both_ways(swiglu, gate_up), "silu and product", peer)
 
@@ -302,21 +321,13 @@ def limit(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds([lambda: a @ b], device)[0]
 
 
-def bandwidth(device: str) -> float:
-    """Bytes a second that a copy of 2 GiB reads and writes."""
-    source = torch.zeros(2**31, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    return 2 * source.numel() / seconds([lambda: target.copy_(source)], device)[0]
-
-
 def measured(
     case: Case, device: str, dtype: torch.dtype, best: float, copied: float | None = None
 ) -> list[dict[str, Any]]:
     """A row of the table for each peer; `best` operations and `copied` bytes a second are the device's."""
     sides = [case.ours, *(work for work, _ in case.peers.values())]
-    if case.replayed and device == "cuda":
-        sides = [replayed(side) for side in sides]
-    ours, *theirs = seconds(sides, device)
+    captured = case.captured and device == "cuda"
+    ours, *theirs = seconds_of_device(sides) if captured else seconds(sides, device)
     held, name = memory(case.ours, device), str(dtype).removeprefix("torch.")
     common = {"op": case.op, "shape": case.shape, "dtype": name, "device": device, "seconds": ours}
     common |= {"tflops": case.flops / ours / 1e12, "share": case.flops / ours / best}
@@ -340,8 +351,8 @@ def measured(
 
 def said(row: dict[str, Any]) -> str:
     line = (
-        f"{row['op']:<21} {row['shape']:<36} {row['dtype']:<8} {row['seconds'] * 1e3:8.2f} ms {row['tflops']:6.3g} "
-        f"TFLOP/s ({row['share']:.2f})   {row['peer']}: {row['peer_seconds'] * 1e3:8.2f} ms   ratio {row['ratio']:.2f}"
+        f"{row['op']:<21} {row['shape']:<36} {row['dtype']:<8} {row['seconds'] * 1e3:8.3f} ms {row['tflops']:6.3g} "
+        f"TFLOP/s ({row['share']:.2f})   {row['peer']}: {row['peer_seconds'] * 1e3:8.3f} ms   ratio {row['ratio']:.2f}"
     )
     if "goal" in row:
         line += f" (goal {row['goal']}: {'met' if row['met'] else 'missed'})"
@@ -401,7 +412,7 @@ def main() -> None:
             # of the 16B model, and the attention of the 671B model
             "decoding": [(64, 4096, 16, 128, 64, 128, 512, 2048, 64, 1408), (16, 4096, 128, 128, 64, 128, 512)],
             "cross_entropy": [(8192, 2048, 32_768), (16_384, 7168, 129_280)],
-            "between_products": [(8192, 2048)],
+            "between_products": [(8192, 2048), (8192, 7168)],
             "linear": [(8192, 7168, 2048)],
             "router": [(8192, 7168, 256, 8, 8, 4)],
             "optim": [(320, 1024)],

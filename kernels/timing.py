@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RUNS, WARM = 9, 2
+RUNS, WARM, CAPTURED = 9, 2, 10
 Work = Callable[[], Any]
 
 
@@ -25,11 +25,9 @@ class Case:
     ours: Work
     peers: dict[str, tuple[Work, float | None]]
     most_memory: int | None = None  # bytes that are aimed at, beyond the inputs
-    bytes: int | None = None  # that have to be read and written, where memory is the bound
+    bytes: int | None = None  # that have to be read and written, where memory sets the pace
     least_share: float | None = None  # of a copy's bandwidth that is aimed at
-    replayed: bool = (
-        False  # on a GPU from a CUDA graph, as a server does: launches of some µs would be most of the time
-    )
+    captured: bool = False  # on a GPU: launches by Python would be most of the time
 
 
 def seconds(sides: list[Work], device: str) -> list[float]:
@@ -46,20 +44,6 @@ def seconds(sides: list[Work], device: str) -> list[float]:
     return [median(t) for t in times]
 
 
-def replayed(work: Work) -> Work:
-    """The same from a CUDA graph, on the inputs as they lie."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(WARM):  # what is compiled or chosen at first is none of the graph's
-            work()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
-
-
 def memory(work: Work, device: str) -> int | None:
     """Most bytes that a GPU holds beyond what it held before."""
     if device != "cuda":
@@ -70,15 +54,42 @@ def memory(work: Work, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def both_ways(function: Callable[..., Tensor], *leaves: Tensor) -> Work:
-    """Forward, and the gradients of the sum; by a gradient held whole, which torch's grouped product needs."""
+def both_ways(function: Callable[..., Tensor], *leaves: Tensor, seen: Tensor | None = None) -> Work:
+    """Forward, and the gradients of the product with `seen`, or of the sum; by a gradient held whole, which torch's
+    grouped product needs."""
     leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
 
     def work() -> Any:
         out = function(*leaves)
-        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+        return torch.autograd.grad(out, leaves, torch.ones_like(out) if seen is None else seen)
 
     return work
+
+
+def seconds_of_device(sides: list[Work]) -> list[float]:
+    """Median seconds of each on a GPU, captured as graphs: without the time in which Python launches short kernels."""
+    return [taken / CAPTURED for taken in seconds([_captured(side) for side in sides], "cuda")]
+
+
+def _captured(work: Work) -> Work:
+    """So many runs of the work as a CUDA graph."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM):  # compiles, and takes the libraries' own memory
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        for _ in range(CAPTURED):
+            work()
+    return graph.replay
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of a large copy on the device."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds([lambda: target.copy_(source)], device)[0]
 
 
 def without_gradients(function: Work) -> Work:

@@ -47,7 +47,7 @@ def cached_attention(
         },
         bytes=given[2].numel() * given[2].element_size(),
         least_share=0.7 if heads <= 16 else None,  # with more, products take as long as reading
-        replayed=True,
+        captured=True,
     )
 
 

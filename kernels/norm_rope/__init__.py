@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels.dispatch import chosen
 from gristmill.kernels.norm_rope import native
+from gristmill.kernels.norm_rope.layout import rows_of
 from gristmill.kernels.norm_rope.reference import rms_norm_reference, rotate_halves_reference, rotate_reference
 
 __all__ = ["rms_norm", "rotate", "rotate_halves"]
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 16_384
+"""Numbers of a row that a Triton program takes; of wider rows and of other dtypes torch's operations run on a GPU."""
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / √(mean x² + eps) · weight of the last dimension, (..., D), differentiable once in x and weight.
 
-    Two runs give equal bits: the weight's gradient is summed over blocks of rows that depend on their number alone.
+    Of 16 bits, sums are taken in float32. Two runs give equal bits: the weight's gradient is summed over blocks of rows
+    that depend on their number and width alone.
 
     Raises:
         TypeError: x and weight differ in dtype.
@@ -29,18 +37,23 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         raise ValueError(f"rms_norm: shape of weight_D is {tuple(weight_D.shape)}; wanted the last of {tuple(x.shape)}")
     if eps < 0:
         raise ValueError(f"rms_norm: eps is {eps}; wanted 0 or more")
-    implementation = chosen("rms_norm", x, native.SOURCE)
+    implementation = chosen("rms_norm", x, native.SOURCE, triton=_fits_triton(x))
     if implementation == "reference":
         return rms_norm_reference(x, weight_D, eps)
     if implementation == "compiled":
         return native.rms_norm(x, weight_D, eps)
+    if implementation == "gpu":
+        from gristmill.kernels.norm_rope import gpu
+
+        return gpu.rms_norm(x, weight_D, eps)
     return F.rms_norm(x, weight_D.shape, weight_D, eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate interleaved pairs (x₀,x₁), (x₂,x₃), … as DeepSeek's weights expect; the result is half-split.
 
-    Queries and keys are permuted alike, so their products are those of the interleaved layout.
+    Queries and keys are permuted alike, so their products are those of the interleaved layout. The result has the wider
+    dtype of x and the angles. Angles that want a gradient, or are not float32, are turned by torch's own operations.
 
     Args:
         x: (..., R), differentiable once.
@@ -50,18 +63,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
     """
-    _check("rotate", x, cos, sin)
-    if chosen("rotate", x, native.SOURCE) == "compiled" and (rows := native.rows_of(x, cos, sin)) is not None:
-        return native.rotate(x, cos, sin, rows, interleaved=True)
-    return rotate_reference(x, cos, sin)
+    return _rotated("rotate", rotate_reference, x, cos, sin)
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (xᵢ, xᵢ₊ₕ), h being half the width, as the weights of Llama and Qwen expect; see `rotate`."""
-    _check("rotate_halves", x, cos, sin)
-    if chosen("rotate_halves", x, native.SOURCE) == "compiled" and (rows := native.rows_of(x, cos, sin)) is not None:
-        return native.rotate(x, cos, sin, rows, interleaved=False)
-    return rotate_halves_reference(x, cos, sin)
+    return _rotated("rotate_halves", rotate_halves_reference, x, cos, sin)
+
+
+def _rotated(operation: str, reference: Callable[..., Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    _check(operation, x, cos, sin)
+    rows, interleaved = rows_of(x, cos, sin), operation == "rotate"
+    source = native.SOURCE if rows is not None else None
+    implementation = chosen(operation, x, source, triton=rows is not None and _fits_triton(x))
+    if rows is None or implementation not in ("compiled", "gpu"):
+        return reference(x, cos, sin)
+    if implementation == "compiled":
+        return native.rotate(x, cos, sin, rows, interleaved)
+    from gristmill.kernels.norm_rope import gpu
+
+    return gpu.rotate(x, cos, sin, rows, interleaved)
+
+
+def _fits_triton(x: Tensor) -> bool:
+    return x.dtype in TRITON_DTYPES and x.shape[-1] <= WIDEST
 
 
 def _check(operation: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:

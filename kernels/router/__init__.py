@@ -49,9 +49,14 @@ def route(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice) -> tuple
     held = experts // how.groups * how.groups_allowed
     require(1 <= how.chosen <= held, ValueError, "route: experts chosen", how.chosen, f"1 to {held}")
     source = SOURCE if weight_ED.is_contiguous() else None
-    if chosen("router", x_TD, source, triton=False) != "compiled":
-        return route_reference(x_TD, weight_ED, bias_E, how)
-    return NativeRouter.apply(x_TD, weight_ED, bias_E, how)
+    implementation = chosen("router", x_TD, source, triton=x_TD.dtype == torch.float32)
+    if implementation == "compiled":
+        return NativeRouter.apply(x_TD, weight_ED, bias_E, how)
+    if implementation == "gpu":
+        from gristmill.kernels.router.gpu import TritonRouter
+
+        return TritonRouter.apply(x_TD, weight_ED, bias_E, how)
+    return route_reference(x_TD, weight_ED, bias_E, how)
 
 
 class NativeRouter(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The gate of a mixture of experts in plain torch: the specification, and what runs on GPUs."""
+"""The gate of a mixture of experts in plain torch: the specification."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def route_reference(
         choice_TE = score_TE + bias_E
         if how.groups > 1:
             choice_TE = choice_TE.masked_fill(~allowed(choice_TE, how), -torch.inf)
-        expert_TK = _highest(choice_TE, how.chosen)
+        expert_TK = highest(choice_TE, how.chosen)
         load_E = torch.bincount(expert_TK.reshape(-1), minlength=len(weight_ED))
     gate_TK = score_TE.gather(1, expert_TK)
     if how.normalised:
@@ -44,11 +44,11 @@ def allowed(choice_TE: Tensor, how: Choice) -> Tensor:
     """Experts of the best groups; a group's score is the sum of its two highest biased affinities (V2: the highest)."""
     groups = choice_TE.view(len(choice_TE), how.groups, -1)
     scored = groups.topk(2 if how.affinity == "sigmoid" else 1, -1).values.sum(-1)
-    best = _highest(scored, how.groups_allowed)
+    best = highest(scored, how.groups_allowed)
     of_groups = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
     return of_groups[..., None].expand_as(groups).reshape_as(choice_TE)
 
 
-def _highest(value: Tensor, count: int) -> Tensor:
+def highest(value: Tensor, count: int) -> Tensor:
     """Where the highest are, highest first; of equal ones the first."""
     return value.sort(stable=True, dim=-1, descending=True).indices[..., :count].contiguous()

@@ -1,7 +1,9 @@
-"""RMSNorm and rotary embedding, forward and gradients, on each path of a CPU, against their references in float64."""
+"""RMSNorm and rotary embedding, forward and gradients, against their references in float64: on the GPU where there is
+one, else on each path of a CPU, and the Triton code under its interpreter."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -11,17 +13,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gristmill import kernels
-from gristmill.kernels.norm_rope import rms_norm, rotate, rotate_halves
+from gristmill.kernels.norm_rope import WIDEST, rms_norm, rotate, rotate_halves
 from gristmill.kernels.norm_rope.reference import rms_norm_reference, rotate_halves_reference, rotate_reference
 
-pytestmark = pytest.mark.usefixtures("cpu_path")
 EPS = torch.finfo(torch.float32).eps
+INTERPRETED = os.environ.get("GRISTMILL_KERNELS") == "gpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+TRITON = INTERPRETED or DEVICE == "cuda"
+EXAMPLES = 8 if INTERPRETED else 10 if DEVICE == "cuda" else 40  # compiled anew for most widths on a GPU
 ROTATIONS = [(rotate, rotate_reference), (rotate_halves, rotate_halves_reference)]
 Operation = Callable[..., Tensor]
 
 
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def gradients(operation: Operation, leaves: list[Tensor], seen: Tensor, *rest: object) -> list[Tensor]:
@@ -37,11 +42,12 @@ def close(got: Tensor, wanted: Tensor, allowed: float) -> None:
         assert float((got.double() - wanted).abs().max()) <= allowed * max(1.0, float(wanted.abs().max()))
 
 
+@pytest.mark.usefixtures("cpu_path")
 @given(
     rows=st.integers(0, 9) | st.sampled_from([64, 65, 200]), width=st.integers(1, 40) | st.sampled_from([256, 301]),
     strided=st.booleans(), size=st.sampled_from([1e-3, 1.0, 1e3]),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_rms_norm(rows: int, width: int, strided: bool, size: float) -> None:
     x = (draw(0, 2, rows, width + 7)[..., 3 : 3 + width] if strided else draw(0, 2, rows, width)) * size
     weight, seen = 1 + draw(1, width) / 4, draw(2, 2, rows, width)
@@ -56,6 +62,7 @@ def test_rms_norm(rows: int, width: int, strided: bool, size: float) -> None:
     close(got[2], grad_weight, allowed + 2 * (rows + 1) * EPS)  # a sum over the rows
 
 
+@pytest.mark.usefixtures("cpu_path")
 def test_rows_that_lie_apart_and_a_gradient_that_does() -> None:
     x, weight, seen = draw(3, 5, 4, 24), draw(4, 24), draw(5, 5, 4, 24)
     wanted = gradients(rms_norm, [x, weight], seen, 1e-5)
@@ -67,11 +74,12 @@ def test_rows_that_lie_apart_and_a_gradient_that_does() -> None:
             close(mine, theirs.double(), 32 * EPS)  # torch's own norm sums a strided row in another order
 
 
+@pytest.mark.usefixtures("cpu_path")
 def test_a_row_of_zeros_and_what_is_no_number() -> None:
-    x, weight = draw(6, 4, 10), torch.ones(10)
+    x, weight = draw(6, 4, 10), torch.ones(10, device=DEVICE)
     x[0], x[1, 3] = 0.0, float("nan")
-    out, grad_x, grad_weight = gradients(rms_norm, [x, weight], torch.ones(4, 10), 1e-6)
-    assert out[0].equal(torch.zeros(10))
+    out, grad_x, grad_weight = gradients(rms_norm, [x, weight], torch.ones_like(x), 1e-6)
+    assert out[0].equal(torch.zeros_like(weight))
     assert out[1].isnan().all()
     assert grad_x[1].isnan().all()
     assert grad_weight.isnan().all()
@@ -79,17 +87,18 @@ def test_a_row_of_zeros_and_what_is_no_number() -> None:
     assert not grad_x[[0, 2, 3]].isnan().any()
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize(("operation", "reference"), ROTATIONS)
 @given(
     batch=st.integers(1, 3), length=st.integers(0, 9), heads=st.integers(1, 3), half=st.integers(1, 20),
     lead=st.integers(0, 5), axis=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_rotations(
     operation: Operation, reference: Operation, batch: int, length: int, heads: int, half: int, lead: int, axis: bool
 ) -> None:
     shape = (batch, length, heads) if axis else (batch, length)
-    x, seen = draw(0, *shape, lead + 2 * half)[..., lead:], draw(1, *shape, 2 * half)
+    x, seen = (draw(seed, *shape, lead + 2 * half)[..., lead:] for seed in (0, 1))
     angle = draw(2, batch, length, half + lead)[..., :half] * 9
     angle = angle[:, :, None] if axis else angle
     got = gradients(lambda x: operation(x, angle.cos(), angle.sin()), [x], seen)
@@ -101,6 +110,7 @@ def test_rotations(
         close(mine, theirs, 2 * EPS)  # two products and their sum
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize(("operation", "reference"), ROTATIONS)
 def test_angles_that_lie_in_any_way(operation: Operation, reference: Operation) -> None:
     x, seen = draw(7, 2, 5, 3, 8), draw(8, 2, 5, 3, 8)
@@ -118,10 +128,14 @@ def test_angles_that_lie_in_any_way(operation: Operation, reference: Operation) 
         for mine, theirs in zip(got, wanted, strict=True):
             close(mine, theirs, 2 * EPS)
     half = x.bfloat16()
-    assert operation(half, cos, sin).dtype == torch.float32
-    assert operation(half, cos, sin).equal(reference(half, cos, sin))
+    out, grad = gradients(lambda x: operation(x, cos, sin), [half], seen)
+    wanted = gradients(lambda x: reference(x, cos.double(), sin.double()), [half.double()], seen.double())
+    assert (out.dtype, grad.dtype) == (torch.float32, torch.bfloat16)
+    close(out, wanted[0], 2 * EPS)
+    close(grad, wanted[1], 4 * torch.finfo(half.dtype).eps)  # torch rounds both products and their sum
 
 
+@pytest.mark.usefixtures("cpu_path")
 def test_two_runs_give_equal_bits() -> None:
     x, weight, seen, angle = draw(13, 2, 333, 4, 64), draw(14, 64), draw(15, 2, 333, 4, 64), draw(16, 2, 333, 1, 32)
     cos, sin = angle.cos(), angle.sin()
@@ -136,9 +150,57 @@ def test_two_runs_give_equal_bits() -> None:
     assert all(first.equal(second) for first, second in zip(*runs, strict=True))
 
 
+@pytest.mark.skipif(not TRITON, reason="of the GPU's code")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), [(70, 130), (9, 2048), (5, 7168), (2, WIDEST)])
+def test_rows_of_any_width_are_rounded_once(rows: int, width: int, dtype: torch.dtype) -> None:
+    """Slices, and on a GPU so many rows that each program takes several tiles."""
+    rows *= 1 if INTERPRETED else 300
+    x, seen = (draw(seed, rows, width + 16, dtype=dtype)[:, 8:-8] for seed in (0, 1))
+    weight = (1 + draw(2, width) / 4).to(dtype)
+    got = gradients(rms_norm, [x, weight], seen, 1e-6)
+    wanted = gradients(rms_norm_reference, [x.double(), weight.double()], seen.double(), 1e-6)
+    # The interpreter cuts bfloat16 off, a whole eps. Sums: of squares, halved by the root, and over the rows.
+    once, sums = torch.finfo(dtype).eps, (width + rows + 8) * EPS
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.dtype == dtype
+        allowed = once * theirs.abs() + 4 * sums * max(1.0, float(theirs.abs().max()))
+        assert bool(((mine.double() - theirs).abs() <= allowed).all())
+
+
+@pytest.mark.skipif(not TRITON, reason="of the GPU's code")
+def test_what_triton_does_not_take_is_torchs() -> None:
+    before = {op: kernels.report().get(op, {}).get("torch", 0) for op in ("rms_norm", "rotate")}
+    x, weight = draw(0, 2, WIDEST + 2), draw(1, WIDEST + 2)
+    close(rms_norm(x, weight, 1e-6), rms_norm_reference(x.double(), weight.double(), 1e-6), WIDEST * EPS)
+    x, weight, angle = draw(0, 3, 8).double(), draw(1, 8).double(), draw(2, 3, 4)
+    close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6), 32 * torch.finfo(torch.float64).eps)
+    assert rotate(x, angle, angle).equal(rotate_reference(x, angle, angle))
+    assert rotate(x.float(), angle.double(), angle.double()).dtype == torch.float64
+    assert {op: kernels.report()[op]["torch"] - before[op] for op in before} == {"rms_norm": 2, "rotate": 2}
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+def test_nothing_waits_for_the_host_on_a_gpu() -> None:
+    x, weight, angle = draw(0, 64, 4, 128, dtype=torch.bfloat16), draw(1, 128, dtype=torch.bfloat16), draw(2, 64, 1, 64)
+    cos, sin = angle.cos(), angle.sin()
+
+    def both_ways() -> list[Tensor]:
+        turned = gradients(lambda x: rotate(x, cos, sin), [x], x.float())
+        return [*gradients(rms_norm, [x, weight], x, 1e-6), *turned]
+
+    first = both_ways()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = both_ways()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_threads_change_no_bit(cpu_path: str) -> None:
-    if cpu_path != "compiled":
-        pytest.skip("torch's own sums go by threads")
+    if cpu_path != "compiled" or TRITON:
+        pytest.skip("torch's own sums go by threads, and a GPU has others")
     x, weight, seen, threads = draw(17, 500, 64), draw(18, 64), draw(19, 500, 64), torch.get_num_threads()
     wanted = gradients(rms_norm, [x, weight], seen, 1e-6)
     try:
@@ -171,3 +233,9 @@ def test_bad_arguments_are_named() -> None:
         rotate_halves(x, angle[0], angle[0])
     with pytest.raises(ValueError, match=r"rotate: shape of sin is \(1, 4\); wanted that of cos, \(2, 4\)"):
         rotate(x, angle, angle[:1])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
+def test_triton_under_its_interpreter(under_the_interpreter) -> None:
+    """The same tests on the GPU's code."""
+    assert " passed" in under_the_interpreter(__file__)

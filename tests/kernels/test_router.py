@@ -1,8 +1,10 @@
-"""The gate of a mixture of experts: its choices against a plain loop, numbers and gradients against float64."""
+"""The gate of a mixture of experts: its choices against a plain loop, numbers and gradients against float64; on the GPU
+where there is one, else on the CPU, and the Triton code under its interpreter."""
 
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import pytest
@@ -12,9 +14,12 @@ from hypothesis import strategies as st
 
 from gristmill import kernels
 from gristmill.kernels.router import Choice, route
-from gristmill.kernels.router.reference import route_reference
+from gristmill.kernels.router.reference import allowed, highest, route_reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("GRISTMILL_KERNELS") == "gpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+TRITON = INTERPRETED or DEVICE == "cuda"
+EXAMPLES = 10 if INTERPRETED else 12 if DEVICE == "cuda" else 60  # compiled anew for most sizes on a GPU
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -49,7 +54,7 @@ def chosen_by_hand(biased: list[float], how: Choice) -> list[int]:
 
 @pytest.mark.usefixtures("cpu_path")
 @given(case=cases())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_choices_numbers_and_gradients(case: tuple[int, int, int, Choice]) -> None:
     tokens, experts, width, how = case
     x, weight, bias = draw(0, tokens, width), draw(1, experts, width) * width**-0.5, draw(2, experts) * 0.1
@@ -95,7 +100,7 @@ def test_both_paths_of_a_cpu_choose_alike(cpu_path: str) -> None:
     how = Choice(chosen=4, groups=4, groups_allowed=2)
     before = kernels.report().get("router", {})
     got, wanted = route(x, weight, bias, how), route_reference(x, weight, bias, how)
-    here = cpu_path if DEVICE == "cpu" else "torch"
+    here = "gpu" if TRITON else cpu_path
     assert kernels.report()["router"][here] == before.get(here, 0) + 1
     assert float((got[0] == wanted[0]).double().mean()) > 0.999  # affinities a rounding apart may change places
     torch.testing.assert_close(got[2], wanted[2], rtol=0, atol=32 * 2**-24 * 8)
@@ -112,6 +117,65 @@ def test_what_is_no_number_is_passed_on_and_stays_in_its_row() -> None:
     assert gate[others].isfinite().all()
     assert int(expert.min()) >= 0
     assert int(expert.max()) < 6
+
+
+@pytest.mark.skipif(not TRITON, reason="of the GPU's code")
+@pytest.mark.parametrize("affinity", ["sigmoid", "softmax"])
+@pytest.mark.parametrize(
+    ("experts", "groups", "groups_allowed", "chosen"),
+    [(1, 1, 1, 1), (7, 1, 1, 7), (6, 3, 2, 3), (256, 8, 4, 8), (300, 15, 3, 16), (512, 16, 16, 16)],
+)
+def test_triton_sorts_as_the_reference_does(
+    affinity: Any, experts: int, groups: int, groups_allowed: int, chosen: int
+) -> None:
+    """Whole numbers, of which many are equal; and biases and affinities that are infinite or no numbers."""
+    how = Choice(chosen, affinity, groups, groups_allowed)
+    x, weight, bias = (draw(seed, *shape).round() for seed, shape in enumerate([(70, 4), (experts, 4), (experts,)]))
+    for spoilt in (False, True):
+        if spoilt:
+            bias[::5], bias[1::7], bias[3::11] = -math.inf, math.nan, math.inf
+            x[3], x[4], x[5] = math.nan, 1e38, -1e38
+        expert, gate, score, load = route(x, weight, bias, how)
+        choice = score + bias
+        if groups > 1:
+            choice = choice.masked_fill(~allowed(choice, how), -math.inf)
+        assert expert.equal(highest(choice, chosen))
+        assert load.equal(torch.bincount(expert.flatten(), minlength=experts))
+        wanted = score.gather(1, expert)
+        wanted = wanted / (wanted.sum(-1, keepdim=True) + 1e-20)
+        torch.testing.assert_close(gate, wanted, rtol=1e-5, atol=0, equal_nan=True)  # a sum of 16 and a quotient
+
+
+@pytest.mark.skipif(not TRITON, reason="of the GPU's code")
+def test_no_tokens_and_other_dtypes() -> None:
+    x, weight, bias = draw(0, 0, 5).requires_grad_(), draw(1, 6, 5).requires_grad_(), torch.zeros(6, device=DEVICE)
+    expert, gate, score, load = route(x, weight, bias, Choice(2))
+    assert (expert.shape, gate.shape, score.shape, load.tolist()) == ((0, 2), (0, 2), (0, 6), [0] * 6)
+    of_x, of_weight = torch.autograd.grad(gate.sum() + score.sum(), (x, weight))
+    assert of_x.shape == (0, 5)
+    assert not of_weight.any()
+    before = kernels.report()["router"].get("torch", 0)
+    given_ = draw(2, 3, 5).double(), weight.detach().double(), bias, Choice(2)
+    assert all(a.equal(b) for a, b in zip(route(*given_), route_reference(*given_), strict=True))
+    assert kernels.report()["router"]["torch"] == before + 1
+
+
+@pytest.mark.usefixtures("cpu_path")
+def test_two_runs_give_equal_bits() -> None:
+    x, weight, bias = draw(0, 300, 16).requires_grad_(), draw(1, 24, 16).requires_grad_(), draw(2, 24)
+    of_gate, of_score, how = draw(3, 300, 4), draw(4, 300, 24), Choice(4, groups=4, groups_allowed=2)
+
+    def both_ways() -> list[torch.Tensor]:
+        expert, gate, score, load = route(x, weight, bias, how)
+        return [expert, gate, score, load, *torch.autograd.grad((gate, score), (x, weight), (of_gate, of_score))]
+
+    assert all(a.equal(b) for a, b in zip(both_ways(), both_ways(), strict=True))
+    if DEVICE == "cuda":
+        torch.cuda.set_sync_debug_mode("error")  # nothing waits for the host
+        try:
+            both_ways()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(
@@ -131,3 +195,9 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
     given_ = {"x_TD": torch.zeros(4, 5), "weight_ED": torch.zeros(6, 5), "bias_E": torch.zeros(6), "how": Choice(2)}
     with pytest.raises(error, match=message):
         route(**{**given_, **change})
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
+def test_triton_under_its_interpreter(under_the_interpreter) -> None:
+    """The same tests on the GPU's code."""
+    assert " passed" in under_the_interpreter(__file__)

@@ -1,0 +1,217 @@
+"""RMSNorm and rotary embedding in Triton: one pass over the rows each way, slices uncopied, sums in float32.
+
+A program takes whole rows, several of narrow ones. Results and gradients are rounded once, when they are written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gristmill.kernels.dispatch import INTERPRETED
+from gristmill.kernels.norm_rope.layout import Rows, in_rows, rows_of
+
+TILE, SUMMED_TILE = (
+    4096,
+    2048,
+)  # numbers of an operand at a time; fewer where the sums of the weight's gradient lie beside
+NARROWEST = 64  # narrower rows are padded to it, so that fewer widths are compiled
+STAGES, SHARED = 3, 96 * 1024  # tiles that are on their way while one is summed, as many as fit so many bytes
+PROGRAMS = 3 if INTERPRETED else 528
+"""At most so many sums of a weight's gradient are added up last, of wide rows half: four or two a multiprocessor of an
+H100, and as many elsewhere, so that the order is that of the rows alone. Few under the interpreter, so that a program
+takes several tiles there too."""
+COLUMNS = 1024 if INTERPRETED else 16  # of those sums that a program adds up
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _norm(
+    x_ptr, weight_ptr, y_ptr, scale_ptr, rows, width, distance, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """y = x / √(mean x² + eps) · weight of some rows, and each row's factor."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, WIDTH)[None, :]
+    there, within = row < rows, column < width
+    here = there[:, None] & within
+    x = tl.load(x_ptr + (row * distance)[:, None] + column, mask=here, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=within, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 1) / width + eps)
+    tl.store(scale_ptr + row, scale, mask=there)
+    y = x * scale[:, None] * weight
+    tl.store(y_ptr + (row * width)[:, None] + column, y.to(y_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _norm_backward(
+    x_ptr, weight_ptr, scale_ptr, grad_ptr, grad_x_ptr, partial_ptr, rows, width, distance, grad_distance,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x, tile after tile, and this program's share of the weight's."""
+    column = tl.arange(0, WIDTH)[None, :]
+    within = column < width
+    weight = tl.load(weight_ptr + column, mask=within, other=0.0).to(tl.float32)
+    total = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        there = row < rows
+        here = there[:, None] & within
+        x = tl.load(x_ptr + (row * distance)[:, None] + column, mask=here, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + (row * grad_distance)[:, None] + column, mask=here, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + row, mask=there, other=0.0)
+        slope = grad * weight
+        along = tl.sum(slope * x, 1) * scale * scale / width
+        grad_x = (slope - x * along[:, None]) * scale[:, None]
+        tl.store(grad_x_ptr + (row * width)[:, None] + column, grad_x.to(grad_x_ptr.dtype.element_ty), mask=here)
+        total += grad * (x * scale[:, None])
+    share = partial_ptr + tl.program_id(0).to(tl.int64) * width + column
+    tl.store(share, tl.sum(total, 0)[None, :], mask=within)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _total(partial_ptr, out_ptr, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum of the rows, of some columns."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        here = (row < rows)[:, None] & (column < width)[None, :]
+        total += tl.load(partial_ptr + row.to(tl.int64)[:, None] * width + column[None, :], mask=here, other=0.0)
+    tl.store(out_ptr + column, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=column < width)
+
+
+@triton.jit(do_not_specialize=["rows", "heads"])
+def _turn(
+    x_ptr, cos_ptr, sin_ptr, y_ptr, rows, heads, half, x_token, x_head, angle_token, direction,
+    FROM_PAIRS: tl.constexpr, TO_PAIRS: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Heads turned by the angles of their token, or back; pairs lie side by side or half a row apart."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    i, both = tl.arange(0, HALF)[None, :], tl.arange(0, 2 * HALF)[None, :]
+    there = (row < rows)[:, None]
+    here, here_both = there & (i < half), there & (both < 2 * half)
+    angle = (token * angle_token)[:, None] + i
+    cos = tl.load(cos_ptr + angle, mask=here, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=here, other=0.0) * direction
+    x = x_ptr + (token * x_token + head * x_head)[:, None]
+    if FROM_PAIRS:
+        pairs = tl.load(x + both, mask=here_both, other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(pairs, (ROWS, HALF, 2)))
+    else:
+        first = tl.load(x + i, mask=here, other=0.0).to(tl.float32)
+        second = tl.load(x + half + i, mask=here, other=0.0).to(tl.float32)
+    turned_first, turned_second = first * cos - second * sin, second * cos + first * sin
+    y = y_ptr + (row.to(tl.int64) * 2 * half)[:, None]
+    if TO_PAIRS:
+        pairs = tl.reshape(tl.join(turned_first, turned_second), (ROWS, 2 * HALF))
+        tl.store(y + both, pairs.to(y_ptr.dtype.element_ty), mask=here_both)
+    else:
+        tl.store(y + i, turned_first.to(y_ptr.dtype.element_ty), mask=here)
+        tl.store(y + half + i, turned_second.to(y_ptr.dtype.element_ty), mask=here)
+
+
+def _tile(width: int, numbers: int) -> tuple[int, int]:
+    """Rows a program takes, and their padded width."""
+    padded = max(NARROWEST, triton.next_power_of_2(width))
+    return max(1, numbers // padded), padded
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """As the public function, on a GPU; x is of 32 or 16 bits, and its rows fit a tile."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad):
+        return TritonRMSNorm.apply(x, weight_D, eps)
+    return _normed(*in_rows(x), weight_D, eps)[0]
+
+
+def _normed(x: Tensor, distance: int, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result, and each row's factor."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if y.numel():
+        rows, padded = _tile(x.shape[-1], TILE)
+        _norm[(triton.cdiv(scale.numel(), rows),)](
+            x, weight_D.contiguous(), y, scale, scale.numel(), x.shape[-1], distance, float(eps),
+            ROWS=rows, WIDTH=padded, num_warps=min(16, rows * padded // 1024),
+        )  # fmt: skip
+    return y, scale
+
+
+class TritonRMSNorm(torch.autograd.Function):
+    """What is kept for the backward pass is x and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x, ctx.distance = in_rows(x)
+        y, scale = _normed(x, ctx.distance, weight_D, eps)
+        ctx.save_for_backward(x, weight_D, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        (x, weight_D, scale), (grad, grad_distance) = ctx.saved_tensors, in_rows(grad)
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if not x.numel():
+            return grad_x, torch.zeros_like(weight_D), None
+        (rows, padded), width = _tile(x.shape[-1], SUMMED_TILE), x.shape[-1]
+        most = PROGRAMS if padded <= SUMMED_TILE else triton.cdiv(PROGRAMS, 2)
+        programs = min(most, triton.cdiv(scale.numel(), rows))
+        stages = max(1, min(STAGES, SHARED // (rows * padded * (x.element_size() + grad.element_size()))))
+        partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+        _norm_backward[(programs,)](
+            x, weight_D.contiguous(), scale, grad, grad_x, partial, scale.numel(), width, ctx.distance, grad_distance,
+            ROWS=rows, WIDTH=padded, STAGES=stages, num_warps=min(32, rows * padded // 512),
+        )  # fmt: skip
+        grad_weight = torch.empty(width, dtype=weight_D.dtype, device=x.device)
+        _total[(triton.cdiv(width, COLUMNS),)](partial, grad_weight, programs, width, ROWS=128, COLUMNS=COLUMNS)
+        return grad_x, grad_weight, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, rows: Rows, interleaved: bool) -> Tensor:
+    """x turned, its pairs interleaved or half a row apart; the result, float32 as the angles, is half-split."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return TritonRotate.apply(x, cos, sin, rows, interleaved)
+    return _turned(x, cos, sin, rows, torch.float32, 1.0, interleaved, False)
+
+
+def _turned(
+    x: Tensor, cos: Tensor, sin: Tensor, rows: Rows, dtype: torch.dtype, direction: float,
+    from_pairs: bool, to_pairs: bool,
+) -> Tensor:  # fmt: skip
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if y.numel():
+        count, half = rows.tokens * rows.heads, x.shape[-1] // 2
+        tile, padded = _tile(2 * half, TILE)
+        _turn[(triton.cdiv(count, tile),)](
+            x, cos, sin, y, count, rows.heads, half, rows.token_distance, rows.head_distance, rows.angle_distance,
+            direction, FROM_PAIRS=from_pairs, TO_PAIRS=to_pairs, ROWS=tile, HALF=padded // 2,
+            num_warps=min(16, tile * padded // 1024),
+        )  # fmt: skip
+    return y
+
+
+class TritonRotate(torch.autograd.Function):
+    """What is kept for the backward pass are the angles. A gradient that is a slice is read as it lies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, rows: Rows, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype, ctx.interleaved = x.dtype, interleaved
+        return _turned(x, cos, sin, rows, torch.float32, 1.0, interleaved, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        rows = rows_of(grad, cos, sin)
+        if rows is None:
+            grad = grad.contiguous()
+            rows = rows_of(grad, cos, sin)
+            assert rows is not None  # the angles were walked before, and these rows lie one behind the other
+        grad_x = _turned(grad, cos, sin, rows, ctx.dtype, -1.0, False, ctx.interleaved)
+        return grad_x, None, None, None, None

@@ -1,0 +1,179 @@
+"""The gate in Triton: what lies between the logits and the experts in one kernel, and the way back in another.
+
+The choice goes by whole numbers that ascend as the affinities do and hold the expert's place below them, so each is
+there once: ties fall to the lower expert, what is not a number comes first, as the reference sorts, and whatever the
+affinities are, an expert that there is comes out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gristmill.kernels.dispatch import INTERPRETED
+from gristmill.kernels.router.reference import Choice
+
+NUMBERS = 8192 if INTERPRETED else 512  # affinities a program holds, in one warp: sums and choices need no barrier
+FEWEST = 16  # smaller groups are padded to it, so that fewer sizes are compiled
+LOWEST = tl.constexpr(-(2**63))  # below every affinity: of what is not there, or was chosen already
+
+
+@triton.jit
+def _key(value, low):
+    """Of float32 a number that ascends with (value, low), NaN highest; low, from 0, lies in the lower half.
+
+    There is no −0 among sums of an affinity, which is never −0, and a bias."""
+    bits = value.to(tl.int32, bitcast=True)
+    order = tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    return (order.to(tl.int64) << 32) | low.to(tl.int64)
+
+
+@triton.jit
+def _value(key):
+    """The value of a key."""
+    order = (key >> 32).to(tl.int32)
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _in_best_groups(
+    key, groups, groups_allowed, PAIRS: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    """Keys of (TOKENS, GROUPS · SIZE), those outside the best groups lowered to −∞."""
+    grouped = tl.reshape(key, (TOKENS, GROUPS, SIZE))
+    first = tl.max(grouped, 2)
+    score = _value(first)
+    if PAIRS:
+        score += _value(tl.max(tl.where(grouped == first[:, :, None], LOWEST, grouped), 2))
+    group = tl.arange(0, GROUPS)[None, :]
+    rank = tl.where(group < groups, _key(score, GROUPS - 1 - group), LOWEST)
+    for _ in range(groups_allowed):
+        rank = tl.where(rank == tl.max(rank, 1)[:, None], LOWEST, rank)
+    lowered = _key(tl.full((TOKENS, GROUPS, SIZE), -float("inf"), tl.float32), grouped & 0x7FFFFFFF)
+    grouped = tl.where((rank == LOWEST)[:, :, None] | (grouped == LOWEST), grouped, lowered)
+    return tl.reshape(grouped, (TOKENS, GROUPS * SIZE))
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _choose(
+    score_ptr, bias_ptr, expert_ptr, gate_ptr, load_ptr, tokens, groups, size, chosen, groups_allowed, scale,
+    SIGMOID: tl.constexpr, NORMALISED: tl.constexpr,
+    TOKENS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, CHOSEN: tl.constexpr,
+):  # fmt: skip
+    """Of some tokens: affinities in place of the logits, experts, gates, and what they add to the loads."""
+    LAST: tl.constexpr = GROUPS * SIZE - 1
+    experts = groups * size
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    place = tl.arange(0, GROUPS * SIZE)  # of groups that are padded to SIZE
+    expert = place // SIZE * size + place % SIZE
+    real = (place % SIZE < size) & (expert < experts)
+    there = (token < tokens)[:, None]
+    here = there & real[None, :]
+    at = score_ptr + token[:, None] * experts + expert[None, :]
+    logit = tl.load(at, mask=here, other=0.0)
+    if SIGMOID:
+        score = 1.0 / (1.0 + tl.exp(-logit))
+    else:
+        most = tl.max(tl.where(here, logit, -float("inf")), 1)
+        score = tl.exp(logit - tl.where(there, most[:, None], 0.0))
+        score = score / tl.where(there, tl.sum(tl.where(here, score, 0.0), 1)[:, None], 1.0)
+    score = tl.where(here, score, 0.0)
+    tl.store(at, score, mask=here)
+    bias = tl.load(bias_ptr + expert, mask=real, other=0.0)
+    key = tl.where(here, _key(score + bias[None, :], LAST - place[None, :]), LOWEST)
+    if GROUPS > 1:
+        key = _in_best_groups(key, groups, groups_allowed, SIGMOID, TOKENS, GROUPS, SIZE)
+    choice = tl.arange(0, CHOSEN)[None, :]
+    gate, found = tl.zeros((TOKENS, CHOSEN), tl.float32), tl.zeros((TOKENS, CHOSEN), tl.int32)
+    for k in range(chosen):
+        best = tl.max(key, 1)[:, None]
+        picked = key == best
+        gate = tl.where(choice == k, tl.sum(tl.where(picked, score, 0.0), 1)[:, None], gate)
+        found = tl.where(choice == k, LAST - best.to(tl.int32), found)
+        key = tl.where(picked, LOWEST, key)
+    if NORMALISED:
+        gate = gate / (tl.sum(gate, 1) + 1e-20)[:, None]
+    to, wanted = token[:, None] * chosen + choice, there & (choice < chosen)
+    tl.store(gate_ptr + to, gate * scale, mask=wanted)
+    tl.store(expert_ptr + to, (found // SIZE * size + found % SIZE).to(tl.int64), mask=wanted)
+    count = tl.sum((here & (key == LOWEST)).to(tl.int32), 0)
+    tl.atomic_add(load_ptr + expert, count.to(tl.int64), mask=real & (count > 0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _slope(
+    score_ptr, expert_ptr, grad_gate_ptr, grad_score_ptr, slope_ptr, tokens, experts, chosen, scale,
+    SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the logits of some tokens, from those of their gates and affinities."""
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    there, e = token < tokens, tl.arange(0, EXPERTS)[None, :]
+    at, here = token[:, None] * experts + e, there[:, None] & (e < experts)
+    score = tl.load(score_ptr + at, mask=here, other=0.0)
+    slope = tl.load(grad_score_ptr + at, mask=here, other=0.0)
+    total, along = tl.zeros((TOKENS,), tl.float32) + 1e-20, tl.zeros((TOKENS,), tl.float32)
+    if NORMALISED:
+        for k in range(chosen):
+            expert = tl.load(expert_ptr + token * chosen + k, mask=there, other=0)
+            own = tl.load(score_ptr + token * experts + expert, mask=there, other=0.0)
+            total += own
+            along += own * tl.load(grad_gate_ptr + token * chosen + k, mask=there, other=0.0)
+    for k in range(chosen):
+        expert = tl.load(expert_ptr + token * chosen + k, mask=there, other=0)
+        grad = tl.load(grad_gate_ptr + token * chosen + k, mask=there, other=0.0)
+        if NORMALISED:
+            grad = (grad - along / total) / total
+        slope += tl.where(e == expert[:, None], (scale * grad)[:, None], 0.0)
+    if SIGMOID:
+        slope = slope * score * (1.0 - score)
+    else:
+        slope = score * (slope - tl.sum(slope * score, 1)[:, None])
+    tl.store(slope_ptr + at, slope, mask=here)
+
+
+class TritonRouter(torch.autograd.Function):
+    """The gate in float32 on a GPU, with both gradients; nothing waits for the host."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice):
+        score_TE = x_TD @ weight_ED.t()
+        tokens, experts = score_TE.shape
+        expert_TK = torch.empty(tokens, how.chosen, dtype=torch.int64, device=x_TD.device)
+        gate_TK = score_TE.new_empty(tokens, how.chosen)
+        load_E = torch.zeros(experts, dtype=torch.int64, device=x_TD.device)
+        size, groups = experts // how.groups, triton.next_power_of_2(how.groups)
+        padded = max(FEWEST, triton.next_power_of_2(size))
+        count = max(1, NUMBERS // (groups * padded))
+        if tokens:
+            _choose[(triton.cdiv(tokens, count),)](
+                score_TE, bias_E.float().contiguous(), expert_TK, gate_TK, load_E,
+                tokens, how.groups, size, how.chosen, how.groups_allowed, float(how.scale),
+                SIGMOID=how.affinity == "sigmoid", NORMALISED=how.normalised, TOKENS=count, GROUPS=groups, SIZE=padded,
+                CHOSEN=max(FEWEST, triton.next_power_of_2(how.chosen)), num_warps=1,
+            )  # fmt: skip
+        ctx.save_for_backward(x_TD, weight_ED, score_TE, expert_TK)
+        ctx.mark_non_differentiable(expert_TK, load_E)
+        ctx.how = how
+        return expert_TK, gate_TK, score_TE, load_E
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _expert: Tensor, grad_gate_TK: Tensor, grad_score_TE: Tensor, _load: Tensor):
+        (x_TD, weight_ED, score_TE, expert_TK), how = ctx.saved_tensors, ctx.how
+        slope_TE, (tokens, experts) = torch.empty_like(score_TE), score_TE.shape
+        padded = max(FEWEST, triton.next_power_of_2(experts))
+        count = max(1, NUMBERS // padded)
+        if tokens:
+            _slope[(triton.cdiv(tokens, count),)](
+                score_TE, expert_TK, grad_gate_TK.contiguous(), grad_score_TE.contiguous(), slope_TE,
+                tokens, experts, how.chosen, float(how.scale),
+                SIGMOID=how.affinity == "sigmoid", NORMALISED=how.normalised, TOKENS=count, EXPERTS=padded, num_warps=1,
+            )  # fmt: skip
+        grad_x = slope_TE @ weight_ED if ctx.needs_input_grad[0] else None
+        grad_weight = slope_TE.t() @ x_TD if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None, None
