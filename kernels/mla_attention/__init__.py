@@ -101,7 +101,7 @@ def latent_attention(
     if implementation == "gpu":
         from gristmill.kernels.mla_attention.gpu import TritonLatentAttention
 
-        return TritonLatentAttention.apply(q_BSHQ, kv_BSHX, key_BSR, cos, sin, scale, mask_BSS)
+        return TritonLatentAttention.apply(q_BSHQ, kv_BSHX, key_BSR, cos.detach(), sin.detach(), scale, mask_BSS)
     return sdpa_latent_attention(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS)
 
 

@@ -29,7 +29,7 @@ from gristmill.kernels.mla_attention.gpu_kernels import (
     packed,
     products,
 )
-from gristmill.kernels.norm_rope.reference import rotate_reference
+from gristmill.kernels.norm_rope.gpu import turned, turned_back
 from gristmill.kernels.tiles import tuned
 
 LOG2_E = math.log2(math.e)
@@ -249,36 +249,29 @@ class TritonLatentAttention(torch.autograd.Function):
     ):  # fmt: skip
         turning, bits_BSK = key_BSR.shape[-1], _bits(mask_BSS)
         q, kv = _heads_first(q_BSHQ, kv_BSHX)
-        turned = rotate_reference(q_BSHQ[..., -turning:], cos[:, :, None], sin[:, :, None]).to(q.dtype)
-        key = rotate_reference(key_BSR, cos, sin).to(q.dtype)
-        turned, key = turned.transpose(1, 2), key[:, None]
-        out, log = attend(_latent_sides(q, kv, turned, key), scale, bits_BSK)
-        ctx.save_for_backward(q, kv, turned, key, cos, sin, out, log, bits_BSK)
+        q_second = turned(q_BSHQ[..., -turning:], cos[:, :, None], sin[:, :, None], q.dtype).transpose(1, 2)
+        key = turned(key_BSR, cos, sin, q.dtype)[:, None]
+        out, log = attend(_latent_sides(q, kv, q_second, key), scale, bits_BSK)
+        ctx.save_for_backward(q, kv, q_second, key, cos, sin, out, log, bits_BSK)
         ctx.scale = scale
         return out.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BSHW: Tensor):
-        q, kv, turned, key, cos, sin, out, log, bits_BSK = ctx.saved_tensors
-        batch, heads, length, _ = q.shape
-        turning = key.shape[-1]
+        q, kv, q_second, key, cos, sin, out, log, bits_BSK = ctx.saved_tensors
+        (batch, heads, length, _), turning = q.shape, key.shape[-1]
         grad_q, grad_kv = (t.new_empty(batch, length, heads, t.shape[-1]) for t in (q, kv))
-        seconds = [torch.empty(batch, length, heads, turning, dtype=torch.float32, device=q.device) for _ in range(2)]
-        views = (t.transpose(1, 2) for t in (grad_q, grad_kv, *seconds))
-        sides = _latent_sides(q, kv, turned, key)
-        gradients_(_latent_sides(*views), sides, out, log, grad_BSHW.transpose(1, 2), ctx.scale, bits_BSK)
-        grad_q[..., -turning:] = _turned_back(seconds[0], cos[:, :, None], sin[:, :, None])
-        return grad_q, grad_kv, _turned_back(seconds[1].sum(2), cos, sin).to(key.dtype), None, None, None, None
+        seconds = [q.new_empty(batch, length, heads, turning, dtype=torch.float32) for _ in range(2)]
+        into = _latent_sides(*(t.transpose(1, 2) for t in (grad_q, grad_kv, *seconds)))
+        sides = _latent_sides(q, kv, q_second, key)
+        gradients_(into, sides, out, log, grad_BSHW.transpose(1, 2), ctx.scale, bits_BSK)
+        grad_q[..., -turning:] = turned_back(seconds[0], cos[:, :, None], sin[:, :, None], q.dtype)
+        grad_key = turned_back(seconds[1].sum(2), cos, sin, key.dtype)
+        return grad_q, grad_kv, grad_key, None, None, None, None
 
 
 def _latent_sides(q: Tensor, kv: Tensor, q_turned: Tensor, k_turned: Tensor) -> Sides:
     """Of queries and of keys and values as the projections leave them, with the turned parts beside them."""
     width = q.shape[-1] - k_turned.shape[-1]
     return Sides(q[..., :width], kv[..., :width], kv[..., width:], q_turned, k_turned)
-
-
-def _turned_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient in front of a rotation of interleaved pairs."""
-    first, second = grad.chunk(2, -1)
-    return torch.stack((first * cos + second * sin, second * cos - first * sin), -1).flatten(-2)

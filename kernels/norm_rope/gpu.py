@@ -207,11 +207,28 @@ class TritonRotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        cos, sin = ctx.saved_tensors
-        rows = rows_of(grad, cos, sin)
-        if rows is None:
-            grad = grad.contiguous()
-            rows = rows_of(grad, cos, sin)
-            assert rows is not None  # the angles were walked before, and these rows lie one behind the other
+        grad, cos, sin, rows = _walkable(grad, *ctx.saved_tensors)
         grad_x = _turned(grad, cos, sin, rows, ctx.dtype, -1.0, False, ctx.interleaved)
         return grad_x, None, None, None, None
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """Interleaved pairs turned, half-split, rounded to this dtype; without a gradient."""
+    x, cos, sin, rows = _walkable(x, cos, sin)
+    return _turned(x, cos, sin, rows, dtype, 1.0, True, False)
+
+
+def turned_back(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient in front of `turned`."""
+    x, cos, sin, rows = _walkable(x, cos, sin)
+    return _turned(x, cos, sin, rows, dtype, -1.0, False, True)
+
+
+def _walkable(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Rows]:
+    """Operands, copied where they do not lie so that they can be walked."""
+    rows = rows_of(x, cos, sin)
+    if rows is None:
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        rows = rows_of(x, cos, sin)
+        assert rows is not None  # angles are float32, of each row or of all heads of a token
+    return x, cos, sin, rows
