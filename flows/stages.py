@@ -176,7 +176,7 @@ extend = tuple(
 )
 cold_start = stage(
     "cold_start",
-    version=4,
+    version=5,
     title="Cold start: fine-tuning on chains of thought",
     estimate=estimates.of_fine_tuning,
     check_inputs=_check_tokenizer,
