@@ -50,6 +50,8 @@ class Stage(StrEnum):
     rl_zero = "rl_zero"
     cold_start = "cold_start"
     rl = "rl"
+    student = "student"
+    distill = "distill"
     evaluate = "evaluate"
     export = "export"
     report = "report"

@@ -32,6 +32,9 @@ def r1(recipe: Recipe) -> Artifact:
         rl=reasoner,
         seed=seed,
     )
+    if recipe.distill is not None:
+        student = stages.student(recipe.distill.student)
+        stages.distill(recipe.distill.training, model=student, problems=problems, tokenizer=student, seed=seed)
     exported = stages.export(recipe.export, model=reasoner, tokenizer=text.tokens)
     return stages.report(
         recipe.report,

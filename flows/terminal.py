@@ -29,6 +29,8 @@ KEY_METRICS = {
     "cold_start": "loss",
     "rl_zero": "accuracy",
     "rl": "accuracy",
+    "student": "parameters",
+    "distill": "loss",
     "export": "parity_within",
     "scaling": "forecast_error_percent",
 }

@@ -300,3 +300,15 @@ class ExportConfig(Config):
         title="Parity",
         description="Largest difference of logits that transformers may show (float32).",
     )
+
+
+class StudentConfig(Config):
+    """A model that exists already, in a folder as Hugging Face has it."""
+
+    folder: str = Field(
+        min_length=1,
+        title="Folder",
+        description="Of a Llama, Qwen or DeepSeek model with its tokenizer, a path or s3://…; its contents are in the "
+        "key.",
+    )
+    chat_template: str = Field(min_length=1, title="Chat template", description="Jinja, of a conversation as text.")
