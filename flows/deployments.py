@@ -50,6 +50,7 @@ class Stage(StrEnum):
     rl_zero = "rl_zero"
     cold_start = "cold_start"
     rl = "rl"
+    traces = "traces"
     student = "student"
     distill = "distill"
     evaluate = "evaluate"

@@ -25,7 +25,7 @@ from gristmill.flows.errors import UsageError
 from gristmill.flows.execution import Execution
 from gristmill.flows.identity import flattened
 from gristmill.flows.report import ReportConfig
-from gristmill.model.config import EvaluateConfig, ExportConfig, ModelConfig, StudentConfig
+from gristmill.model.config import EvaluateConfig, ExportConfig, ModelConfig, StudentConfig, TracesConfig
 from gristmill.model.extend import extended
 from gristmill.model.ladder import SweepConfig
 from gristmill.model.nearest import either, neighbours
@@ -43,6 +43,11 @@ class DistillSection(BaseModel):
         min_length=1,
         title="Folder",
         description="Of the model as Hugging Face has it (Llama, Qwen, DeepSeek) with its tokenizer, a path or s3://….",
+    )
+    traces: TracesConfig | None = Field(
+        default_factory=TracesConfig,
+        title="Traces",
+        description="What the reasoner (RL) is asked, whose right answers are learned; none: the cold start's chains.",
     )
     training: SFTConfig = Field(default_factory=SFTConfig, title="Training", description="As in the cold start.")
 
@@ -108,8 +113,11 @@ class Recipe(BaseModel):
                     f"{name}.sequence_length {length} is longer than the position limit {named} {limit}: choose at "
                     f"most {limit} tokens, or raise the limit to {length}"
                 )
-        for name in ("rl_zero", "rl", "evaluate"):
-            length = getattr(self, name).max_new_tokens
+        sampled = {"rl_zero": self.rl_zero, "rl": self.rl, "evaluate": self.evaluate}
+        if self.distill is not None and self.distill.traces is not None:
+            sampled["distill.traces"] = self.distill.traces
+        for name, section in sampled.items():
+            length = section.max_new_tokens
             if length >= limit:
                 raise ValueError(
                     f"{name}.max_new_tokens {length} leaves no room for a prompt under the position limit {named} "

@@ -29,6 +29,7 @@ from gristmill.model.hub import export as export_model
 from gristmill.model.pretrain import pretrain as pretrain_model
 from gristmill.model.rl.grpo import reinforce
 from gristmill.model.sft import fine_tune
+from gristmill.model.traces import sample_traces
 from gristmill.model.training.config import MOST_PHASES, ExtendConfig, PretrainConfig, SFTConfig
 from gristmill.model.training.inputs import check_context, check_extension, check_pretraining, check_tokenizer
 
@@ -209,6 +210,13 @@ rl = stage(
     estimate=estimates.of_reinforcement,
     check_inputs=_check_tokenizer,
 )(reinforce)
+traces = stage(
+    "traces",
+    version=1,
+    title="Right answers of the reasoner",
+    estimate=estimates.of_traces,
+    check_inputs=_check_tokenizer,
+)(sample_traces)
 student = stage(
     "student",
     version=1,

@@ -29,6 +29,7 @@ KEY_METRICS = {
     "cold_start": "loss",
     "rl_zero": "accuracy",
     "rl": "accuracy",
+    "traces": "chains",
     "student": "parameters",
     "distill": "loss",
     "export": "parity_within",

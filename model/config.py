@@ -288,6 +288,15 @@ class EvaluateConfig(Config):
     batch_size: int = Field(default=512, ge=1, title="Batch", description="Responses sampled at once.")
 
 
+class TracesConfig(EvaluateConfig):
+    """Rejection sampling (R1 section 2.3.3): of k answers to each training problem those that are right are kept."""
+
+    problems: int = Field(
+        default=500, ge=1, title="Problems", description="Training problems; the first so many are taken."
+    )
+    kept: int = Field(default=1, ge=1, title="Kept", description="Different chains of a problem at most.")
+
+
 class ExportConfig(Config):
     """The Hugging Face folder of the finished model."""
 

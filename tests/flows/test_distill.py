@@ -66,7 +66,8 @@ def folder_of_others(folder: Path, family: str, seed: int = 0, dtype: torch.dtyp
 
 
 def asked(folder: Path | str, *more: str) -> Recipe:
-    return load_recipe("smoke", [f"distill={{folder: '{folder}', training: {TRAINING}}}", *more])
+    """`smoke` that distils the cold start's chains, which need no reasoner."""
+    return load_recipe("smoke", [f"distill={{folder: '{folder}', traces: null, training: {TRAINING}}}", *more])
 
 
 def planned(store: Store, recipe: Recipe) -> PlanResult:
@@ -194,3 +195,17 @@ def test_conversations_beyond_the_students_positions_are_refused(tmp_path: Path)
 
 def test_conversations_are_asked_for_in_the_form_of_r1(tmp_path: Path) -> None:
     assert asked(tmp_path).distill.student.chat_template == CHAT_TEMPLATE  # type: ignore[union-attr]
+
+
+def test_the_reasoners_own_chains_are_learned_unless_they_are_left_out(tmp_path: Path) -> None:
+    others = folder_of_others(tmp_path / "others", "llama")
+    recipe = load_recipe("smoke", [f"distill={{folder: '{others}', training: {TRAINING}}}", "distill.traces.samples=3"])
+    plan = planned(Store(tmp_path / "store"), recipe)
+    assert plan.named("distill").call.inputs["problems"].stage == "traces"
+    assert plan.named("traces").call.inputs["model"].stage == "rl"
+    assert plan.named("traces").estimate.seconds
+    assert (
+        planned(Store(tmp_path / "store"), asked(others)).named("distill").call.inputs["problems"].stage == "problems"
+    )
+    with pytest.raises(UsageError, match=r"distill\.traces\.max_new_tokens 600 leaves no room for a prompt"):
+        load_recipe("smoke", [f"distill={{folder: '{others}', traces: {{max_new_tokens: 600}}}}"])
