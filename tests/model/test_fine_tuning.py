@@ -14,6 +14,9 @@ from torch.nn.functional import cross_entropy
 
 from gristmill.data.problems import ProblemsConfig, make_problems
 from gristmill.data.stage_types import silent as quiet
+from gristmill.flows.cards.run_log import RunLog
+from gristmill.flows.cards.text import cell
+from gristmill.flows.cards.training import live_card
 from gristmill.model.chat import Chat
 from gristmill.model.config import ModelConfig
 from gristmill.model.sft import fine_tune
@@ -134,6 +137,35 @@ def test_held_out_questions_are_answered_at_each_check(
     assert all(row["text"] for row in told)
     assert len({row["text"] for row in told[::4]}) > 1  # the same draws, of a model that goes on
     assert rows(out / "samples.jsonl") == told[-4:]  # of the finished model
+
+
+def test_the_card_of_a_running_stage_shows_the_check_and_the_answers(
+    given: dict[str, Path], run: tuple[dict[str, Any], Path]
+) -> None:
+    held = held_apart(rows(given["problems"] / "cold_start.jsonl"), CONFIG.held_out_share, 0)[1]
+    card = live_card("cold_start", "Cold start", RunLog(run[1]))
+    assert card is not None
+    assert f"| {cell('held_out_loss')} |" in card
+    assert "## What it writes after 7 steps" in card
+    assert all(f"| {cell(question)} |" in card for question in questions_of(held)[:4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [LayoutConfig(micro_batches=2), LayoutConfig(zero_stage=3)], ids=["micro", "zero 3"])
+def test_two_ranks_find_the_held_out_loss_of_one(
+    given: dict[str, Path], run: tuple[dict[str, Any], Path], tmp_path: Path, layout: LayoutConfig
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    metrics = fine_tune(
+        CONFIG, **given, out=out, seed=0, threads=1, ranks=2, device="cpu", layout=layout, progress=silent
+    )
+    # Seven steps of two halves of a gradient in float32, whose rounding Muon passes on.
+    assert metrics["held_out_loss"] == pytest.approx(run[0]["held_out_loss"], rel=1e-4)
+    assert [row["prompt"] for row in rows(out / "samples.jsonl")] == [
+        row["prompt"] for row in rows(run[1] / "samples.jsonl")
+    ]
+    assert bool(rows(out / "log" / "samples.jsonl")) == (layout.zero_stage < 3)
 
 
 def test_a_run_that_was_stopped_ends_in_the_same_bytes(
