@@ -24,7 +24,7 @@ from gristmill.data.mixture import COUNT, FORMAT
 from gristmill.data.order import MOST, Order, Phase
 from gristmill.data.packing import FIRST, PIECE, Counts, best_fit, concatenate
 from gristmill.data.shards import CHUNK, TokenShards
-from gristmill.data.stage_types import Metrics, Progress
+from gristmill.data.stage_types import ConfigRefused, Metrics, Progress
 
 HELD_OUT = 1 << 20  # positions of the held-out order: more than a check ever reads
 PACKINGS = ("best_fit", "concatenate")
@@ -139,7 +139,8 @@ def mix(config: MixConfig, tokens: Path, out: Path, seed: int, *, workers: int, 
     """Write the packing of every stream and mixture.json; packing.jsonl and sources.jsonl are for the card.
 
     Raises:
-        ValueError: a source that there is not, a damaged shard, or limits that leave fewer sequences than the run has.
+        ConfigRefused: a source that there is not, or limits that leave fewer sequences than the run has.
+        ValueError: a damaged shard.
     """
     shards = TokenShards(tokens / "tokens")
     _check_sources(config, shards)
@@ -193,7 +194,7 @@ def _check_sources(config: MixConfig, shards: TokenShards) -> None:
     for where, sources in named:
         unknown = sorted(set(sources) - set(there))
         if unknown:
-            raise ValueError(
+            raise ConfigRefused(
                 f"mix: {where} names {unknown[0]!r}, and the train shards have only {', '.join(there)}: correct it"
             )
 
@@ -269,7 +270,7 @@ def _orders(config: MixConfig, shards: TokenShards, packed: Packs) -> dict[str, 
         weights = phase.weights or {s: size ** (1 / config.temperature) for s, size in sizes.items()}
         quotas = shared_out(end - first, [weights.get(s, 0.0) for s in sources], [limits[s] for s in sources])
         if quotas is None:
-            raise ValueError(
+            raise ConfigRefused(
                 f"the run asks for {end - first} sequences up to {phase.until} of it, and epochs and caps leave "
                 f"{sum(limits[s] for s in sources if weights.get(s))}: raise them, or make the run shorter"
             )
@@ -288,7 +289,7 @@ def _held_out(shards: TokenShards, packed: Packs, sources: list[str], used: list
     parts = {s: n for s, n in zip(sources, used, strict=True) if n}
     there = [s for s in shards.streams("held_out") if s in parts and _sequences(packed, "held_out", s)]
     if not there:
-        raise ValueError("no source of the mixture holds out a document: give more text, or raise tokenize.held_out")
+        raise ConfigRefused("no source of the mixture holds out a document: give more text, or raise tokenize.held_out")
     quotas = shared_out(HELD_OUT, [float(parts[s]) for s in there], [MOST] * len(there))
     phase = {"first": 0, "end": HELD_OUT, "quotas": quotas}
     return {"sources": there, "pools": [_sequences(packed, "held_out", s) for s in there], "phases": [phase]}

@@ -7,6 +7,10 @@ from typing import Any, Protocol
 Metrics = dict[str, Any]
 
 
+class ConfigRefused(ValueError):
+    """What a stage's configuration asks for cannot be had of its inputs, which only its work could show."""
+
+
 class Progress(Protocol):
     """Called often and cheaply by a stage: `done` of `total` units, and the numbers to show beside them."""
 

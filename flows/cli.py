@@ -311,9 +311,10 @@ def chat(
     from gristmill.flows.inspection import chat_folders
     from gristmill.flows.store import Store
 
-    model, tokenizer = chat_folders(Store(store), checkpoint)
-    from gristmill.model.generate import Sampling, stream_chat
+    folders = chat_folders(Store(store), checkpoint)
+    from gristmill.model.generate import Sampling, load_chat, stream_chat
 
+    model, tokenizer = load_chat(*folders)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p)
 
     def answer(asked: str, turn: int) -> None:

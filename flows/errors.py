@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UsageError(ValueError):
-    """Bad input, found before the work that it was given for began: exit code 2 and one sentence."""
+    """Bad input, found before the work that it was given for began, or by a stage on its inputs: exit code 2."""
 
 
 class StoreInUse(UsageError):

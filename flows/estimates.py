@@ -122,12 +122,21 @@ def of_reinforcement(config: Any, recipe: Recipe) -> Estimate:
 
 def of_evaluation(config: Any, recipe: Recipe) -> Estimate:
     """Four models sample k responses a problem, one model after the other."""
+    return _of_answers(config, recipe, 4)
+
+
+def of_traces(config: Any, recipe: Recipe) -> Estimate:
+    """As evaluation, of one model."""
+    return _of_answers(config, recipe, 1)
+
+
+def _of_answers(config: Any, recipe: Recipe, models: int) -> Estimate:
     model, vocabulary = _without_mtp(recipe.pretrain.model), recipe.tokenize.vocab_size
-    tokens = 4 * config.problems * config.samples * config.max_new_tokens
+    tokens = models * config.problems * config.samples * config.max_new_tokens
     weights = FLOAT * parameters_of(model, vocabulary, 0).total
     most = weights + _sampling_bytes(model, vocabulary, config.batch_size, config.max_new_tokens)
     found = _of_steps(recipe, model, SAMPLED_FLOPS * tokens * RESPONSE_SHARE, _on_one(recipe, most, 0))
-    return replace(found, disk_bytes=4 * config.problems * config.samples * 150)
+    return replace(found, disk_bytes=models * config.problems * config.samples * 150)
 
 
 def of_export(config: Any, recipe: Recipe) -> Estimate:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from gristmill.flows import server
-from gristmill.flows.errors import StageFailed
+from gristmill.flows.errors import StageFailed, UsageError
 from gristmill.flows.execution import Execution
 from gristmill.flows.live_card import LiveCard, artifact_key, show_card
 from gristmill.flows.runners import Pipeline, Plain, Planned, PlanResult, Watcher
@@ -107,7 +107,7 @@ class Orchestrated(Plain):
             self.watcher.live = live
             try:
                 made.update(Plain.perform(self, call, planned))
-            except StageFailed as error:
+            except (StageFailed, UsageError) as error:
                 refused = isinstance(error.__cause__, ValueError)
                 raise
             try:

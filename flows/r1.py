@@ -32,6 +32,13 @@ def r1(recipe: Recipe) -> Artifact:
         rl=reasoner,
         seed=seed,
     )
+    if recipe.distill is not None:
+        chains = problems
+        if recipe.distill.traces is not None:
+            asked = recipe.distill.traces
+            chains = stages.traces(asked, model=reasoner, problems=problems, tokenizer=text.tokens, seed=seed)
+        student = stages.student(recipe.distill.student)
+        stages.distill(recipe.distill.training, model=student, problems=chains, tokenizer=student, seed=seed)
     exported = stages.export(recipe.export, model=reasoner, tokenizer=text.tokens)
     return stages.report(
         recipe.report,

@@ -20,17 +20,41 @@ from gristmill.data.mix import MixConfig, MixSection
 from gristmill.data.problems import ProblemsConfig
 from gristmill.data.spans import SpansConfig
 from gristmill.data.tokenize import TokenizeConfig
+from gristmill.data.tokenizer import CHAT_TEMPLATE
 from gristmill.flows.errors import UsageError
 from gristmill.flows.execution import Execution
 from gristmill.flows.identity import flattened
 from gristmill.flows.report import ReportConfig
-from gristmill.model.config import EvaluateConfig, ExportConfig, ModelConfig
+from gristmill.model.config import EvaluateConfig, ExportConfig, ModelConfig, StudentConfig, TracesConfig
 from gristmill.model.extend import extended
 from gristmill.model.ladder import SweepConfig
 from gristmill.model.nearest import either, neighbours
 from gristmill.model.rl.config import GRPOConfig
 from gristmill.model.training.config import MOST_PHASES, ExtendConfig, ExtendSection, PretrainConfig, SFTConfig
 from gristmill.model.training.layout import Layout
+
+
+class DistillSection(BaseModel):
+    """A smaller model that exists already learns by fine-tuning alone (R1 section 2.4)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: str = Field(
+        min_length=1,
+        title="Folder",
+        description="Of the model as Hugging Face has it (Llama, Qwen, DeepSeek) with its tokenizer, a path or s3://….",
+    )
+    traces: TracesConfig | None = Field(
+        default_factory=TracesConfig,
+        title="Traces",
+        description="What the reasoner (RL) is asked, whose right answers are learned; none: the cold start's chains.",
+    )
+    training: SFTConfig = Field(default_factory=SFTConfig, title="Training", description="As in the cold start.")
+
+    @property
+    def student(self) -> StudentConfig:
+        """The model, in conversations as R1 has them."""
+        return StudentConfig(folder=self.folder, chat_template=CHAT_TEMPLATE)
 
 
 class Recipe(BaseModel):
@@ -67,6 +91,9 @@ class Recipe(BaseModel):
     cold_start: SFTConfig = Field(default_factory=SFTConfig, title="Cold start", description="Fine-tuning.")
     rl_zero: GRPOConfig = Field(default_factory=GRPOConfig, title="R1-Zero", description="RL from the base model.")
     rl: GRPOConfig = Field(default_factory=GRPOConfig, title="RL", description="RL from the cold start.")
+    distill: DistillSection | None = Field(
+        default=None, title="Distill", description="Into a model that exists already; none: no such stage."
+    )
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, title="Evaluate", description="Protocol.")
     sweep: SweepConfig = Field(
         default_factory=SweepConfig, title="Sweep", description="Ladder of models for `gristmill sweep`; no run has it."
@@ -86,8 +113,11 @@ class Recipe(BaseModel):
                     f"{name}.sequence_length {length} is longer than the position limit {named} {limit}: choose at "
                     f"most {limit} tokens, or raise the limit to {length}"
                 )
-        for name in ("rl_zero", "rl", "evaluate"):
-            length = getattr(self, name).max_new_tokens
+        sampled = {"rl_zero": self.rl_zero, "rl": self.rl, "evaluate": self.evaluate}
+        if self.distill is not None and self.distill.traces is not None:
+            sampled["distill.traces"] = self.distill.traces
+        for name, section in sampled.items():
+            length = section.max_new_tokens
             if length >= limit:
                 raise ValueError(
                     f"{name}.max_new_tokens {length} leaves no room for a prompt under the position limit {named} "

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from gristmill.data.stage_types import ConfigRefused
 from gristmill.flows.compute import compute, release_workers
 from gristmill.flows.errors import StageFailed, UsageError
 from gristmill.flows.execution import Execution
@@ -156,7 +157,8 @@ class Plain:
         """Compute one stage, with retries; its manifest.
 
         Raises:
-            StageFailed: its function raised.
+            UsageError: its function refused its configuration.
+            StageFailed: it raised anything else.
         """
         name = call.stage.name
         self.watcher.stage(name, "running", reason=planned.reason, planned=planned)
@@ -169,6 +171,9 @@ class Plain:
                     self.lock.check()
                 manifest = compute(call, self.store, self.execution, self.watcher)
                 break
+            except ConfigRefused as error:
+                self.watcher.stage(name, "failed", error=error)
+                raise UsageError(f"stage {name}: {error}") from error
             except Exception as error:
                 if attempt + 1 == self.attempts or isinstance(error, ValueError):
                     self.watcher.stage(name, "failed", error=error)

@@ -17,17 +17,21 @@ from gristmill.data.sources.base import Contents
 from gristmill.data.spans import remove_spans
 from gristmill.data.tokenize import tokenize as tokenize_documents
 from gristmill.flows import estimates
+from gristmill.flows.fetched import is_remote, local_path
 from gristmill.flows.report import make_report
 from gristmill.flows.scaling import fit_ladder
 from gristmill.flows.stage import Inputs, stage
+from gristmill.flows.student import check_student, student_files, student_tags, take_student
+from gristmill.model.config import StudentConfig
 from gristmill.model.evaluate import evaluate as evaluate_models
 from gristmill.model.extend import extend as extend_context
 from gristmill.model.hub import export as export_model
 from gristmill.model.pretrain import pretrain as pretrain_model
 from gristmill.model.rl.grpo import reinforce
 from gristmill.model.sft import fine_tune
-from gristmill.model.training.config import MOST_PHASES, ExtendConfig, PretrainConfig
-from gristmill.model.training.inputs import check_extension, check_pretraining, check_tokenizer
+from gristmill.model.traces import sample_traces
+from gristmill.model.training.config import MOST_PHASES, ExtendConfig, PretrainConfig, SFTConfig
+from gristmill.model.training.inputs import check_context, check_extension, check_pretraining, check_tokenizer
 
 HASHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gristmill" / "hashes.json"
 
@@ -62,6 +66,17 @@ def _rule_sources(config: FilterConfig) -> dict[str, str]:
 
 def _evaluation_sources(config: DecontaminateConfig) -> dict[str, str]:
     return _hashes(evaluation_files(config))
+
+
+def _student_sources(config: StudentConfig) -> dict[str, str]:
+    if is_remote(config.folder):
+        return student_tags(config)
+    folder = local_path(config.folder)
+    return {Path(file).name: held for file, held in _hashes([str(folder / n) for n in student_files(config)]).items()}
+
+
+def _check_distillation(config: SFTConfig, inputs: Inputs) -> None:
+    check_context(config, inputs["model"])
 
 
 def _check_pretraining(config: PretrainConfig, inputs: Inputs) -> None:
@@ -176,7 +191,7 @@ extend = tuple(
 )
 cold_start = stage(
     "cold_start",
-    version=4,
+    version=5,
     title="Cold start: fine-tuning on chains of thought",
     estimate=estimates.of_fine_tuning,
     check_inputs=_check_tokenizer,
@@ -195,6 +210,26 @@ rl = stage(
     estimate=estimates.of_reinforcement,
     check_inputs=_check_tokenizer,
 )(reinforce)
+traces = stage(
+    "traces",
+    version=1,
+    title="Right answers of the reasoner",
+    estimate=estimates.of_traces,
+    check_inputs=_check_tokenizer,
+)(sample_traces)
+student = stage(
+    "student",
+    version=1,
+    title="A model to be distilled into",
+    sources=_student_sources,
+    check=check_student,
+)(take_student)
+distill = stage(
+    "distill",
+    version=1,
+    title="Distillation: fine-tuning of an adopted model",
+    check_inputs=_check_distillation,
+)(fine_tune)
 evaluate = stage(
     "evaluate",
     version=5,

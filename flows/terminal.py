@@ -29,6 +29,9 @@ KEY_METRICS = {
     "cold_start": "loss",
     "rl_zero": "accuracy",
     "rl": "accuracy",
+    "traces": "chains",
+    "student": "parameters",
+    "distill": "loss",
     "export": "parity_within",
     "scaling": "forecast_error_percent",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,17 @@ class Chat:
             raise ValueError(f"{files[1]} has no chat_template: export the tokenizer with one")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         self.template = environment.from_string(described["chat_template"])
-        self.names = {k: _content(described.get(k)) for k in ("bos_token", "eos_token", "pad_token")}
+        self.names = {k: token_name(described.get(k)) for k in ("bos_token", "eos_token", "pad_token")}
         self.eos, self.pad = self._id(self.names["eos_token"]), self._id(self.names["pad_token"])
-        self.thought_end = self._id(THOUGHT_END)
+
+    @cached_property
+    def thought_end(self) -> int:
+        """The id of the token that ends a thought.
+
+        Raises:
+            ValueError: the tokenizer spells it in several, as that of an adopted model may.
+        """
+        return self._id(THOUGHT_END)
 
     def _id(self, token: str) -> int:
         found = self.tokenizer.token_to_id(token)
@@ -57,5 +66,6 @@ class Chat:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def _content(token: Any) -> str:
+def token_name(token: Any) -> str:
+    """A special token as tokenizer_config.json gives it, as a string or described; empty where there is none."""
     return token["content"] if isinstance(token, dict) else str(token or "")

@@ -288,6 +288,15 @@ class EvaluateConfig(Config):
     batch_size: int = Field(default=512, ge=1, title="Batch", description="Responses sampled at once.")
 
 
+class TracesConfig(EvaluateConfig):
+    """Rejection sampling (R1 section 2.3.3): of k answers to each training problem those that are right are kept."""
+
+    problems: int = Field(
+        default=500, ge=1, title="Problems", description="Training problems; the first so many are taken."
+    )
+    kept: int = Field(default=1, ge=1, title="Kept", description="Different chains of a problem at most.")
+
+
 class ExportConfig(Config):
     """The Hugging Face folder of the finished model."""
 
@@ -300,3 +309,15 @@ class ExportConfig(Config):
         title="Parity",
         description="Largest difference of logits that transformers may show (float32).",
     )
+
+
+class StudentConfig(Config):
+    """A model that exists already, in a folder as Hugging Face has it."""
+
+    folder: str = Field(
+        min_length=1,
+        title="Folder",
+        description="Of a Llama, Qwen or DeepSeek model with its tokenizer, a path or s3://…; its contents are in the "
+        "key.",
+    )
+    chat_template: str = Field(min_length=1, title="Chat template", description="Jinja, of a conversation as text.")

@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import numpy_generator, torch_seed
 from gristmill.model.training.loop import Row, write_rows
 from gristmill.model.training.models import load_model
+from gristmill.model.transformer import Transformer
 
 RESAMPLINGS = 2000
 CONTEXT = 40  # characters around a place, for what stands right before and after it
@@ -49,7 +51,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
             def told(done: int, total: int, first: int = number) -> None:
                 progress(first * total + done, len(job["models"]) * total)
 
-            write_rows(answered, _answers(model, chat, clean, config, seed, told))
+            write_rows(answered, answers_to(model, chat, clean, config, seed, told))
         answers[name] = _read(answered)
         results.append(_result(name, answers[name], clean, config, seed))
     write_rows(out / "results.jsonl", results)
@@ -60,8 +62,15 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     return metrics
 
 
-def _answers(model, chat: Chat, problems: list[Row], config: EvaluateConfig, seed: int, told) -> list[Row]:
-    """A row a problem with its k judged responses; a batch is a fixed slice of the problems."""
+def answers_to(
+    model: Transformer,
+    chat: Chat,
+    problems: list[Row],
+    config: EvaluateConfig,
+    seed: int,
+    told: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Row]:
+    """A row a problem with its k judged responses; a batch is a fixed slice of the problems, told when it is done."""
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
     per = max(1, config.batch_size // config.samples)
     rows: list[Row] = []

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
+from gristmill.model.chat import Chat
 from gristmill.model.continuous_batching import End, Request, stream
 from gristmill.model.sampling import Sampling
 from gristmill.model.stop_strings import Wording
+from gristmill.model.training.models import load_model
 from gristmill.model.transformer import Transformer
 
-__all__ = ["Sample", "Sampling", "sample", "stream_chat", "thought_tokens"]
+__all__ = ["Sample", "Sampling", "load_chat", "sample", "stream_chat", "thought_tokens"]
 
 
 @dataclass
@@ -86,27 +88,31 @@ def thought_tokens(tokens: list[int], thought_end: int) -> int:
     return tokens.index(thought_end) if thought_end in tokens else len(tokens)
 
 
+def load_chat(folder: Path, tokenizer: Path) -> tuple[Transformer, Chat]:
+    """The model in `folder` (config.json, model.safetensors) and its tokenizer, to talk with.
+
+    Raises:
+        ValueError: a folder does not hold what it should.
+    """
+    return load_model(folder, torch.device("cpu"), mtp=False).eval(), Chat(tokenizer)
+
+
 def stream_chat(
-    folder: Path,
-    tokenizer: Path,
+    model: Transformer,
+    chat: Chat,
     question: str,
     sampling: Sampling,
     *,
     seed: int = 0,
     stop: tuple[str, ...] = (),
 ) -> Iterator[str]:
-    """The response to `question`, piece by piece, from the model in `folder` (config.json, model.safetensors).
+    """The response to `question`, piece by piece.
 
     It ends at any of the strings `stop`, of which none is said, and at the position limit at the latest.
 
     Raises:
-        ValueError: the question leaves no room for a response, a folder does not hold what it should, or a stop string
-            is empty.
+        ValueError: the question leaves no room for a response, or a stop string is empty.
     """
-    from gristmill.model.chat import Chat
-    from gristmill.model.training.models import load_model
-
-    chat, model = Chat(tokenizer), load_model(folder, torch.device("cpu"), mtp=False).eval()
     prompt = chat.prompt(question)
     room = model.config.max_position_embeddings - len(prompt)
     if room < 1:

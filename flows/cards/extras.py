@@ -78,6 +78,7 @@ def _accuracy(stage: StageFolder) -> list[str]:
 EXTRAS: dict[str, tuple[Extra, ...]] = {
     "pretrain": (training_parts, _experts),
     "cold_start": (training_parts,),
+    "distill": (training_parts,),
     **{f"extend_{phase}": (_context, training_parts, _experts) for phase in range(1, MOST_PHASES + 1)},
     "rl_zero": (_thinking,),
     "rl": (_thinking,),

@@ -78,6 +78,7 @@ class Policy:
         self.owner = {**model.config.model_dump(mode="json"), "vocab_size": model.vocab_size}
         self.writer = CheckpointWriter(out / "work", self.owner)
         self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_weight else None
+        self.thought_end = chat.thought_end  # refused here where there is none, and not after a step
         self.curves: list[Row] = []
         self.shown: list[Row] = []
 
@@ -90,7 +91,7 @@ class Policy:
             began = time.perf_counter()
             rollout = self.roll_out(step)
             sampled = time.perf_counter()
-            row = {**_described(rollout, self.config, self.chat.thought_end), **self.improve(rollout, step)}
+            row = {**_described(rollout, self.config, self.thought_end), **self.improve(rollout, step)}
             self.curves.append({"step": step, **row})
             if step in (0, self.config.steps - 1):
                 self.shown += self._shown(rollout, step)

@@ -164,40 +164,30 @@ class Conversation:
     response: list[int]
 
 
-class ConversationBatches:
-    """Conversations packed whole into sequences, loss on responses alone; the rest of a sequence is padding."""
+class PackedConversations:
+    """Conversations packed whole into sequences, loss on responses alone; the rest of a sequence is padding.
 
-    def __init__(
-        self,
-        conversations: list[Conversation],
-        *,
-        sequences: int,
-        length: int,
-        steps: int,
-        seed: int,
-        pad: int,
-        device: torch.device,
-    ) -> None:
-        self.conversations, self.sequences, self.length = conversations, sequences, length
-        self.pad, self.device = pad, device
+    Raises:
+        ValueError: a conversation is longer than a sequence.
+    """
+
+    def __init__(self, conversations: list[Conversation], *, length: int, pad: int, device: torch.device) -> None:
+        self.conversations, self.length, self.pad, self.device = conversations, length, pad, device
         self.packs = pack_whole([len(c.prompt) + len(c.response) - 1 for c in conversations], length)
-        self.plan = _plan(len(self.packs), sequences * steps, seed)
 
-    def step(self, step: int, rank: int, ranks: int) -> TrainingBatch:
-        first, count = step * self.sequences, self.sequences // ranks
-        places = self.plan[first : first + self.sequences]
-        responses = [sum(len(self.conversations[c].response) for c in self.packs[i]) for i in places]
-        mine = slice(rank * count, (rank + 1) * count)
-        share = sum(responses[mine]) * ranks / sum(responses)
-        rows = [self._row(self.packs[i]) for i in places[mine]]
+    def at(self, places: np.ndarray) -> TrainingBatch:
+        """The sequences at these places among `packs`."""
+        return self._made(places, 1.0)
+
+    def predicted(self, places: np.ndarray) -> np.ndarray:
+        """How many targets each of these sequences has: the tokens of its responses."""
+        return np.array([sum(len(self.conversations[c].response) for c in self.packs[i]) for i in places])
+
+    def _made(self, places: np.ndarray, share: float) -> TrainingBatch:
+        rows = [self._row(self.packs[i]) for i in places]
         token, target, document = (torch.from_numpy(np.stack(part)).to(self.device) for part in zip(*rows, strict=True))
         inputs = Batch(token, positions_within(document), document_mask(document))
         return TrainingBatch(inputs, target, None, (target != IGNORED).float(), share)
-
-    def documents(self, step: int) -> list[str]:
-        """The numbers of a step's conversations."""
-        places = self.plan[step * self.sequences : (step + 1) * self.sequences]
-        return [f"conversation {index}" for i in places for index in self.packs[i]]
 
     def _row(self, pack: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         token = np.full(self.length, self.pad, dtype=np.int64)
@@ -212,6 +202,36 @@ class ConversationBatches:
             target[at + len(talk.prompt) - 1 : end] = whole[len(talk.prompt) :]
             at = end
         return token, target, document
+
+
+class ConversationBatches(PackedConversations):
+    """Packed conversations in the order of training: a new permutation of the sequences each epoch."""
+
+    def __init__(
+        self,
+        conversations: list[Conversation],
+        *,
+        sequences: int,
+        length: int,
+        steps: int,
+        seed: int,
+        pad: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__(conversations, length=length, pad=pad, device=device)
+        self.sequences = sequences
+        self.plan = _plan(len(self.packs), sequences * steps, seed)
+
+    def step(self, step: int, rank: int, ranks: int) -> TrainingBatch:
+        first, count = step * self.sequences, self.sequences // ranks
+        places = self.plan[first : first + self.sequences]
+        responses, mine = self.predicted(places), slice(rank * count, (rank + 1) * count)
+        return self._made(places[mine], float(responses[mine].sum() * ranks / responses.sum()))
+
+    def documents(self, step: int) -> list[str]:
+        """The numbers of a step's conversations."""
+        places = self.plan[step * self.sequences : (step + 1) * self.sequences]
+        return [f"conversation {index}" for i in places for index in self.packs[i]]
 
 
 def pack_whole(lengths: list[int], limit: int) -> list[list[int]]:

@@ -425,6 +425,14 @@ class SFTConfig(Config):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, title="Optimizer", description="Rates.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, title="Schedule", description="Rate over steps.")
     checkpoint_every: int = Field(default=100, ge=1, title="Checkpoint", description="Steps between checkpoints.")
+    evaluate_every: int = Field(default=100, ge=1, title="Held-out check", description="Steps between held-out losses.")
+    held_out_share: float = Field(
+        default=0.02,
+        ge=0,
+        le=0.5,
+        title="Held-out",
+        description="Share of the questions that are not trained on but checked: at least one of two or more; 0: none.",
+    )
     spikes: SpikeConfig = Field(
         default_factory=SpikeConfig, title="Spikes", description="Losses that jump or are no number."
     )

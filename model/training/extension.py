@@ -34,7 +34,7 @@ from gristmill.model.training.pretraining import (
     train_on_mixture,
     training_of,
 )
-from gristmill.model.training.text_samples import TextSamples
+from gristmill.model.training.text_samples import TextSamples, beginnings
 from gristmill.model.transformer import Transformer
 
 CHECKED_TOKENS = 1 << 14  # of one held-out batch
@@ -83,7 +83,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     before = [kept("base", base), kept("yarn", model)]
     del base
     asked = training_of(config, model)
-    texts = TextSamples(model, shards, tokenizer, layout, seed)
+    texts = TextSamples(model, beginnings(shards, tokenizer, longer.max_position_embeddings), layout, seed)
     metrics = train_on_mixture(model, config, asked, mixture, held_out, texts, layout, out, progress)
     del model  # a rank may hold a part of it alone
     checks = [*before, checked("extended", load_model(out / "model", device))]

@@ -1,4 +1,7 @@
-"""Supervised fine-tuning as a job: a base model and chains of thought in, a model that converses out."""
+"""Supervised fine-tuning as a job: a base model and chains of thought in, a model that converses out.
+
+Some of the questions are held out, with all their chains: their loss is checked and they are asked as training goes on.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,16 @@ import torch.distributed as dist
 
 from gristmill.model.chat import Chat
 from gristmill.model.stage_types import Metrics, Progress
-from gristmill.model.training.batches import Conversation, ConversationBatches
+from gristmill.model.training.batches import Conversation, ConversationBatches, PackedConversations, numpy_generator
+from gristmill.model.training.checks import Checks
 from gristmill.model.training.config import LayoutConfig, SFTConfig
 from gristmill.model.training.engine import start_distributed
+from gristmill.model.training.held_out import HeldOutConversations
 from gristmill.model.training.layout import Layout
-from gristmill.model.training.loop import Training, train, write_rows
+from gristmill.model.training.loop import Row, Training, train, write_rows
 from gristmill.model.training.models import load_model
 from gristmill.model.training.precision import apply_precision
+from gristmill.model.training.text_samples import TextSamples, first_questions
 from gristmill.model.transformer import flops_per_token
 
 
@@ -26,19 +32,13 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     config, seed = SFTConfig.model_validate(job["config"]), int(job["seed"])
     chat = Chat(Path(job["tokenizer"]) / "tokenizer")
     with (Path(job["problems"]) / "cold_start.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    conversations = [Conversation(chat.prompt(r["question"]), chat.response(r["thought"], r["final"])) for r in rows]
-    rank, _ = start_distributed(device)
+        taught, held = held_apart([json.loads(line) for line in file], config.held_out_share, seed)
+    rank, ranks = start_distributed(device)
     model = load_model(Path(job["model"]) / "model", device, mtp=False)
     products = apply_precision(model, config.precision)
+    packed: dict[str, Any] = {"length": config.sequence_length, "pad": chat.pad, "device": device}
     batches = ConversationBatches(
-        conversations,
-        sequences=config.batch_sequences,
-        length=config.sequence_length,
-        steps=config.steps,
-        seed=seed,
-        pad=chat.pad,
-        device=device,
+        conversations_of(taught, chat), sequences=config.batch_sequences, steps=config.steps, seed=seed, **packed
     )
     training = Training(
         steps=config.steps,
@@ -50,21 +50,29 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         spikes=config.spikes,
     )
     layout = LayoutConfig.model_validate(job["layout"])
-    Layout.of(dist.get_world_size(), layout).check(model.config, config.sequence_length, config.batch_sequences)
-    history = train(model, batches, training, out, progress, layout=layout)
+    place = Layout.of(ranks, layout)
+    place.check(model.config, config.sequence_length, config.batch_sequences)
+    apart = PackedConversations(conversations_of(held, chat), **packed)
+    held_out = HeldOutConversations(apart, config.batch_sequences // place.shares)  # a micro-batch fits
+    prompts = first_questions(chat, questions_of(held), model.config.max_position_embeddings)
+    texts = TextSamples(model, prompts, layout, seed)
+    checks = Checks(config.evaluate_every, config.steps, held_out.loss, texts)
+    history = train(model, batches, training, out, progress, checks.look, layout, checks.write)
     if rank == 0:
         write_rows(out / "curves.jsonl", history.curves)
         write_rows(out / "spikes.jsonl", history.spikes)
-        shown = [{k: r[k] for k in ("question", "thought", "final")} for r in rows[:12]]
-        write_rows(out / "samples.jsonl", shown)
+        finished = load_model(out / "model", device)  # whole, whatever the layout left here
+        write_rows(out / "samples.jsonl", texts.rows_of(finished, config.steps - 1))
     dist.barrier()
     tokens = config.steps * config.batch_sequences * config.sequence_length
+    last = history.curves[-1]
     return {
-        "conversations": len(conversations),
+        "conversations": len(taught),
+        "held_out_conversations": len(held),
         "sequences": len(batches.packs),
         "padding": round(
             1
-            - sum(len(c.prompt) + len(c.response) - 1 for c in conversations)
+            - sum(len(c.prompt) + len(c.response) - 1 for c in batches.conversations)
             / (len(batches.packs) * config.sequence_length),
             5,
         ),
@@ -73,6 +81,29 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         "flops": flops_per_token(model.config, model.vocab_size, config.sequence_length, mtp=False) * tokens,
         "steps": config.steps,
         "loss": round(history.last_taken()["main_loss"], 5),
+        **{name: round(last[name], 5) for name in ("held_out_loss",) if name in last},
         "steps_left_out": len(history.spikes),
         **products,
     }
+
+
+def held_apart(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and those held out: of this share of the questions, at least one of two or more; 0 none.
+
+    A question goes with all its chains, so that none is asked whose answer was taught.
+    """
+    questions = questions_of(rows)
+    count = max(1, round(share * len(questions))) if share and len(questions) > 1 else 0
+    order = numpy_generator(seed, "held-out questions").permutation(len(questions))
+    chosen = {questions[i] for i in order[:count]}
+    return [row for row in rows if row["question"] not in chosen], [row for row in rows if row["question"] in chosen]
+
+
+def questions_of(rows: list[Row]) -> list[str]:
+    """The different questions, in the order of the rows."""
+    return list(dict.fromkeys(row["question"] for row in rows))
+
+
+def conversations_of(rows: list[Row], chat: Chat) -> list[Conversation]:
+    """Each row's question and chain as tokens."""
+    return [Conversation(chat.prompt(r["question"]), chat.response(r["thought"], r["final"])) for r in rows]

@@ -1,15 +1,54 @@
-"""What a model makes of held-out text: its loss a token and a byte, of all of it and of each source."""
+"""What a model makes of held-out text (its loss a token and a byte, of all and of each source) and conversations."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from gristmill.model.training.batches import IGNORED, TokenBatches, TrainingBatch
+from gristmill.model.training.batches import IGNORED, PackedConversations, TokenBatches, TrainingBatch
 from gristmill.model.training.engine import Engine
+
+
+class Sequences(Protocol):
+    """Sequences that are read by their positions."""
+
+    def at(self, positions: np.ndarray) -> TrainingBatch: ...
+
+
+def own_nats(engine: Engine, sequences: Sequences, positions: np.ndarray, at_once: int) -> float:
+    """Nats of this rank's part of these sequences, for `Engine.over_sequences` to add up.
+
+    They are shared out among the data-parallel ranks, all of which call it: each reads `at_once` of its own.
+    """
+    place, nats = engine.place, 0.0
+    for first in range(0, len(positions), at_once * place.data_parallel):
+        some = positions[first : first + at_once * place.data_parallel]
+        own = np.array_split(some, place.data_parallel)[place.data_rank(engine.rank)]
+        # Ranks meet in each pass, so one that has no sequence reads another's, which does not count.
+        batch = sequences.at(own if len(own) else some[:1])
+        predicted = int((batch.target_BS != IGNORED).sum()) if len(own) else 0
+        nats += engine.evaluate(batch) * predicted
+    return nats
+
+
+class HeldOutConversations:
+    """Conversations that are not trained on, so many of their sequences read at once; there may be none."""
+
+    def __init__(self, conversations: PackedConversations, at_once: int) -> None:
+        self.conversations, self.at_once = conversations, at_once
+
+    def loss(self, engine: Engine) -> dict[str, float]:
+        """`held_out_loss` (nats a token of the responses), which all ranks ask for; nothing where none is held out."""
+        positions = np.arange(len(self.conversations.packs))
+        if not len(positions):
+            return {}
+        own = torch.tensor([own_nats(engine, self.conversations, positions, self.at_once)], dtype=torch.float64)
+        tokens = int(self.conversations.predicted(positions).sum())
+        return {"held_out_loss": float(engine.over_sequences(own)) / tokens}
 
 
 class HeldOut:
@@ -32,26 +71,18 @@ class HeldOut:
     def loss(self, engine: Engine) -> dict[str, float]:
         """`held_out_loss` (nats a token), `held_out_bpb` (bits a byte), and the latter as `held_out_bpb.<source>`.
 
-        Sequences are shared out among the data-parallel ranks, all of which call it: each reads `at_once` of its own.
+        All ranks call it, as `own_nats`.
         """
-        place, names = engine.place, list(self.positions)
-        nats, tokens, size = (np.zeros(len(names)) for _ in range(3))
-        for source, positions in enumerate(self.positions.values()):
-            for first in range(0, len(positions), self.at_once * place.data_parallel):
-                some = positions[first : first + self.at_once * place.data_parallel]
-                own = np.array_split(some, place.data_parallel)[place.data_rank(engine.rank)]
-                # Ranks meet in each pass, so one that has no sequence reads another's, which does not count.
-                batch = self.batches.at(own if len(own) else some[:1])
-                predicted = int((batch.target_BS != IGNORED).sum()) if len(own) else 0
-                nats[source] += engine.evaluate(batch) * predicted
-                tokens[source] += self.batches.predicted(some).sum()
-                size[source] += self.batches.text_bytes(some)
-        nats_by_source = engine.over_sequences(torch.from_numpy(nats)).tolist()
+        parts = list(self.positions.values())
+        nats = torch.tensor([own_nats(engine, self.batches, p, self.at_once) for p in parts], dtype=torch.float64)
+        tokens = sum(int(self.batches.predicted(p).sum()) for p in parts)
+        size = [self.batches.text_bytes(p) for p in parts]
+        nats_by_source = engine.over_sequences(nats).tolist()
         whole = sum(nats_by_source)
-        by_source = zip(names, nats_by_source, size.tolist(), strict=True)
+        by_source = zip(self.positions, nats_by_source, size, strict=True)
         return {
-            "held_out_loss": whole / sum(tokens.tolist()),
-            "held_out_bpb": whole / math.log(2) / sum(size.tolist()),
+            "held_out_loss": whole / tokens,
+            "held_out_bpb": whole / math.log(2) / sum(size),
             **{f"held_out_bpb.{name}": own / math.log(2) / stood for name, own, stood in by_source if stood},
         }
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from gristmill.data.mixture import Mixture
 from gristmill.data.shards import TokenShards
-from gristmill.model.training.config import ExtendConfig, PretrainConfig
+from gristmill.model.training.config import ExtendConfig, PretrainConfig, SFTConfig
 
 
 def check_pretraining(config: PretrainConfig, tokens: Path, mixture: Path) -> None:
@@ -46,6 +46,20 @@ def check_tokenizer(model: Path, tokenizer: Path) -> None:
     except Exception as error:  # the library raises no narrower one
         raise ValueError(f"{path} is no tokenizer ({error}): run tokenize again") from error
     refuse_other_vocabulary(vocabulary_of(model), found.get_vocab_size(), "tokenizer")
+
+
+def check_context(config: SFTConfig, model: Path) -> None:
+    """Conversations of fine-tuning fit the positions of a model, in the folder of the stage that made it.
+
+    Raises:
+        ValueError: they are longer.
+    """
+    limit = json.loads((model / "model" / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    if config.sequence_length > limit:
+        raise ValueError(
+            f"sequence_length {config.sequence_length} is longer than the {limit} positions of the model: choose at "
+            f"most {limit} tokens"
+        )
 
 
 def vocabulary_of(model: Path) -> int:

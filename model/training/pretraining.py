@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from gristmill.data.shards import TokenShards
 from gristmill.model.batch_sizes import BatchSizes
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import TokenBatches, torch_seed
+from gristmill.model.training.checks import Checks
 from gristmill.model.training.config import ExtendConfig, LayoutConfig, PretrainConfig
 from gristmill.model.training.engine import Engine, start_distributed
 from gristmill.model.training.held_out import HeldOut
@@ -24,7 +24,7 @@ from gristmill.model.training.layout import Layout
 from gristmill.model.training.loop import History, Row, Training, train, write_rows
 from gristmill.model.training.models import load_model
 from gristmill.model.training.precision import apply_precision
-from gristmill.model.training.text_samples import TextSamples
+from gristmill.model.training.text_samples import TextSamples, beginnings
 from gristmill.model.transformer import Transformer, flops_per_token, parameter_counts
 
 HELD_OUT_BATCH = 16
@@ -50,7 +50,8 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         ema_decay=config.ema_decay,
     )
     held_out = held_out_of(config, mixture, HELD_OUT_BATCH, device)
-    texts = TextSamples(model, shards, tokenizer_of(Path(job["tokens"])), layout, seed)
+    prompts = beginnings(shards, tokenizer_of(Path(job["tokens"])), config.model.max_position_embeddings)
+    texts = TextSamples(model, prompts, layout, seed)
     metrics = train_on_mixture(model, config, asked, mixture, held_out, texts, layout, out, progress)
     unigram = held_out.unigram_bits_per_byte(token_batches(config, mixture, "train", device), shards.vocab_size)
     dist.barrier()
@@ -118,26 +119,16 @@ def train_on_mixture(
     config.batches.refuse_ranks(place.shares)
     products = apply_precision(model, config.precision)
 
-    def due(step: int) -> bool:
-        return (step + 1) % config.evaluate_every == 0 or step + 1 == config.steps
-
-    def look(step: int, engine: Engine) -> Row:
-        if not due(step):
-            return {}
+    def loss(engine: Engine) -> Row:
         row: Row = dict(held_out.loss(engine))
         if asked.ema_decay:
             with engine.averaged():
                 row["held_out_bpb_ema"] = held_out.loss(engine)["held_out_bpb"]
         return row
 
-    def write(step: int, before: Callable[[], None]) -> list[Row]:
-        if not due(step):
-            return []
-        before()
-        return texts.rows(step)
-
+    checks = Checks(config.evaluate_every, config.steps, loss, texts)
     batches = token_batches(config, mixture, "train", device)
-    history = train(model, batches, asked, out, progress, look, layout, write)
+    history = train(model, batches, asked, out, progress, checks.look, layout, checks.write)
     if dist.get_rank() == 0:
         write_rows(out / "curves.jsonl", history.curves)
         write_rows(out / "expert_load.jsonl", history.loads)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 from gristmill.data.shards import BOS_ID, EOS_ID, PAD_ID, TokenShards
 from gristmill.kernels.linear import linear
 from gristmill.kernels.moe_mlp import moe_mlp
+from gristmill.model.chat import Chat
 from gristmill.model.generate import Sampling, sample
 from gristmill.model.training.batches import torch_seed
 from gristmill.model.training.config import LayoutConfig
@@ -21,29 +23,55 @@ from gristmill.model.transformer import Experts, Linear, Transformer
 Row = dict[str, Any]
 
 DOCUMENTS, PROMPT_TOKENS, NEW_TOKENS = 3, 16, 48
+QUESTIONS, ANSWER_TOKENS = 4, 128
 TEMPERATURE = 0.7  # the likeliest token alone goes round in circles in a young model
 
 log = logging.getLogger("gristmill.text_samples")
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What a model is to go on from, each prompt as tokens and as it is shown, and how what it writes is read."""
+
+    tokens: list[list[int]]
+    shown: list[str]
+    new_tokens: int
+    eos: int
+    pad: int
+    decode: Callable[[list[int]], str]
+
+
+def beginnings(shards: TokenShards, tokenizer: Tokenizer, limit: int) -> Prompts:
+    """The beginning of nothing and of one held-out document of each of the first sources, for a base model.
+
+    `limit` is that of the model's positions, of which prompts take at most half.
+    """
+    prompts = [prompt[: limit // 2] for prompt in ([BOS_ID], *_documents(shards))]
+    shown = [tokenizer.decode(prompt) for prompt in prompts]
+    return Prompts(prompts, shown, min(NEW_TOKENS, limit - limit // 2), EOS_ID, PAD_ID, tokenizer.decode)
+
+
+def first_questions(chat: Chat, questions: list[str], limit: int) -> Prompts:
+    """The first few of these questions, as a conversation asks them; there may be none."""
+    asked = questions[:QUESTIONS]
+    prompts = [chat.prompt(question) for question in asked]
+    room = limit - max(map(len, prompts), default=0)
+    return Prompts(prompts, asked, min(ANSWER_TOKENS, room), chat.eos, chat.pad, chat.text)
+
+
 class TextSamples:
-    """Continues the beginning of nothing and of one held-out document of each of the first sources.
+    """What a model writes behind these prompts.
 
     As training goes on only where a rank holds the whole model (elsewhere the log says that none is sampled), and so
     for the log alone; what the finished model writes is the stage's own.
     """
 
-    def __init__(
-        self, model: Transformer, shards: TokenShards, tokenizer: Tokenizer, layout: LayoutConfig, seed: int
-    ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.prompts = [[BOS_ID], *_beginnings(shards)]
-        self.seeds = [torch_seed(seed, "text", i) for i in range(len(self.prompts))]
-        limit = model.config.max_position_embeddings
-        self.prompts = [prompt[: limit // 2] for prompt in self.prompts]
-        self.sampling = Sampling(min(NEW_TOKENS, limit - limit // 2), TEMPERATURE)
+    def __init__(self, model: Transformer, prompts: Prompts, layout: LayoutConfig, seed: int) -> None:
+        self.model, self.prompts = model, prompts
+        self.seeds = [torch_seed(seed, "text", i) for i in range(len(prompts.tokens))]
+        self.sampling = Sampling(prompts.new_tokens, TEMPERATURE)
         self.why_not = _why_not(layout)
-        if self.why_not and dist.get_rank() == 0:
+        if self.why_not and prompts.tokens and dist.get_rank() == 0:
             log.warning("no text is sampled as training goes on: %s", self.why_not)
 
     def rows(self, step: int) -> list[Row]:
@@ -52,15 +80,16 @@ class TextSamples:
 
     def rows_of(self, model: Transformer, step: int) -> list[Row]:
         """A row a prompt: `step`, `prompt` and how it goes on (`text`), special tokens left out."""
+        asked = self.prompts
         with _float32_products(model):
-            found = sample(model, self.prompts, self.seeds, self.sampling, eos=EOS_ID, pad=PAD_ID)
+            found = sample(model, asked.tokens, self.seeds, self.sampling, eos=asked.eos, pad=asked.pad)
         return [
-            {"step": step, "prompt": self.tokenizer.decode(prompt), "text": self.tokenizer.decode(said.tokens)}
-            for prompt, said in zip(self.prompts, found, strict=True)
+            {"step": step, "prompt": shown, "text": asked.decode(said.tokens)}
+            for shown, said in zip(asked.shown, found, strict=True)
         ]
 
 
-def _beginnings(shards: TokenShards) -> Iterator[list[int]]:
+def _documents(shards: TokenShards) -> Iterator[list[int]]:
     for source in shards.streams("held_out")[:DOCUMENTS]:
         stream = shards.stream("held_out", source)
         if len(stream):

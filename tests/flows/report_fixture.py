@@ -338,9 +338,11 @@ def _cold_start(folder: Path, steps: int) -> dict[str, Any]:
         }
         for s in range(steps)
     ]
+    rows[-1]["held_out_loss"] = 0.35
     write_rows(folder / "curves.jsonl", rows)
-    write_rows(folder / "samples.jsonl", [{"question": "3+4=?", "thought": "3+4=7", "final": "7"}])
-    return {"conversations": 60, "tokens": 820_000, "flops": 4_100_000_000_000, "steps": steps, "loss": 0.3}
+    write_rows(folder / "samples.jsonl", [{"step": steps - 1, "prompt": "3+4=?", "text": "3+4=7</think>7"}])
+    told = {"conversations": 59, "held_out_conversations": 1, "steps": steps, "loss": 0.3, "held_out_loss": 0.35}
+    return {**told, "tokens": 820_000, "flops": 4_100_000_000_000}
 
 
 def _reinforce(folder: Path, steps: int, reward: tuple, length: tuple) -> dict[str, Any]:

@@ -191,3 +191,22 @@ def test_shards_that_just_fill_a_batch_are_planned(tmp_path: Path) -> None:
     Plain(store, Execution(workers=0, threads=1)).run(lambda recipe: pretrain(recipe, 4), recipe, until="mix")
     plan = Plan(store).run(lambda recipe: pretrain(recipe, 4), recipe)
     assert [(s.name, s.runs) for s in plan.stages] == [("tokens", False), ("mix", False), ("pretrain", True)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": {"a": 0.5}}, "the run asks for 48 sequences up to 1.0 of it, and epochs and caps leave 20: raise them, or make the run shorter"),
+        ({"weights": {"b": 1.0}}, "mix: weights names 'b', and the train shards have only a: correct it"),
+    ],
+)  # fmt: skip
+def test_a_mixture_that_the_shards_cannot_give_is_bad_input(
+    changes: dict[str, Any], message: str, tmp_path: Path, capsys
+) -> None:
+    """Which only the packing shows: not a stage that failed, and not tried again."""
+    store, recipe = Store(tmp_path / "store"), load_recipe("smoke")
+    code, said = run(store, lambda recipe: pretrain(recipe, 40, **changes), recipe, capsys)
+    assert (code, said) == (2, f"gristmill: stage mix: {message}")
+    (record,) = [json.loads(path.read_text()) for path in (store.local / "runs").iterdir()]
+    assert record["state"] == "failed"
+    assert message in record["error"]

@@ -15,7 +15,7 @@ import torch
 
 from gristmill.model.training.engine import start_distributed
 
-STAGES = ("pretrain", "sft", "extend")
+STAGES = ("pretrain", "sft", "extend", "hub", "traces")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from gristmill.flows.cli import app
 from gristmill.model.config import ModelConfig
-from gristmill.model.generate import Sampling, stream_chat
+from gristmill.model.generate import Sampling, load_chat, stream_chat
 from gristmill.model.training.models import save_model
 from gristmill.model.transformer import Transformer
 
@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def said(model: Path, tokens: Path, sampling: Sampling, question: str = "2+3=?", **more: object) -> str:
-    return "".join(stream_chat(model, tokens / "tokenizer", question, sampling, **more))  # type: ignore[arg-type]
+    return "".join(stream_chat(*load_chat(model, tokens / "tokenizer"), question, sampling, **more))  # type: ignore[arg-type]
 
 
 def test_a_response_ends_at_a_stop_string_and_is_cut_as_was_asked(model: Path, lesson_tokens: Path) -> None:
@@ -63,3 +63,21 @@ def test_the_command_draws_as_was_asked(model: Path, lesson_tokens: Path, monkey
     assert top.output == said(model, lesson_tokens, Sampling(24, temperature=0)) + "\n"
     stop = whole.output[5:7]
     assert CliRunner().invoke(app, [*asked, "--stop", stop]).output == whole.output[: whole.output.index(stop)] + "\n"
+
+
+def test_a_conversation_loads_its_model_once(model: Path, lesson_tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Path] = []
+
+    def noted(folder: Path, tokenizer: Path) -> object:
+        loaded.append(folder)
+        return load_chat(folder, tokenizer)
+
+    monkeypatch.setattr("gristmill.flows.inspection.chat_folders", lambda *_: (model, lesson_tokens / "tokenizer"))
+    monkeypatch.setattr("gristmill.model.generate.load_chat", noted)
+    asked = ["chat", "rl", "--temperature", "1.5", "--max-new-tokens", "24", "--seed", "3", "--top-p", "1"]
+    talk = CliRunner().invoke(app, asked, input="2+3=?\n4+5=?\n\n").output
+    answers = [
+        said(model, lesson_tokens, WIDE, question, seed=3 + turn) for turn, question in enumerate(("2+3=?", "4+5=?"))
+    ]
+    assert talk == f"Ask (an empty line ends):\n> {answers[0]}\n> {answers[1]}\n> "
+    assert loaded == [model]

@@ -424,7 +424,7 @@ def test_fine_tuning_learns_responses_alone(base: Path, tokens: Path, tmp_path: 
         metrics = fine_tune(
             config, base, problems, tokens, out, 0, threads=1, ranks=1, device="cpu", layout=PLAIN, progress=silent
         )
-    assert metrics["conversations"] == 60
+    assert (metrics["conversations"], metrics["held_out_conversations"]) == (59, 1)
     assert 0 <= metrics["padding"] < 0.6
     assert not any(name.startswith("mtp.") for name in load_file(out / "model" / "model.safetensors"))
 
