@@ -173,8 +173,10 @@ def between_products(device: str, dtype: torch.dtype, rows: int, width: int) -> 
     moved = 2 * turning.numel() * (x.element_size() + cos.element_size())  # the result has the angles' dtype
     moved += 4 * cos.nbytes
     yield case("rotate", width // 2, 6 * turning.numel(), turned, "slices and cat", peer, moved)
-    peer = both_ways(activated, gate_up)
-    yield case("swiglu", 4 * width, 8 * gate_up.numel(), both_ways(swiglu, gate_up), "silu and product", peer)
+    seen = torch.ones_like(gate_up[..., : 4 * width]) if device == "cuda" else None
+    ours, peer = both_ways(swiglu, gate_up, seen=seen), both_ways(activated, gate_up, seen=seen)
+    moved = 4 * gate_up.nbytes  # gate and up; the result; both again, the result's gradient and theirs
+    yield case("swiglu", 4 * width, 8 * gate_up.numel(), ours, "silu and product", peer, moved)
 
 
 def attention(
@@ -194,9 +196,10 @@ def attention(
         peer: str, theirs: Callable[..., Tensor], goal: float | None = None,
     ) -> Iterator[Case]:  # fmt: skip
         sides = without_gradients(partial(ours, *leaves)), without_gradients(partial(theirs, *leaves))
-        yield Case(f"{op} forward", shape, flops, sides[0], {peer: (sides[1], goal)})
-        both = both_ways(ours, *leaves), both_ways(theirs, *leaves)
-        yield Case(op, shape, 7 * flops // 2, both[0], {peer: (both[1], goal)})
+        yield Case(f"{op} forward", shape, flops, sides[0], {peer: (sides[1], goal)}, captured=True)
+        seen = torch.randn(batch, length, heads, values, device=device, dtype=dtype) if device == "cuda" else None
+        both = both_ways(ours, *leaves, seen=seen), both_ways(theirs, *leaves, seen=seen)
+        yield Case(op, shape, 7 * flops // 2, both[0], {peer: (both[1], goal)}, captured=True)
 
     ours, theirs = (
         partial(latent_attention, rotary=rotary, scale=scale),
@@ -278,7 +281,7 @@ def router(
             torch.bincount(expert.flatten(), minlength=experts)  # which ours gives too, and their experts count
             return gates
 
-        peers["transformers"] = (both_ways(theirs, x, weight), 2.0)
+        peers["transformers"] = (both_ways(theirs, x, weight), 2.0 if device == "cpu" else None)
     ours = both_ways(lambda a, b: route(a, b, bias, how)[1], x, weight)
     shape = f"{tokens} × {width}, {active} of {experts}, {groups} groups"
     yield Case("router", shape, 6 * tokens * width * experts, ours, peers)

@@ -44,7 +44,7 @@ def attention(q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float, mask
     divides = groups > 0 and heads % groups == 0
     require(divides, ValueError, "attention: heads of k_BSGN", groups, f"a divisor of the {heads} of q_BSHN")
     _check_mask("attention", mask_BSS, q_BSHN)
-    implementation = chosen("attention", q_BSHN, SOURCE, triton=_in_triton(q_BSHN, width, v_BSGW.shape[3]))
+    implementation = chosen("attention", q_BSHN, SOURCE, triton=_in_triton(q_BSHN, width, v_BSGW.shape[3], scale))
     if implementation == "reference":
         return attention_reference(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS)
     if implementation == "compiled":
@@ -92,7 +92,7 @@ def latent_attention(
         _check_device(f"{name}: device of the {what}", angle, q_BSHQ)
     _check_mask(name, mask_BSS, q_BSHQ)
     exact = cos.dtype == sin.dtype == torch.float32
-    triton = exact and _in_triton(q_BSHQ, wide, kv_BSHX.shape[3] - wide + turning, turning)
+    triton = exact and _in_triton(q_BSHQ, wide, kv_BSHX.shape[3] - wide + turning, scale, turning)
     implementation = chosen(name, q_BSHQ, SOURCE if exact else None, triton=triton)
     if implementation == "reference":
         return latent_attention_reference(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS)
@@ -105,13 +105,13 @@ def latent_attention(
     return sdpa_latent_attention(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS)
 
 
-def _in_triton(q: Tensor, width: int, values: int, turning: int | None = None) -> bool:
+def _in_triton(q: Tensor, width: int, values: int, scale: float, turning: int | None = None) -> bool:
     """Whether the code in Triton takes queries of this width, the last of which are turned, and such values."""
     if not (q.is_cuda or INTERPRETED):
         return False
     from gristmill.kernels.mla_attention.gpu import supported
 
-    return supported(q, width, values, turning)
+    return supported(q, width, values, turning, scale)
 
 
 def _check_tensors(operation: str, ranks: dict[str, tuple[Tensor, int]]) -> None:

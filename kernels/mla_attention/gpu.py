@@ -48,7 +48,7 @@ class Tiles:
     stages: int
 
 
-FORWARD, OF_QUERIES, OF_KEYS = Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)
+FORWARD, OF_QUERIES, OF_KEYS = Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2)
 FLOAT32 = Tiles(32, 32, 4, 2)
 
 
@@ -119,12 +119,15 @@ def parts_of(width: int) -> tuple[int, int]:
     return first, width - first
 
 
-def supported(q: Tensor, width: int, values: int, turning: int | None) -> bool:
-    """Whether it runs here: in 16 bits on a Hopper GPU, heads of parts of whole 16 bytes and at most `MOST` numbers."""
+def supported(q: Tensor, width: int, values: int, turning: int | None, scale: float) -> bool:
+    """Whether it runs here: in 16 bits on a Hopper GPU, heads of parts of whole 16 bytes and at most `MOST` numbers.
+
+    The highest score is looked for before scores are scaled, which takes a scale above zero.
+    """
     first, second = parts_of(width) if turning is None else (width - turning, turning)
     parts = [first, values, *([second] if second else [])]
     within = all(0 < part <= MOST and part * q.element_size() % ALIGNED == 0 for part in parts)
-    return within and q.numel() > 0 and (q.element_size() == 2 or INTERPRETED) and _has_engine(q.device)
+    return within and scale > 0 and q.numel() > 0 and (q.element_size() == 2 or INTERPRETED) and _has_engine(q.device)
 
 
 def _common(sides: Sides, bits_BSK: Tensor | None, tiles: Tiles) -> dict[str, Any]:
@@ -184,7 +187,7 @@ def gradients_(
     grad, product = _fitting(grad), torch.empty_like(log)
     blocks = triton.cdiv(length, of_queries.rows)
     products[(blocks * batch * heads,)](
-        _tile(out, of_queries.rows), _tile(grad, of_queries.rows), product, length, heads,
+        out, grad, product, length, heads, out.shape[-1], *out.stride()[:3], *grad.stride()[:3],
         ROWS=of_queries.rows, W=_padded(out.shape[-1]),
     )  # fmt: skip
     numbers = (scale * LOG2_E, length, heads, shared, own, scale)

@@ -94,13 +94,13 @@ def _tile_of_softmax(
     first = KEYS * (tl.load(list_ptr + i) if MASKED else i)
     key = k.load([batch, group, first, 0]).reshape(KEYS, N)
     key_second = k_second.load([batch, second, first, 0]).reshape(KEYS, R) if SPLIT else key
-    scores = _scores(x, x_second, key, key_second, SPLIT, WIDE) * scale
+    scores = _scores(x, x_second, key, key_second, SPLIT, WIDE)
     if PART:
         seen = _seen(bits_ptr, batch, rows, first, length, MASKED, KEYS, False)
         scores = tl.where(seen, scores, float("-inf"))
-    new = tl.maximum(top, tl.max(scores, 1))
+    new = tl.maximum(top, tl.max(scores, 1) * scale)  # scale is above zero
     base = tl.where(new == float("-inf"), 0.0, new) if PART else new
-    weight, fade = tl.exp2(scores - base[:, None]), tl.exp2(top - base)
+    weight, fade = tl.exp2(scores * scale - base[:, None]), tl.exp2(top - base)
     value = v.load([batch, group, first, 0]).reshape(KEYS, W)
     return new, total * fade + tl.sum(weight, 1), _add_product(weight, value, sums * fade[:, None], WIDE)
 
@@ -146,16 +146,20 @@ def forward(
 
 
 @triton.jit
-def products(out, grad, product_ptr, length, heads, ROWS: tl.constexpr, W: tl.constexpr):
+def products(
+    out_ptr, grad_ptr, product_ptr, length, heads, width, out_batch, out_head, out_row, grad_batch, grad_head, grad_row,
+    ROWS: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
     """Σ result · gradient of each query of one head."""
     blocks = tl.cdiv(length, ROWS)
-    both, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS
-    batch, head = both // heads, both % heads
-    a = out.load([batch, head, first, 0]).reshape(ROWS, W).to(tl.float32)
-    b = grad.load([batch, head, first, 0]).reshape(ROWS, W).to(tl.float32)
-    rows = first + tl.arange(0, ROWS)
-    where = product_ptr + both.to(tl.int64) * length + rows
-    tl.store(where, tl.sum(a * b, 1), mask=rows < length)
+    both, rows = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    batch, head, w = (both // heads).to(tl.int64), (both % heads).to(tl.int64), tl.arange(0, W)
+    here = (rows < length)[:, None] & (w < width)[None, :]
+    row = rows.to(tl.int64)[:, None]
+    out = tl.load(out_ptr + batch * out_batch + head * out_head + row * out_row + w[None, :], mask=here, other=0.0)
+    grad = tl.load(grad_ptr + batch * grad_batch + head * grad_head + row * grad_row + w[None, :], mask=here, other=0.0)
+    product = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    tl.store(product_ptr + both.to(tl.int64) * length + rows, product, mask=rows < length)
 
 
 @triton.jit

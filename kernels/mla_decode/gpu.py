@@ -26,8 +26,8 @@ SMALLEST = 16  # side of a product of the tensor cores
 HEADS = 16  # whose queries one program rotates
 PARTS, COLUMNS = 32, 128  # of the tiles in which parts are joined
 LEAST_SPAN = 128  # places
-MOST_SPAN = 32  # places a query of the block: writing and reading a part is then a ninth of reading the cache
-FILLED = 1024  # places of a row at which spans occupy every multiprocessor once
+MOST_SPAN = 128  # places a query of the block: writing and reading a part is then little beside reading the cache
+FILLED = 4096  # places of a row at which spans occupy every multiprocessor once
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Tiles:
     stages: int
 
 
-FEW, MANY = Tiles(16, 32, 4, 3), Tiles(64, 64, 8, 2)  # up to 16 queries a row, and more
+FEW, MANY = Tiles(16, 64, 4, 3), Tiles(64, 64, 8, 2)  # up to 16 queries a row, and more
 PLAIN = Tiles(16, 16, 4, 2)  # of float32, whose products are no tensor cores'
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gristmill.kernels.optim.reference import AdamW
 
-CHUNK, WARPS = 2048, 8
+CHUNK, WARPS = 1024, 4
 ALIGNED = 16  # bytes; what a thread reads at once
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 

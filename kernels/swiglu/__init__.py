@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,11 +25,15 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu: shape of gate_up is {tuple(gate_up.shape)}; wanted a last dimension of two halves")
-    implementation = chosen("swiglu", gate_up, native.SOURCE)
+    implementation = chosen("swiglu", gate_up, native.SOURCE, triton=gate_up.dtype != torch.float64)
     if implementation == "compiled":
         return native.swiglu(gate_up)
     if not gate_up.is_floating_point():
         raise TypeError(f"swiglu: gate_up is {gate_up.dtype}; wanted a floating dtype")
+    if implementation == "gpu":
+        from gristmill.kernels.swiglu.gpu import TritonSwiGLU
+
+        return TritonSwiGLU.apply(gate_up)
     if implementation == "reference":
         return swiglu_reference(gate_up)
     gate, up = gate_up.chunk(2, -1)

@@ -16,7 +16,7 @@ from gristmill.model.training.engine import Engine
 class Sequences(Protocol):
     """Sequences that are read by their positions."""
 
-    def at(self, positions: np.ndarray) -> TrainingBatch: ...
+    def at(self, positions: np.ndarray, /) -> TrainingBatch: ...
 
 
 def own_nats(engine: Engine, sequences: Sequences, positions: np.ndarray, at_once: int) -> float:
