@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.fp8_gemm import bench_rows
@@ -214,11 +215,17 @@ def attention(
             "attention, documents", shape, flops // 4 * (width + turning + values), leaves, ours, peer, theirs
         )
         leaves = [torch.randn(batch, length, heads, width, device=device, dtype=dtype) for _ in range(3)]
-        ours, theirs = partial(whole_attention, scale=scale), partial(sdpa_attention, scale=scale)
-        shape = f"{batch} × {length}, {heads} × {width}/{width}"
-        yield from cases(
-            "attention, equal", shape, 2 * flops * width, leaves, ours, "torch, flash attention", theirs, 0.9
-        )
+        ours, op = partial(whole_attention, scale=scale), "attention, equal"
+        shape, flops = f"{batch} × {length}, {heads} × {width}/{width}", 2 * flops * width
+        theirs = partial(_flash_attention, scale=scale)
+        yield from cases(op, shape, flops, leaves, ours, "torch, flash attention", theirs, 0.9)
+        theirs = partial(sdpa_attention, scale=scale)
+        yield from cases(op, shape, flops, leaves, ours, "torch, as it chooses", theirs)
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return sdpa_attention(q, k, v, scale)
 
 
 def decoding(device: str, dtype: torch.dtype, batch: int, places: int, *model: int) -> Iterator[Case]:

@@ -37,3 +37,4 @@ def put(device: str, kernel: str, sizes: Any, file: Path = FILE) -> None:
     table = read(file)
     table.setdefault(device, {})[kernel] = asdict(sizes)
     file.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    _found.cache_clear()

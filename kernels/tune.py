@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from gristmill.kernels.tiles import FILE, put
-from gristmill.kernels.timing import seconds
+from gristmill.kernels.timing import Work, seconds, seconds_of_device
 
 ROUNDING = 2.0**-7  # of results in bfloat16, and of what is rounded to it on the way; sums come in another order
 
 # Candidates of attention: queries, keys, warps, buffers; others spill registers by the kilobyte or do not fit.
-FORWARD = [(128, 128, 8, 2), (128, 64, 8, 4), (64, 128, 4, 2), (128, 32, 8, 4), (64, 64, 4, 3)]
-OF_QUERIES = [(128, 64, 8, 3), (64, 128, 8, 2), (64, 64, 4, 3), (128, 32, 8, 3)]
-OF_KEYS = [(64, 64, 8, 3), (32, 128, 8, 2), (32, 64, 8, 3), (64, 128, 8, 2)]
+FORWARD = [(128, 128, 8, 2), (128, 64, 8, 4), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3)]
+OF_QUERIES = [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2)]
+OF_KEYS = [(64, 64, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2), (64, 64, 4, 2)]
 
 
 @dataclass(frozen=True)
@@ -36,38 +36,37 @@ class Search:
 
 
 def attention(device: str) -> Iterator[Search]:
-    """Causal attention of the 16B model's heads, and all its gradients."""
+    """Causal attention of the 16B model's heads, in two parts, and of heads of 128, in one; and all gradients."""
+    yield from _attention(device, "two_parts", 64)
+    yield from _attention(device, "one_part", 0)
+
+
+def _attention(device: str, parts: str, turning: int) -> Iterator[Search]:
     from gristmill.kernels.mla_attention import gpu
 
-    batch, length, heads, width, turning, values = 2, 4096, 16, 128, 64, 128
+    batch, length, heads, width, values = 2, 4096, 16, 128, 128
 
-    def draw(of_heads: int, columns: int) -> Tensor:
-        drawn = torch.randn(batch, length, of_heads, columns, device=device, dtype=torch.bfloat16)
-        return drawn.transpose(1, 2)
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(batch, length, *shape, device=device, dtype=torch.bfloat16).transpose(1, 2)
 
-    def drawn(shared: int) -> list[Tensor]:
-        return [
-            draw(heads, width),
-            draw(heads, width),
-            draw(heads, values),
-            draw(heads, turning),
-            draw(shared, turning),
-        ]
+    def made(shared: int) -> list[Tensor | None]:
+        whole = [drawn(heads, width), drawn(heads, width), drawn(heads, values)]
+        return [*whole, drawn(heads, turning), drawn(shared, turning)] if turning else [*whole, None, None]
 
-    sides, made = gpu.Sides(*drawn(1)), drawn(heads)
-    scale, grad = (width + turning) ** -0.5, draw(heads, values)
+    sides, into = gpu.Sides(*made(1)), gpu.Sides(*made(heads))  # type: ignore[arg-type]
+    scale, grad = (width + turning) ** -0.5, drawn(heads, values)
     out, log = gpu.attend(sides, scale, None)
 
-    def both(of_queries: Any, of_keys: Any, kept: tuple[int, ...]) -> list[Tensor]:
-        gpu.gradients_(gpu.Sides(*made), sides, out, log, grad, scale, None, of_queries, of_keys)
-        return [made[i] for i in kept]
+    def both(of_queries: Any, of_keys: Any, kept: tuple[Tensor | None, ...]) -> list[Tensor]:
+        gpu.gradients_(into, sides, out, log, grad, scale, None, of_queries, of_keys)
+        return [tensor for tensor in kept if tensor is not None]
 
     tiles = [gpu.Tiles(*sizes) for sizes in FORWARD]
-    yield Search("attention.forward", gpu.FORWARD, tiles, lambda t: [gpu.attend(sides, scale, None, t)[0]])
-    tiles = [gpu.Tiles(*sizes) for sizes in OF_QUERIES]
-    yield Search("attention.of_queries", gpu.OF_QUERIES, tiles, lambda t: both(t, gpu.OF_KEYS, (0, 3)))
-    tiles = [gpu.Tiles(*sizes) for sizes in OF_KEYS]
-    yield Search("attention.of_keys", gpu.OF_KEYS, tiles, lambda t: both(gpu.OF_QUERIES, t, (1, 2, 4)))
+    yield Search(f"attention.forward.{parts}", gpu.FORWARD, tiles, lambda t: [gpu.attend(sides, scale, None, t)[0]])
+    tiles, made_of = [gpu.Tiles(*sizes) for sizes in OF_QUERIES], (into.q, into.q_second)
+    yield Search(f"attention.of_queries.{parts}", gpu.OF_QUERIES, tiles, lambda t: both(t, gpu.OF_KEYS, made_of))
+    tiles, made_of_keys = [gpu.Tiles(*sizes) for sizes in OF_KEYS], (into.k, into.v, into.k_second)
+    yield Search(f"attention.of_keys.{parts}", gpu.OF_KEYS, tiles, lambda t: both(gpu.OF_QUERIES, t, made_of_keys))
 
 
 def grouped(device: str) -> Iterator[Search]:
@@ -112,7 +111,8 @@ def fastest(search: Search, device: str) -> Any:
     """The candidate with the least median time, of those that fit and are right."""
     wanted = [t.clone() for t in search.results(search.usual)]
     fits = [sizes for sizes in dict.fromkeys([search.usual, *search.others]) if _is_right(search, sizes, wanted)]
-    times = seconds([lambda sizes=sizes: search.results(sizes) for sizes in fits], device)
+    sides: list[Work] = [lambda sizes=sizes: search.results(sizes) for sizes in fits]
+    times = seconds_of_device(sides) if device == "cuda" else seconds(sides, device)
     for taken, sizes in sorted(zip(times, fits, strict=True), key=lambda pair: pair[0]):
         print(f"{search.kernel:<28} {taken * 1e3:9.3f} ms   {_said(sizes)}", flush=True)
     return min(zip(times, fits, strict=True), key=lambda pair: pair[0])[1]

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from gristmill.kernels.dispatch import INTERPRETED, chosen, require
+from gristmill.kernels.mla_attention import operation
 from gristmill.kernels.mla_attention.native import SOURCE, Attention, LatentAttention
 from gristmill.kernels.mla_attention.reference import attention_reference, latent_attention_reference
 from gristmill.kernels.mla_attention.sdpa import sdpa_attention, sdpa_latent_attention
 
-__all__ = ["attention", "latent_attention"]
+__all__ = ["attention", "latent_attention", "operation"]
 
 
 def attention(q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float, mask_BSS: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gristmill.kernels.grouped_gemm.gpu import ALIGNED, INTERPRETED, _has_engine, _whole
+from gristmill.kernels.mla_attention import operation
 from gristmill.kernels.mla_attention.gpu_kernels import (
     forward,
     gradient_of_keys,
@@ -156,15 +157,16 @@ def _sides(sides: Sides, tiles: Tiles) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _chosen(kernel: str, like: Tensor, usual: Tiles, asked: Tiles | None) -> Tiles:
-    if like.dtype == torch.float32:
+def _chosen(kernel: str, sides: Sides, usual: Tiles, asked: Tiles | None) -> Tiles:
+    if sides.q.dtype == torch.float32:
         return FLOAT32
-    return asked or tuned(f"attention.{kernel}", like.device, usual)
+    parts = "one_part" if sides.q_second is None else "two_parts"
+    return asked or tuned(f"attention.{kernel}.{parts}", sides.q.device, usual)
 
 
 def attend(sides: Sides, scale: float, bits_BSK: Tensor | None, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     """Results (B, H, S, W), laid out (B, S, H, W), and log₂ Σ exp(scale · q k) of each query, (B, H, S)."""
-    tiles = _chosen("forward", sides.q, FORWARD, tiles)
+    tiles = _chosen("forward", sides, FORWARD, tiles)
     batch, heads, length, shared, own = _of(sides)
     out = sides.v.new_empty(batch, length, heads, sides.v.shape[-1]).transpose(1, 2)
     log = torch.empty(batch, heads, length, dtype=torch.float32, device=sides.q.device)
@@ -181,8 +183,8 @@ def gradients_(
     of_queries: Tiles | None = None, of_keys: Tiles | None = None,
 ) -> None:  # fmt: skip
     """Write the gradients of `sides` into `into`, that of a shared second part of keys once for each head."""
-    of_queries = _chosen("of_queries", sides.q, OF_QUERIES, of_queries)
-    of_keys = _chosen("of_keys", sides.q, OF_KEYS, of_keys)
+    of_queries = _chosen("of_queries", sides, OF_QUERIES, of_queries)
+    of_keys = _chosen("of_keys", sides, OF_KEYS, of_keys)
     batch, heads, length, shared, own = _of(sides)
     grad, product = _fitting(grad), torch.empty_like(log)
     blocks = triton.cdiv(length, of_queries.rows)
@@ -223,7 +225,7 @@ class TritonAttention(torch.autograd.Function):
     def forward(ctx: Any, q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float, mask_BSS: Tensor | None):
         q, k, v = _heads_first(q_BSHN, k_BSGN, v_BSGW)
         ctx.scale, bits_BSK = scale, _bits(mask_BSS)
-        out, log = attend(_joined_sides(q, k, v), scale, bits_BSK)
+        out, log = operation.attend(*_joined_sides(q, k, v), bits_BSK, scale)
         ctx.save_for_backward(q, k, v, out, log, bits_BSK)
         return out.transpose(1, 2)
 
@@ -254,7 +256,7 @@ class TritonLatentAttention(torch.autograd.Function):
         q, kv = _heads_first(q_BSHQ, kv_BSHX)
         q_second = turned(q_BSHQ[..., -turning:], cos[:, :, None], sin[:, :, None], q.dtype).transpose(1, 2)
         key = turned(key_BSR, cos, sin, q.dtype)[:, None]
-        out, log = attend(_latent_sides(q, kv, q_second, key), scale, bits_BSK)
+        out, log = operation.attend(*_latent_sides(q, kv, q_second, key), bits_BSK, scale)
         ctx.save_for_backward(q, kv, q_second, key, cos, sin, out, log, bits_BSK)
         ctx.scale = scale
         return out.transpose(1, 2)

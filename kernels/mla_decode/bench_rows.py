@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,32 @@ def cached_attention(
         },
         bytes=given[2].numel() * given[2].element_size(),
         least_share=0.7 if heads <= 16 else None,  # with more, products take as long as reading
+        captured=True,
+    )
+    if device == "cuda":
+        yield _cache_alone(given, draw(heads, batch, latent), draw(batch, heads, turning))
+
+
+def _cache_alone(given: tuple[Any, ...], q_HTC: Tensor, turned_THR: Tensor) -> Case:
+    """The part that reads the cache, without what is new and the products around it."""
+    from gristmill.kernels.mla_decode.gpu import attend
+
+    cache_BPC, start_B, reach, scale = given[2], given[3], given[4], given[9]
+    heads, batch, latent = q_HTC.shape
+    query_BHC = torch.cat((q_HTC.transpose(0, 1), turned_THR), -1)
+
+    def in_torch() -> Tensor:
+        weight_BHP = (torch.bmm(query_BHC, cache_BPC.mT) * scale).float().softmax(-1).to(cache_BPC.dtype)
+        return torch.bmm(weight_BHP, cache_BPC[..., :latent])
+
+    return Case(
+        "mla_decode, cache",
+        f"{batch} × {reach}, {heads} heads",
+        2 * batch * heads * reach * (cache_BPC.shape[2] + latent),
+        lambda: attend(q_HTC, turned_THR, cache_BPC, start_B, reach, scale),
+        {"absorbed, in torch": (in_torch, None)},
+        bytes=cache_BPC.nbytes,
+        least_share=0.7 if heads <= 16 else None,
         captured=True,
     )
 

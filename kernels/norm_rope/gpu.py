@@ -16,16 +16,12 @@ from torch.autograd.function import once_differentiable
 from gristmill.kernels.dispatch import INTERPRETED
 from gristmill.kernels.norm_rope.layout import Rows, in_rows, rows_of
 
-TILE, SUMMED_TILE = (
-    4096,
-    2048,
-)  # numbers of an operand at a time; fewer where the sums of the weight's gradient lie beside
+TILE = 4096  # numbers of an operand at a time
 NARROWEST = 64  # narrower rows are padded to it, so that fewer widths are compiled
 STAGES, SHARED = 3, 96 * 1024  # tiles that are on their way while one is summed, as many as fit so many bytes
-PROGRAMS = 3 if INTERPRETED else 528
-"""At most so many sums of a weight's gradient are added up last, of wide rows half: four or two a multiprocessor of an
-H100, and as many elsewhere, so that the order is that of the rows alone. Few under the interpreter, so that a program
-takes several tiles there too."""
+PROGRAMS = 3 if INTERPRETED else 264
+"""At most so many sums of a weight's gradient are added up last: two a multiprocessor of an H100, and as many
+elsewhere, so that the order is that of the rows alone. Few under the interpreter, to have several tiles each."""
 COLUMNS = 1024 if INTERPRETED else 16  # of those sums that a program adds up
 
 
@@ -158,9 +154,8 @@ class TritonRMSNorm(torch.autograd.Function):
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if not x.numel():
             return grad_x, torch.zeros_like(weight_D), None
-        (rows, padded), width = _tile(x.shape[-1], SUMMED_TILE), x.shape[-1]
-        most = PROGRAMS if padded <= SUMMED_TILE else triton.cdiv(PROGRAMS, 2)
-        programs = min(most, triton.cdiv(scale.numel(), rows))
+        (rows, padded), width = _tile(x.shape[-1], TILE), x.shape[-1]
+        programs = min(PROGRAMS, triton.cdiv(scale.numel(), rows))
         stages = max(1, min(STAGES, SHARED // (rows * padded * (x.element_size() + grad.element_size()))))
         partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
         _norm_backward[(programs,)](

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from gristmill.kernels.compiled import needed
 from gristmill.kernels.dispatch import chosen, require
-from gristmill.kernels.linear import linear, multiply
+from gristmill.kernels.linear import LEAST_ROWS, linear, multiply
 from gristmill.kernels.router.reference import Choice, route_reference
 
 __all__ = ["Choice", "route"]
@@ -66,6 +66,8 @@ class NativeRouter(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice):
         x_TD, tokens, experts = x_TD.contiguous(), len(x_TD), len(weight_ED)
         score_TE = linear(x_TD, weight_ED)
+        if tokens < LEAST_ROWS:  # it may be torch's, which recomputation keeps and gives again: not to be written to
+            score_TE = score_TE.clone()
         expert_TK = torch.empty(tokens, how.chosen, dtype=torch.int64)
         gate_TK, load_E = x_TD.new_empty(tokens, how.chosen), torch.empty(experts, dtype=torch.int64)
         affinity = (int(how.affinity == "sigmoid"), int(how.normalised), float(how.scale))

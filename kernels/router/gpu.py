@@ -61,11 +61,11 @@ def _in_best_groups(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _choose(
-    score_ptr, bias_ptr, expert_ptr, gate_ptr, load_ptr, tokens, groups, size, chosen, groups_allowed, scale,
+    logit_ptr, bias_ptr, score_ptr, expert_ptr, gate_ptr, load_ptr, tokens, groups, size, chosen, groups_allowed, scale,
     SIGMOID: tl.constexpr, NORMALISED: tl.constexpr,
     TOKENS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """Of some tokens: affinities in place of the logits, experts, gates, and what they add to the loads."""
+    """Of some tokens: affinities, experts, gates, and what they add to the loads."""
     LAST: tl.constexpr = GROUPS * SIZE - 1
     experts = groups * size
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
@@ -74,8 +74,8 @@ def _choose(
     real = (place % SIZE < size) & (expert < experts)
     there = (token < tokens)[:, None]
     here = there & real[None, :]
-    at = score_ptr + token[:, None] * experts + expert[None, :]
-    logit = tl.load(at, mask=here, other=0.0)
+    at = token[:, None] * experts + expert[None, :]
+    logit = tl.load(logit_ptr + at, mask=here, other=0.0)
     if SIGMOID:
         score = 1.0 / (1.0 + tl.exp(-logit))
     else:
@@ -83,7 +83,7 @@ def _choose(
         score = tl.exp(logit - tl.where(there, most[:, None], 0.0))
         score = score / tl.where(there, tl.sum(tl.where(here, score, 0.0), 1)[:, None], 1.0)
     score = tl.where(here, score, 0.0)
-    tl.store(at, score, mask=here)
+    tl.store(score_ptr + at, score, mask=here)
     bias = tl.load(bias_ptr + expert, mask=real, other=0.0)
     key = tl.where(here, _key(score + bias[None, :], LAST - place[None, :]), LOWEST)
     if GROUPS > 1:
@@ -141,8 +141,8 @@ class TritonRouter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice):
-        score_TE = x_TD @ weight_ED.t()
-        tokens, experts = score_TE.shape
+        logit_TE = x_TD @ weight_ED.t()  # which recomputation may keep, and give again: it is not written to
+        (tokens, experts), score_TE = logit_TE.shape, torch.empty_like(logit_TE)
         expert_TK = torch.empty(tokens, how.chosen, dtype=torch.int64, device=x_TD.device)
         gate_TK = score_TE.new_empty(tokens, how.chosen)
         load_E = torch.zeros(experts, dtype=torch.int64, device=x_TD.device)
@@ -151,7 +151,7 @@ class TritonRouter(torch.autograd.Function):
         count = max(1, NUMBERS // (groups * padded))
         if tokens:
             _choose[(triton.cdiv(tokens, count),)](
-                score_TE, bias_E.float().contiguous(), expert_TK, gate_TK, load_E,
+                logit_TE, bias_E.float().contiguous(), score_TE, expert_TK, gate_TK, load_E,
                 tokens, how.groups, size, how.chosen, how.groups_allowed, float(how.scale),
                 SIGMOID=how.affinity == "sigmoid", NORMALISED=how.normalised, TOKENS=count, GROUPS=groups, SIZE=padded,
                 CHOSEN=max(FEWEST, triton.next_power_of_2(how.chosen)), num_warps=1,

@@ -4,12 +4,15 @@ Triton code under its interpreter."""
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gristmill import kernels
 from gristmill.kernels.mla_attention import attention, latent_attention
@@ -262,6 +265,28 @@ def test_in_bfloat16(sizes: tuple[int, int, int], how: str) -> None:
         size = max(float(theirs.norm()), 0.0 if i == 0 else float(seen.norm()))
         assert mine.dtype == torch.bfloat16
         assert float((mine.double() - theirs).norm()) <= 4 * 2**-9 * size
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="code for GPUs")
+def test_recomputation_can_keep_what_it_gave() -> None:
+    given_, rotary = projections(1, 40, 2, 16, 8, 16)
+    leaves, times = [t.bfloat16().requires_grad_() for t in given_], 0
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal times
+            times += func is torch.ops.gristmill.attention_in_triton.default
+            return func(*args, **(kwargs or {}))
+
+    def attended(*x: torch.Tensor) -> torch.Tensor:
+        return latent_attention(*x, rotary, 0.2).sin()
+
+    contexts = partial(create_selective_checkpoint_contexts, [torch.ops.gristmill.attention_in_triton.default])
+    with Counting():
+        out = checkpoint(attended, *leaves, use_reentrant=False, context_fn=contexts)
+        got = torch.autograd.grad(out.sum(), leaves)
+    assert times == 1
+    assert all(map(torch.equal, got, torch.autograd.grad(attended(*leaves).sum(), leaves)))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run inside")

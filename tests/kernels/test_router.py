@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from gristmill import kernels
 from gristmill.kernels.router import Choice, route
@@ -50,6 +52,31 @@ def chosen_by_hand(biased: list[float], how: Choice) -> list[int]:
     best = sorted(range(how.groups), key=lambda g: -score[g])[: how.groups_allowed]
     free = [e for g in sorted(best) for e in members[g]] if how.groups > 1 else range(len(biased))
     return sorted(free, key=lambda e: -biased[e])[: how.chosen]
+
+
+@pytest.mark.usefixtures("cpu_path")
+def test_recomputation_that_keeps_products_changes_nothing() -> None:
+    """What a product gave is given again, so nothing may be written into it."""
+
+    def policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+        kept = operation is torch.ops.aten.mm.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    x, weight, bias = draw(0, 9, 12), draw(1, 8, 12), draw(2, 8) * 0.1
+    seen_gate, seen_score = draw(3, 9, 3), draw(4, 9, 8)
+
+    def gradients(contexts: Any) -> tuple[torch.Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+
+        def loss(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            _, gate, score, _ = route(a, w, bias, Choice(3))
+            return (gate * seen_gate).sum() + (score * seen_score).sum()
+
+        out = loss(*leaves) if contexts is None else checkpoint(loss, *leaves, use_reentrant=False, context_fn=contexts)
+        return torch.autograd.grad(out, leaves)
+
+    plain, again = gradients(None), gradients(partial(create_selective_checkpoint_contexts, policy))
+    assert all(map(torch.equal, plain, again))
 
 
 @pytest.mark.usefixtures("cpu_path")
