@@ -8,8 +8,8 @@ the own heads alone: `kv_lora_rank + qk_rope_head_dim` numbers a token instead o
 A rank's parameters are whole, and their gradients are averaged over all ranks as in data parallelism: with
 `split_sequence`'s shares that is the gradient of the mean over all positions.
 
-What queries see stays whole on every rank: `first_BS`, one number a position. Nothing of (S, S) is made but where torch's
-own attention runs, which takes a mask (kernels/README.md).
+What queries see stays whole on every rank: `first_BS`, one number a position. Nothing of (S, S) is made except where
+torch's own attention runs, which takes a mask (kernels/README.md).
 
 Shapes as in model/transformer.py, and P ranks of the group, s = S/P own positions, h = H/P own heads.
 """

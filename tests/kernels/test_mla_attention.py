@@ -177,8 +177,7 @@ def test_a_query_that_sees_nothing_has_zeros() -> None:
 
 
 @pytest.mark.usefixtures("cpu_path")
-@pytest.mark.parametrize("how", ["first of documents", "first at random"])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("how", "dtype"), [("first of documents", torch.int64), ("first at random", torch.int32)])
 def test_first_keys_give_the_bits_of_their_mask(how: str, dtype: torch.dtype) -> None:
     """On a GPU in 16 bits, where the code is ours; longer than some tiles are wide."""
     kind, length = torch.bfloat16 if DEVICE == "cuda" else torch.float32, 150 if INTERPRETED else 400
@@ -295,6 +294,27 @@ def test_in_bfloat16(sizes: tuple[int, int, int], how: str) -> None:
         size = max(float(theirs.norm()), 0.0 if i == 0 else float(seen.norm()))
         assert mine.dtype == torch.bfloat16
         assert float((mine.double() - theirs).norm()) <= 4 * 2**-9 * size
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="code for GPUs")
+@pytest.mark.parametrize("how", ["first of documents", "first at random"])
+def test_tiles_that_are_seen_by_first_keys(how: str) -> None:
+    """Of more keys than one program looks at; which tiles are seen whole, in part and not, from the mask."""
+    from gristmill.kernels.mla_attention import gpu
+
+    length, rows, keys = 1500, 64, 16
+    told, mask = seen_by(how, 2, length)
+    lists = gpu._lists(gpu._seen(None, told["first_BS"]), gpu.Tiles(rows, keys, 4, 2), draw(0, 1))
+    assert mask is not None
+    seen = torch.nn.functional.pad(mask.float(), (0, -length % keys, 0, -length % rows))
+    there = torch.nn.functional.pad(torch.ones_like(mask, dtype=torch.float32), (0, 0, 0, -length % rows))
+    sums = seen.unflatten(2, (-1, keys)).sum(3).unflatten(1, (-1, rows)).sum(2)
+    whole = sums == there[:, :, :1].unflatten(1, (-1, rows)).sum(2) * keys
+    assert torch.equal(lists.whole, whole.sum(-1).int())
+    assert torch.equal(lists.part, ((sums > 0) & ~whole).sum(-1).int())
+    kind = (sums > 0).int() + whole.int()
+    assert (kind.gather(2, lists.tile.long()).diff(dim=-1) <= 0).all()
+    assert kind.shape[-1] > gpu.TILES_AT_ONCE
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="code for GPUs")

@@ -195,7 +195,7 @@ def test_a_long_sequence_of_documents_makes_nothing_of_all_pairs_of_positions(tw
         pytest.skip("torch's own attention takes a mask")
     found, whole = results(two, "long", 2), long_step(None)
     for one in (*found, whole):
-        assert 0 < int(one.pop("largest")) < LONG**2 / 16  # a mask has LONG² bytes, or as bits LONG² / 8
+        assert 0 < int(one.pop("largest")) < LONG**2 / 8  # bytes of a mask of bits; rows of experts have 3/4 of that
     # float32, sums of thousands of terms in another order: a few ulp of the loss, some hundred of the largest gradient.
     loss = (found[0].pop("loss") + found[1].pop("loss")) / 2
     assert torch.allclose(loss, whole.pop("loss"), rtol=2e-6)
