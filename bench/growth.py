@@ -5,7 +5,7 @@
                               [--bandwidth 400e9] [--latency 5e-6]
 
 The model is the 22 M one of `bench/pretrain.py` (width 256, 6 layers, 4 active experts of width 128), without MTP; a
-step has 2,048 tokens of text in documents of 300 on average, packed, each with its own mask and positions, as training
+step has 2,048 tokens of text in documents of 300 on average, packed, each seen and numbered on its own, as training
 has them. Every measurement is a process of its own, sides take turns, times are medians over the steps of all rounds.
 A step is `accumulate` (forward and backward) and `update` (clipping, optimizer, biases), each timed by itself.
 
@@ -165,18 +165,16 @@ class Packed:
 
         from gristmill.model.training.batches import (
             TrainingBatch,
-            document_mask,
             numpy_generator,
-            positions_within,
+            packed_inputs,
         )
-        from gristmill.model.transformer import Batch
 
         size = self.sequences * (self.length + 1)
         first = (step * ranks + rank) * size % (len(self.tokens) - size)
         token = torch.from_numpy(self.tokens[first : first + size].astype(np.int64)).view(self.sequences, -1)
         draw = numpy_generator("documents", step, rank).random((self.sequences, self.length))
         document = torch.from_numpy((draw < 1 / DOCUMENT_TOKENS).cumsum(1))
-        inputs = Batch(token[:, :-1], positions_within(document), document_mask(document))
+        inputs = packed_inputs(token[:, :-1], document)
         return TrainingBatch(inputs, token[:, 1:], None, torch.ones(self.sequences, self.length))
 
     def documents(self, step: int) -> list[str]:

@@ -210,7 +210,8 @@ def attention(
     if device == "cuda":
         document = torch.arange(length, device=device) // (length // 4)
         mask = (document[:, None] == document).tril().expand(batch, length, length)
-        ours, theirs = (partial(side, mask_BSS=mask) for side in (ours, theirs))
+        ours = partial(ours, first_BS=(document * (length // 4)).expand(batch, length))
+        theirs = partial(theirs, mask_BSS=mask)
         yield from cases(
             "attention, documents", shape, flops // 4 * (width + turning + values), leaves, ours, peer, theirs
         )

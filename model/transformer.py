@@ -36,12 +36,12 @@ LATENT_EPS = 1e-6  # of the norms on the latents, whatever rms_norm_eps is: Deep
 class Batch:
     """Packed sequences. `position_BS` restarts at each document unless documents may see those before them.
 
-    `mask_BSS` is true where a query (row) may see a key (column); none means plain causal attention.
+    A query sees the tokens from `first_BS` up to itself, places in the sequence, (B, S); none means from the beginning.
     """
 
     token_BS: Tensor
     position_BS: Tensor
-    mask_BSS: Tensor | None = None
+    first_BS: Tensor | None = None
 
 
 @dataclass
@@ -150,11 +150,11 @@ class MultiHeadLatentAttention(nn.Module):
         latent_BSC, key_BSR = self.kv_a_proj_with_mqa(x_BSD).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         return q.unflatten(-1, (c.num_attention_heads, -1)), self.kv_a_layernorm(latent_BSC), key_BSR
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], first_BS: Tensor | None) -> Tensor:
         """Training and prefill: keys and values are expanded from the latent."""
         q_BSHQ, latent_BSC, key_BSR = self.project(x_BSD)
         kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.config.num_attention_heads, -1))
-        out_BSHW = latent_attention(q_BSHQ, kv_BSHX, key_BSR, rotary, self.scale, mask_BSS)
+        out_BSHW = latent_attention(q_BSHQ, kv_BSHX, key_BSR, rotary, self.scale, first_BS=first_BS)
         return self.o_proj(out_BSHW.flatten(2))
 
 
@@ -184,8 +184,8 @@ class GroupedQueryAttention(nn.Module):
         q_BSHR, k_BSGR = (rotate_halves(x, cos, sin).to(v_BSGR.dtype) for x in (q_BSHR, k_BSGR))
         return q_BSHR, k_BSGR, v_BSGR
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
-        return self.o_proj(attention(*self.project(x_BSD, rotary), self.scale, mask_BSS).flatten(2))
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], first_BS: Tensor | None) -> Tensor:
+        return self.o_proj(attention(*self.project(x_BSD, rotary), self.scale, first_BS=first_BS).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -302,9 +302,9 @@ class Block(nn.Module):
         return x_BSD + (self.mlp(normed, routing) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(normed))
 
     def forward(
-        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None, routing: Routing | None
+        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], first_BS: Tensor | None, routing: Routing | None
     ) -> Tensor:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, mask_BSS)
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotary, first_BS)
         return self.feed_forward(x_BSD, routing)
 
 
@@ -324,7 +324,7 @@ class MultiTokenPrediction(nn.Module):
         hidden_BSD: Tensor,
         next_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask_BSS: Tensor | None,
+        first_BS: Tensor | None,
         routing: Routing | None,
     ) -> Tensor:
         """The block's output behind `norm`, which the head and the next module take (equations 21 to 23).
@@ -332,7 +332,7 @@ class MultiTokenPrediction(nn.Module):
         The paper leaves open on which side of the norm the modules are joined; the released weights are run behind it,
         as `hidden_BSD` of the first module is behind the model's final norm.
         """
-        return self.norm(self.block(self.joined(hidden_BSD, next_BSD), rotary, mask_BSS, routing))
+        return self.norm(self.block(self.joined(hidden_BSD, next_BSD), rotary, first_BS, routing))
 
     def joined(self, hidden_BSD: Tensor, next_BSD: Tensor) -> Tensor:
         """The block's input (equation 21)."""
@@ -387,7 +387,7 @@ class Transformer(nn.Module):
         x_BSD = self.embed_tokens(batch.token_BS)
         rotary = rotary_angles(self.config, batch.position_BS)
         for layer in self.layers:
-            x_BSD = layer(x_BSD, rotary, batch.mask_BSS, routing)
+            x_BSD = layer(x_BSD, rotary, batch.first_BS, routing)
         return x_BSD
 
     def forward(self, batch: Batch) -> Tensor:
@@ -417,7 +417,7 @@ class Transformer(nn.Module):
         for module in self.mtp:
             assert isinstance(module, MultiTokenPrediction)
             next_BSD = self.embed_tokens(target_BS.clamp_min(0))
-            hidden_BSD = module(hidden_BSD, next_BSD, rotary, batch.mask_BSS, routing)
+            hidden_BSD = module(hidden_BSD, next_BSD, rotary, batch.first_BS, routing)
             ahead.append(self._loss(hidden_BSD, next_target_BS, weight_BS))
             target_BS, next_target_BS = next_target_BS, token_behind(next_target_BS)
         return main, ahead

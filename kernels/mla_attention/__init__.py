@@ -19,7 +19,14 @@ from gristmill.kernels.mla_attention.sdpa import sdpa_attention, sdpa_latent_att
 __all__ = ["attention", "latent_attention", "operation"]
 
 
-def attention(q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float, mask_BSS: Tensor | None = None) -> Tensor:
+def attention(
+    q_BSHN: Tensor,
+    k_BSGN: Tensor,
+    v_BSGW: Tensor,
+    scale: float,
+    mask_BSS: Tensor | None = None,
+    first_BS: Tensor | None = None,
+) -> Tensor:
     """softmax(scale · q kᵀ) v of each head, (B, S, H, W), differentiable once; two runs on a CPU give equal bits.
 
     Tensors may lie in any order; what the compiled path reads best has the numbers of a head side by side. What is
@@ -30,13 +37,16 @@ def attention(q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float, mask
         k_BSGN: keys, (B, S, G, N), each of whose heads serves H / G heads of queries in their order.
         v_BSGW: values, (B, S, G, W); W need not be N.
         scale: what the products are multiplied by.
-        mask_BSS: true where a query (row) may see a key (column); none means the keys up to its own. A query that may
-            see none has zeros. Keys before the first and behind the last that a few neighbouring queries see cost
-            nothing.
+        mask_BSS: true where a query (row) may see a key (column). A query that may see none has zeros. Keys before the
+            first and behind the last that a few neighbouring queries see cost nothing.
+        first_BS: the place in its sequence of the first key that a query sees, int32 or int64, (B, S); it sees the keys
+            from there up to its own, and none where the first is behind that. In any order; packed sequences need no
+            more, and nothing of (S, S) is made in our own code. With neither a query sees the keys up to its own.
 
     Raises:
-        TypeError: dtypes differ, or the mask is not boolean.
-        ValueError: shapes or devices do not fit.
+        TypeError: dtypes differ, the mask is not boolean, or the first keys are not int32 or int64.
+        ValueError: shapes or devices do not fit, a mask and first keys are given together, or, on a CPU, a first key
+            is below zero.
     """
     _check_tensors("attention", {"q_BSHN": (q_BSHN, 4), "k_BSGN": (k_BSGN, 4), "v_BSGW": (v_BSGW, 4)})
     (batch, length, heads, width), groups = q_BSHN.shape, k_BSGN.shape[2]
@@ -44,17 +54,17 @@ def attention(q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float, mask
     _check_shape("attention: shape of v_BSGW", v_BSGW, (batch, length, groups, v_BSGW.shape[3]))
     divides = groups > 0 and heads % groups == 0
     require(divides, ValueError, "attention: heads of k_BSGN", groups, f"a divisor of the {heads} of q_BSHN")
-    _check_mask("attention", mask_BSS, q_BSHN)
+    _check_seen("attention", mask_BSS, first_BS, q_BSHN)
     implementation = chosen("attention", q_BSHN, SOURCE, triton=_in_triton(q_BSHN, width, v_BSGW.shape[3], scale))
     if implementation == "reference":
-        return attention_reference(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS)
+        return attention_reference(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS, first_BS)
     if implementation == "compiled":
-        return Attention.apply(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS)
+        return Attention.apply(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS, first_BS)
     if implementation == "gpu":
         from gristmill.kernels.mla_attention.gpu import TritonAttention
 
-        return TritonAttention.apply(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS)
-    return sdpa_attention(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS)
+        return TritonAttention.apply(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS, first_BS)
+    return sdpa_attention(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS, first_BS)
 
 
 def latent_attention(
@@ -64,6 +74,7 @@ def latent_attention(
     rotary: tuple[Tensor, Tensor],
     scale: float,
     mask_BSS: Tensor | None = None,
+    first_BS: Tensor | None = None,
 ) -> Tensor:
     """`attention` of what MLA's projections give, before rotation (V3 equations 4 and 7 to 10), (B, S, H, W).
 
@@ -73,11 +84,11 @@ def latent_attention(
         key_BSR: the part of the key that all heads share, (B, S, R), rotated here.
         rotary: cosines and sines of the angles, float32, (B, S, R/2) each; they get no gradient.
         scale: what the products are multiplied by.
-        mask_BSS: as in `attention`.
+        mask_BSS, first_BS: as in `attention`.
 
     Raises:
-        TypeError: dtypes differ, angles are not float32, or the mask is not boolean.
-        ValueError: shapes or devices do not fit.
+        TypeError: dtypes differ, angles are not float32, or as in `attention`.
+        ValueError: as in `attention`.
     """
     name, (cos, sin) = "latent_attention", rotary
     _check_tensors(name, {"q_BSHQ": (q_BSHQ, 4), "kv_BSHX": (kv_BSHX, 4), "key_BSR": (key_BSR, 3)})
@@ -91,19 +102,20 @@ def latent_attention(
     for what, angle in (("cosines", cos), ("sines", sin)):
         _check_shape(f"{name}: shape of the {what}", angle, (batch, length, turning // 2))
         _check_device(f"{name}: device of the {what}", angle, q_BSHQ)
-    _check_mask(name, mask_BSS, q_BSHQ)
+    _check_seen(name, mask_BSS, first_BS, q_BSHQ)
     exact = cos.dtype == sin.dtype == torch.float32
     triton = exact and _in_triton(q_BSHQ, wide, kv_BSHX.shape[3] - wide + turning, scale, turning)
     implementation = chosen(name, q_BSHQ, SOURCE if exact else None, triton=triton)
     if implementation == "reference":
-        return latent_attention_reference(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS)
+        return latent_attention_reference(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS, first_BS)
     if implementation == "compiled":
-        return LatentAttention.apply(q_BSHQ, kv_BSHX, key_BSR, cos, sin, scale, mask_BSS)
+        return LatentAttention.apply(q_BSHQ, kv_BSHX, key_BSR, cos, sin, scale, mask_BSS, first_BS)
     if implementation == "gpu":
         from gristmill.kernels.mla_attention.gpu import TritonLatentAttention
 
-        return TritonLatentAttention.apply(q_BSHQ, kv_BSHX, key_BSR, cos.detach(), sin.detach(), scale, mask_BSS)
-    return sdpa_latent_attention(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS)
+        angles = cos.detach(), sin.detach()
+        return TritonLatentAttention.apply(q_BSHQ, kv_BSHX, key_BSR, *angles, scale, mask_BSS, first_BS)
+    return sdpa_latent_attention(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS, first_BS)
 
 
 def _in_triton(q: Tensor, width: int, values: int, scale: float, turning: int | None = None) -> bool:
@@ -125,12 +137,21 @@ def _check_tensors(operation: str, ranks: dict[str, tuple[Tensor, int]]) -> None
         _check_device(f"{operation}: device of {name}", tensor, of)
 
 
-def _check_mask(operation: str, mask: Tensor | None, q: Tensor) -> None:
-    if mask is None:
-        return
-    require(mask.dtype == torch.bool, TypeError, f"{operation}: mask_BSS", mask.dtype, "torch.bool")
-    _check_shape(f"{operation}: shape of mask_BSS", mask, (q.shape[0], q.shape[1], q.shape[1]))
-    _check_device(f"{operation}: device of mask_BSS", mask, q)
+def _check_seen(operation: str, mask: Tensor | None, first: Tensor | None, q: Tensor) -> None:
+    one = mask is None or first is None
+    require(one, ValueError, f"{operation}: what queries see", "given as mask_BSS and as first_BS", "one of the two")
+    if mask is not None:
+        require(mask.dtype == torch.bool, TypeError, f"{operation}: mask_BSS", mask.dtype, "torch.bool")
+        _check_shape(f"{operation}: shape of mask_BSS", mask, (q.shape[0], q.shape[1], q.shape[1]))
+        _check_device(f"{operation}: device of mask_BSS", mask, q)
+    if first is not None:
+        whole = first.dtype in (torch.int32, torch.int64)
+        require(whole, TypeError, f"{operation}: first_BS", first.dtype, "torch.int32 or torch.int64")
+        _check_shape(f"{operation}: shape of first_BS", first, (q.shape[0], q.shape[1]))
+        _check_device(f"{operation}: device of first_BS", first, q)
+        if first.device.type == "cpu" and first.numel():
+            least = int(first.min())
+            require(least >= 0, ValueError, f"{operation}: the least of first_BS", least, "a place from 0 on")
 
 
 def _check_shape(what: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:

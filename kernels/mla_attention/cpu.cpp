@@ -214,12 +214,15 @@ struct Backward {
 
 extern "C" {
 
-// reach (B, S, 3) of a mask (B, S, S), or without one of queries that see the keys up to their own.
-void attention_reach(const uint8_t *mask, Reach *reach, int64_t sequences, int64_t length, int64_t threads) {
+// reach (B, S, 3) of a mask (B, S, S), or without one of queries that see the keys up to their own: from `first_seen` (B, S)
+// on, or all of them.
+void attention_reach(const uint8_t *mask, const int64_t *first_seen, Reach *reach, int64_t sequences, int64_t length,
+                     int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < sequences * length; row++) {
         if (!mask) {
-            reach[row] = {0, row % length + 1, 0};
+            const int64_t end = row % length + 1;
+            reach[row] = {first_seen ? std::min(first_seen[row], end) : 0, end, 0};
             continue;
         }
         const uint8_t *bytes = mask + row * length;

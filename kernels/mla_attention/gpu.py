@@ -4,9 +4,10 @@ Queries and keys come in two parts, whose products are added: for MLA the part t
 share and which is therefore never spread over them, and the part that is not; else a power of two and the rest, so
 that a width of 192 is not padded to 256. Tiles travel by the copy engine of a Hopper GPU.
 
-A mask is looked at once, tile by tile: a block of queries then has a list of the tiles of keys that it sees whole,
-which need no mask, and of those that it sees in part; others cost nothing. A block of keys has such a list of tiles of
-queries. Whatever is added up is added by one program in one order: two runs give equal bits.
+A mask, or the first key that each query sees, is looked at once, tile by tile: a block of queries then has a list of
+the tiles of keys that it sees whole, of which nothing is asked again, and of those that it sees in part; others cost
+nothing. A block of keys has such a list of tiles of queries. Whatever is added up is added by one program in one order:
+two runs give equal bits, and so do first keys and the mask that says the same.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from gristmill.kernels.mla_attention.gpu_kernels import (
     gradient_of_keys,
     gradient_of_queries,
     kinds,
+    kinds_from_first,
     packed,
     products,
 )
@@ -36,6 +38,7 @@ from gristmill.kernels.tiles import tuned
 LOG2_E = math.log2(math.e)
 LEAST = 16  # columns of a tile: less a product of tensor cores does not take
 PACKED_ROWS = 64
+TILES_AT_ONCE = 64
 MOST = 256  # columns of a part: more does not fit beside the rest
 
 
@@ -71,10 +74,20 @@ class Lists(NamedTuple):
     part: Tensor
 
 
-def _bits(mask_BSS: Tensor | None) -> Tensor | None:
-    """A mask as bits, 64 keys a number, an even number of them: what tiles that are seen in part look at."""
-    if mask_BSS is None:
-        return None
+def _seen(mask_BSS: Tensor | None, first_BS: Tensor | None) -> Tensor | None:
+    """What tiles that are seen in part look at: a mask's bits, (B, S, K), or first keys, int32 and (B, S); or none."""
+    if first_BS is not None:
+        return first_BS.clamp(0, first_BS.shape[1]).to(torch.int32).contiguous()
+    return None if mask_BSS is None else _bits(mask_BSS)
+
+
+def _said(seen: Tensor | None) -> str:
+    """The kernels' SEEN."""
+    return "causal" if seen is None else "first" if seen.ndim == 2 else "mask"
+
+
+def _bits(mask_BSS: Tensor) -> Tensor:
+    """A mask as bits, 64 keys a number, an even number of them."""
     batch, length = mask_BSS.shape[:2]
     words = 2 * triton.cdiv(length, 128)
     bits_BSK = torch.empty(batch, length, words, dtype=torch.int64, device=mask_BSS.device)
@@ -83,14 +96,18 @@ def _bits(mask_BSS: Tensor | None) -> Tensor | None:
     return bits_BSK
 
 
-def _lists(bits_BSK: Tensor | None, tiles: Tiles, like: Tensor, *, of_keys: bool = False) -> Lists:
-    """For blocks of queries the tiles of keys, or the other way round; nothing is in them without a mask."""
-    if bits_BSK is None:
+def _lists(seen: Tensor | None, tiles: Tiles, like: Tensor, *, of_keys: bool = False) -> Lists:
+    """For blocks of queries the tiles of keys, or the other way round; nothing is in them where it is causal."""
+    if seen is None:
         return Lists(*(torch.empty(1, dtype=torch.int32, device=like.device) for _ in range(3)))
-    batch, length = bits_BSK.shape[:2]
+    batch, length = seen.shape[:2]
     rows, keys = triton.cdiv(length, tiles.rows), triton.cdiv(length, tiles.keys)
     kind = torch.empty(batch, rows, keys, dtype=torch.int8, device=like.device)
-    kinds[(rows, keys, batch)](bits_BSK, kind, length, ROWS=tiles.rows, KEYS=tiles.keys)
+    if _said(seen) == "mask":
+        kinds[(rows, keys, batch)](seen, kind, length, ROWS=tiles.rows, KEYS=tiles.keys)
+    else:
+        grid = (rows, triton.cdiv(keys, TILES_AT_ONCE), batch)
+        kinds_from_first[grid](seen, kind, length, keys, ROWS=tiles.rows, KEYS=tiles.keys, TILES=TILES_AT_ONCE)
     kind = kind.mT if of_keys else kind
     order = kind.sort(dim=-1, descending=True, stable=True).indices.to(torch.int32).contiguous()
     whole, part = ((kind == which).sum(-1, dtype=torch.int32) for which in (2, 1))
@@ -131,9 +148,9 @@ def supported(q: Tensor, width: int, values: int, turning: int | None, scale: fl
     return within and scale > 0 and q.numel() > 0 and (q.element_size() == 2 or INTERPRETED) and _has_engine(q.device)
 
 
-def _common(sides: Sides, bits_BSK: Tensor | None, tiles: Tiles) -> dict[str, Any]:
+def _common(sides: Sides, seen: Tensor | None, tiles: Tiles) -> dict[str, Any]:
     return {
-        "SPLIT": sides.q_second is not None, "MASKED": bits_BSK is not None, "WIDE": INTERPRETED,
+        "SPLIT": sides.q_second is not None, "SEEN": _said(seen), "WIDE": INTERPRETED,
         "ROWS": tiles.rows, "KEYS": tiles.keys, "N": _padded(sides.q.shape[-1]),
         "R": LEAST if sides.q_second is None else _padded(sides.q_second.shape[-1]), "W": _padded(sides.v.shape[-1]),
         "num_warps": tiles.warps, "num_stages": tiles.stages,
@@ -164,22 +181,22 @@ def _chosen(kernel: str, sides: Sides, usual: Tiles, asked: Tiles | None) -> Til
     return asked or tuned(f"attention.{kernel}.{parts}", sides.q.device, usual)
 
 
-def attend(sides: Sides, scale: float, bits_BSK: Tensor | None, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
+def attend(sides: Sides, scale: float, seen: Tensor | None, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     """Results (B, H, S, W), laid out (B, S, H, W), and log₂ Σ exp(scale · q k) of each query, (B, H, S)."""
     tiles = _chosen("forward", sides, FORWARD, tiles)
     batch, heads, length, shared, own = _of(sides)
     out = sides.v.new_empty(batch, length, heads, sides.v.shape[-1]).transpose(1, 2)
     log = torch.empty(batch, heads, length, dtype=torch.float32, device=sides.q.device)
-    lists = _lists(bits_BSK, tiles, log)
+    lists = _lists(seen, tiles, log)
     forward[(triton.cdiv(length, tiles.rows) * batch * heads,)](
-        *_sides(sides, tiles), _tile(out, tiles.rows), log, lists.part if bits_BSK is None else bits_BSK, *lists,
-        scale * LOG2_E, length, heads, shared, own, **_common(sides, bits_BSK, tiles),
+        *_sides(sides, tiles), _tile(out, tiles.rows), log, lists.part if seen is None else seen, *lists,
+        scale * LOG2_E, length, heads, shared, own, **_common(sides, seen, tiles),
     )  # fmt: skip
     return out, log
 
 
 def gradients_(
-    into: Sides, sides: Sides, out: Tensor, log: Tensor, grad: Tensor, scale: float, bits_BSK: Tensor | None,
+    into: Sides, sides: Sides, out: Tensor, log: Tensor, grad: Tensor, scale: float, seen: Tensor | None,
     of_queries: Tiles | None = None, of_keys: Tiles | None = None,
 ) -> None:  # fmt: skip
     """Write the gradients of `sides` into `into`, that of a shared second part of keys once for each head."""
@@ -193,19 +210,19 @@ def gradients_(
         ROWS=of_queries.rows, W=_padded(out.shape[-1]),
     )  # fmt: skip
     numbers = (scale * LOG2_E, length, heads, shared, own, scale)
-    lists = _lists(bits_BSK, of_queries, log)
+    lists = _lists(seen, of_queries, log)
     second = into.q if into.q_second is None else into.q_second
     gradient_of_queries[(blocks * batch * heads,)](
         *_sides(sides, of_queries), _tile(grad, of_queries.rows), _tile(into.q, of_queries.rows),
-        _tile(second, of_queries.rows), log, product, lists.part if bits_BSK is None else bits_BSK, *lists, *numbers,
-        **_common(sides, bits_BSK, of_queries),
+        _tile(second, of_queries.rows), log, product, lists.part if seen is None else seen, *lists, *numbers,
+        **_common(sides, seen, of_queries),
     )  # fmt: skip
-    lists = _lists(bits_BSK, of_keys, log, of_keys=True)
+    lists = _lists(seen, of_keys, log, of_keys=True)
     second = into.k if into.k_second is None else into.k_second
     gradient_of_keys[(triton.cdiv(length, of_keys.keys) * batch * heads // shared,)](
         *_sides(sides, of_keys), _tile(grad, of_keys.rows), _tile(into.k, of_keys.keys),
         _tile(second, of_keys.keys), _tile(into.v, of_keys.keys), log, product,
-        lists.part if bits_BSK is None else bits_BSK, *lists, *numbers, **_common(sides, bits_BSK, of_keys),
+        lists.part if seen is None else seen, *lists, *numbers, **_common(sides, seen, of_keys),
     )  # fmt: skip
 
 
@@ -222,21 +239,24 @@ class TritonAttention(torch.autograd.Function):
     """`attention` with its three gradients."""
 
     @staticmethod
-    def forward(ctx: Any, q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float, mask_BSS: Tensor | None):
+    def forward(
+        ctx: Any, q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float,
+        mask_BSS: Tensor | None, first_BS: Tensor | None,
+    ):  # fmt: skip
         q, k, v = _heads_first(q_BSHN, k_BSGN, v_BSGW)
-        ctx.scale, bits_BSK = scale, _bits(mask_BSS)
-        out, log = operation.attend(*_joined_sides(q, k, v), bits_BSK, scale)
-        ctx.save_for_backward(q, k, v, out, log, bits_BSK)
+        ctx.scale, seen = scale, _seen(mask_BSS, first_BS)
+        out, log = operation.attend(*_joined_sides(q, k, v), seen, scale)
+        ctx.save_for_backward(q, k, v, out, log, seen)
         return out.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BSHW: Tensor):
-        q, k, v, out, log, bits_BSK = ctx.saved_tensors
+        q, k, v, out, log, seen = ctx.saved_tensors
         made = [torch.empty_like(t.transpose(1, 2), memory_format=torch.contiguous_format) for t in (q, k, v)]
         into = _joined_sides(*(t.transpose(1, 2) for t in made))
-        gradients_(into, _joined_sides(q, k, v), out, log, grad_BSHW.transpose(1, 2), ctx.scale, bits_BSK)
-        return *made, None, None
+        gradients_(into, _joined_sides(q, k, v), out, log, grad_BSHW.transpose(1, 2), ctx.scale, seen)
+        return *made, None, None, None
 
 
 def _joined_sides(q: Tensor, k: Tensor, v: Tensor) -> Sides:
@@ -250,30 +270,30 @@ class TritonLatentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q_BSHQ: Tensor, kv_BSHX: Tensor, key_BSR: Tensor, cos: Tensor, sin: Tensor, scale: float,
-        mask_BSS: Tensor | None,
+        mask_BSS: Tensor | None, first_BS: Tensor | None,
     ):  # fmt: skip
-        turning, bits_BSK = key_BSR.shape[-1], _bits(mask_BSS)
+        turning, seen = key_BSR.shape[-1], _seen(mask_BSS, first_BS)
         q, kv = _heads_first(q_BSHQ, kv_BSHX)
         q_second = turned(q_BSHQ[..., -turning:], cos[:, :, None], sin[:, :, None], q.dtype).transpose(1, 2)
         key = turned(key_BSR, cos, sin, q.dtype)[:, None]
-        out, log = operation.attend(*_latent_sides(q, kv, q_second, key), bits_BSK, scale)
-        ctx.save_for_backward(q, kv, q_second, key, cos, sin, out, log, bits_BSK)
+        out, log = operation.attend(*_latent_sides(q, kv, q_second, key), seen, scale)
+        ctx.save_for_backward(q, kv, q_second, key, cos, sin, out, log, seen)
         ctx.scale = scale
         return out.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BSHW: Tensor):
-        q, kv, q_second, key, cos, sin, out, log, bits_BSK = ctx.saved_tensors
+        q, kv, q_second, key, cos, sin, out, log, seen = ctx.saved_tensors
         (batch, heads, length, _), turning = q.shape, key.shape[-1]
         grad_q, grad_kv = (t.new_empty(batch, length, heads, t.shape[-1]) for t in (q, kv))
         seconds = [q.new_empty(batch, length, heads, turning, dtype=torch.float32) for _ in range(2)]
         into = _latent_sides(*(t.transpose(1, 2) for t in (grad_q, grad_kv, *seconds)))
         sides = _latent_sides(q, kv, q_second, key)
-        gradients_(into, sides, out, log, grad_BSHW.transpose(1, 2), ctx.scale, bits_BSK)
+        gradients_(into, sides, out, log, grad_BSHW.transpose(1, 2), ctx.scale, seen)
         grad_q[..., -turning:] = turned_back(seconds[0], cos[:, :, None], sin[:, :, None], q.dtype)
         grad_key = turned_back(seconds[1].sum(2), cos, sin, key.dtype)
-        return grad_q, grad_kv, grad_key, None, None, None, None
+        return grad_q, grad_kv, grad_key, None, None, None, None, None
 
 
 def _latent_sides(q: Tensor, kv: Tensor, q_turned: Tensor, k_turned: Tensor) -> Sides:

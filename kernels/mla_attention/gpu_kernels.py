@@ -1,7 +1,9 @@
 """The kernels of `gpu.py`: attention tile by tile, forward and backward.
 
 Operands are descriptors of (B, heads, S, width); x and `x_second` are a block's queries. Scores are taken times
-`scale` · log₂ e, so that weights are powers of two. A list of tiles, where there is a mask, is one of `Lists`.
+`scale` · log₂ e, so that weights are powers of two. What queries see is said by SEEN: "causal", the keys up to their
+own; "first", of these the ones from a place on that `seen_ptr` has for each query, int32; "mask", what its bits say,
+which `packed` made. A list of tiles, where it is not causal, is one of `Lists`.
 """
 
 from __future__ import annotations
@@ -30,18 +32,27 @@ def _words(bits_ptr, batch, rows, word, length):
 
 
 @triton.jit
-def _seen(bits_ptr, batch, rows, first, length, MASKED: tl.constexpr, KEYS: tl.constexpr, UPRIGHT: tl.constexpr):
+def _first_seen(first_ptr, batch, rows, length):
+    """The first key that each row sees, or one behind all keys where there is no such row."""
+    return tl.load(first_ptr + batch.to(tl.int64) * length + rows, mask=rows < length, other=2147483647)
+
+
+@triton.jit
+def _seen(seen_ptr, batch, rows, first, length, SEEN: tl.constexpr, KEYS: tl.constexpr, UPRIGHT: tl.constexpr):
     """Whether rows see keys from `first` on, (ROWS, KEYS), or (KEYS, ROWS) if UPRIGHT."""
     key = tl.arange(0, KEYS)
     keys = first + key
     keys, rows_there = (keys[:, None], rows[None, :]) if UPRIGHT else (keys[None, :], rows[:, None])
-    if MASKED:
-        word = _words(bits_ptr, batch, rows, first // 64, length)
+    if SEEN == "mask":
+        word = _words(seen_ptr, batch, rows, first // 64, length)
         bits, place = word[None, :] if UPRIGHT else word[:, None], keys - first // 64 * 64
         if KEYS > 64:
-            more = _words(bits_ptr, batch, rows, first // 64 + 1, length)
+            more = _words(seen_ptr, batch, rows, first // 64 + 1, length)
             bits = tl.where(place < 64, bits, more[None, :] if UPRIGHT else more[:, None])
         return ((bits >> (place % 64).to(tl.int64)) & 1) != 0
+    if SEEN == "first":
+        begin = _first_seen(seen_ptr, batch, rows, length)
+        return (keys >= (begin[None, :] if UPRIGHT else begin[:, None])) & (keys <= rows_there)
     return (keys <= rows_there) & (keys < length)
 
 
@@ -50,10 +61,25 @@ def kinds(bits_ptr, kind_ptr, length, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """Of a tile of the mask: 0 nothing is seen, 2 everything, 1 a part, as where keys beyond the last would be."""
     batch, row, key = tl.program_id(2), tl.program_id(0), tl.program_id(1)
     rows = row * ROWS + tl.arange(0, ROWS)
-    seen = _seen(bits_ptr, batch, rows, key * KEYS, length, True, KEYS, False).to(tl.int32)
+    seen = _seen(bits_ptr, batch, rows, key * KEYS, length, "mask", KEYS, False).to(tl.int32)
     least = tl.min(tl.min(tl.where((rows < length)[:, None], seen, 1), 1), 0)
     place = (batch.to(tl.int64) * tl.num_programs(0) + row) * tl.num_programs(1) + key
     tl.store(kind_ptr + place, tl.max(tl.max(seen, 1), 0) + least)
+
+
+@triton.jit
+def kinds_from_first(
+    first_ptr, kind_ptr, length, tiles, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr
+):  # fmt: skip
+    """As `kinds`, of TILES tiles of keys, from the first key that each row sees."""
+    batch, row = tl.program_id(2), tl.program_id(0)
+    rows, tile = row * ROWS + tl.arange(0, ROWS), tl.program_id(1) * TILES + tl.arange(0, TILES)
+    first, begin, last = _first_seen(first_ptr, batch, rows, length), tile * KEYS, tile * KEYS + KEYS - 1
+    from_key, to_key = tl.maximum(first[:, None], begin[None, :]), tl.minimum(rows[:, None], last[None, :])
+    some = tl.max((from_key <= to_key).to(tl.int32), 0)
+    whole = (tl.max(tl.where(rows < length, first, 0), 0) <= begin) & (last <= row * ROWS)
+    place = (batch.to(tl.int64) * tl.num_programs(0) + row) * tiles + tile
+    tl.store(kind_ptr + place, some + whole.to(tl.int32), mask=tile < tiles)
 
 
 @triton.jit
@@ -86,17 +112,17 @@ def _bounds(whole_ptr, part_ptr, at):
 
 @triton.jit
 def _tile_of_softmax(
-    x, x_second, k, k_second, v, top, total, sums, bits_ptr, list_ptr, i, batch, group, second, rows, scale, length,
-    PART: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    x, x_second, k, k_second, v, top, total, sums, seen_ptr, list_ptr, i, batch, group, second, rows, scale, length,
+    PART: tl.constexpr, SPLIT: tl.constexpr, SEEN: tl.constexpr, WIDE: tl.constexpr,
     KEYS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """One more tile of keys: the highest score, the sum of weights and of weighted values so far."""
-    first = KEYS * (tl.load(list_ptr + i) if MASKED else i)
+    first = KEYS * (tl.load(list_ptr + i) if SEEN != "causal" else i)
     key = k.load([batch, group, first, 0]).reshape(KEYS, N)
     key_second = k_second.load([batch, second, first, 0]).reshape(KEYS, R) if SPLIT else key
     scores = _scores(x, x_second, key, key_second, SPLIT, WIDE)
     if PART:
-        seen = _seen(bits_ptr, batch, rows, first, length, MASKED, KEYS, False)
+        seen = _seen(seen_ptr, batch, rows, first, length, SEEN, KEYS, False)
         scores = tl.where(seen, scores, float("-inf"))
     new = tl.maximum(top, tl.max(scores, 1) * scale)  # scale is above zero
     base = tl.where(new == float("-inf"), 0.0, new) if PART else new
@@ -107,9 +133,9 @@ def _tile_of_softmax(
 
 @triton.jit
 def forward(
-    q, q_second, k, k_second, v, out, log_ptr, bits_ptr, list_ptr, whole_ptr, part_ptr,
+    q, q_second, k, k_second, v, out, log_ptr, seen_ptr, list_ptr, whole_ptr, part_ptr,
     scale, length, heads, shared, own_second,
-    SPLIT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    SPLIT: tl.constexpr, SEEN: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head: its results, and log₂ Σ 2^(score · scale), infinite where nothing is seen."""
@@ -122,7 +148,7 @@ def forward(
     x_second = q_second.load([batch, head, first, 0]).reshape(ROWS, R) if SPLIT else x
     top = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     total, sums = tl.zeros((ROWS,), dtype=tl.float32), tl.zeros((ROWS, W), dtype=tl.float32)
-    if MASKED:
+    if SEEN != "causal":
         at = batch * blocks + block
         list_ptr += at * tl.cdiv(length, KEYS)
         complete, end = _bounds(whole_ptr, part_ptr, at)
@@ -130,13 +156,13 @@ def forward(
         complete, end = (first + 1) // KEYS, tl.cdiv(tl.minimum(first + ROWS, length), KEYS)
     for i in range(0, complete):
         top, total, sums = _tile_of_softmax(
-            x, x_second, k, k_second, v, top, total, sums, bits_ptr, list_ptr, i, batch, group, second, rows, scale,
-            length, False, SPLIT, MASKED, WIDE, KEYS, N, R, W,
+            x, x_second, k, k_second, v, top, total, sums, seen_ptr, list_ptr, i, batch, group, second, rows, scale,
+            length, False, SPLIT, SEEN, WIDE, KEYS, N, R, W,
         )  # fmt: skip
     for i in range(complete, end):
         top, total, sums = _tile_of_softmax(
-            x, x_second, k, k_second, v, top, total, sums, bits_ptr, list_ptr, i, batch, group, second, rows, scale,
-            length, True, SPLIT, MASKED, WIDE, KEYS, N, R, W,
+            x, x_second, k, k_second, v, top, total, sums, seen_ptr, list_ptr, i, batch, group, second, rows, scale,
+            length, True, SPLIT, SEEN, WIDE, KEYS, N, R, W,
         )  # fmt: skip
     empty = total == 0.0
     result = sums / tl.where(empty, 1.0, total)[:, None]
@@ -164,19 +190,19 @@ def products(
 
 @triton.jit
 def _tile_of_queries(
-    x, x_second, slope, log, product, k, k_second, v, dq, dq_second, bits_ptr, list_ptr, i, batch, group, second, rows,
+    x, x_second, slope, log, product, k, k_second, v, dq, dq_second, seen_ptr, list_ptr, i, batch, group, second, rows,
     scale, length,
-    PART: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    PART: tl.constexpr, SPLIT: tl.constexpr, SEEN: tl.constexpr, WIDE: tl.constexpr,
     KEYS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """What one tile of keys adds to the gradients of a block of queries."""
-    first = KEYS * (tl.load(list_ptr + i) if MASKED else i)
+    first = KEYS * (tl.load(list_ptr + i) if SEEN != "causal" else i)
     key = k.load([batch, group, first, 0]).reshape(KEYS, N)
     key_second = k_second.load([batch, second, first, 0]).reshape(KEYS, R) if SPLIT else key
     value = v.load([batch, group, first, 0]).reshape(KEYS, W)
     scores = _scores(x, x_second, key, key_second, SPLIT, WIDE) * scale
     if PART:
-        seen = _seen(bits_ptr, batch, rows, first, length, MASKED, KEYS, False)
+        seen = _seen(seen_ptr, batch, rows, first, length, SEEN, KEYS, False)
         scores = tl.where(seen, scores, float("-inf"))
     weight = tl.exp2(scores - log[:, None])
     change = weight * (_scores(slope, slope, value, value, False, WIDE) - product[:, None])
@@ -189,8 +215,8 @@ def _tile_of_queries(
 @triton.jit
 def gradient_of_queries(
     q, q_second, k, k_second, v, grad, grad_q, grad_second, log_ptr, product_ptr,
-    bits_ptr, list_ptr, whole_ptr, part_ptr, scale, length, heads, shared, own_second, factor,
-    SPLIT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    seen_ptr, list_ptr, whole_ptr, part_ptr, scale, length, heads, shared, own_second, factor,
+    SPLIT: tl.constexpr, SEEN: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head."""
@@ -206,7 +232,7 @@ def gradient_of_queries(
     log = tl.load(log_ptr + at, mask=rows < length, other=float("inf"))
     product = tl.load(product_ptr + at, mask=rows < length, other=0.0)
     dq, dq_second = tl.zeros((ROWS, N), dtype=tl.float32), tl.zeros((ROWS, R), dtype=tl.float32)
-    if MASKED:
+    if SEEN != "causal":
         lists = batch * blocks + block
         list_ptr += lists * tl.cdiv(length, KEYS)
         complete, end = _bounds(whole_ptr, part_ptr, lists)
@@ -214,13 +240,13 @@ def gradient_of_queries(
         complete, end = (first + 1) // KEYS, tl.cdiv(tl.minimum(first + ROWS, length), KEYS)
     for i in range(0, complete):
         dq, dq_second = _tile_of_queries(
-            x, x_second, slope, log, product, k, k_second, v, dq, dq_second, bits_ptr, list_ptr, i, batch, group,
-            second, rows, scale, length, False, SPLIT, MASKED, WIDE, KEYS, N, R, W,
+            x, x_second, slope, log, product, k, k_second, v, dq, dq_second, seen_ptr, list_ptr, i, batch, group,
+            second, rows, scale, length, False, SPLIT, SEEN, WIDE, KEYS, N, R, W,
         )  # fmt: skip
     for i in range(complete, end):
         dq, dq_second = _tile_of_queries(
-            x, x_second, slope, log, product, k, k_second, v, dq, dq_second, bits_ptr, list_ptr, i, batch, group,
-            second, rows, scale, length, True, SPLIT, MASKED, WIDE, KEYS, N, R, W,
+            x, x_second, slope, log, product, k, k_second, v, dq, dq_second, seen_ptr, list_ptr, i, batch, group,
+            second, rows, scale, length, True, SPLIT, SEEN, WIDE, KEYS, N, R, W,
         )  # fmt: skip
     grad_q.store([batch, head, first, 0], (dq * factor).to(grad_q.dtype).reshape(1, 1, ROWS, N))
     if SPLIT:
@@ -230,13 +256,13 @@ def gradient_of_queries(
 
 @triton.jit
 def _tile_of_keys(
-    q, q_second, key, key_second, value, grad, dk, dk_second, dv, log_ptr, product_ptr, bits_ptr, list_ptr, i, batch,
+    q, q_second, key, key_second, value, grad, dk, dk_second, dv, log_ptr, product_ptr, seen_ptr, list_ptr, i, batch,
     head, heads, first_key, scale, length,
-    PART: tl.constexpr, SPLIT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    PART: tl.constexpr, SPLIT: tl.constexpr, SEEN: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """What one tile of queries adds to the gradients of a block of keys and values."""
-    first = ROWS * (tl.load(list_ptr + i) if MASKED else i)
+    first = ROWS * (tl.load(list_ptr + i) if SEEN != "causal" else i)
     rows = first + tl.arange(0, ROWS)
     x = q.load([batch, head, first, 0]).reshape(ROWS, N)
     x_second = q_second.load([batch, head, first, 0]).reshape(ROWS, R) if SPLIT else x
@@ -246,7 +272,7 @@ def _tile_of_keys(
     product = tl.load(product_ptr + at, mask=rows < length, other=0.0)
     scores = _scores(key, key_second, x, x_second, SPLIT, WIDE) * scale
     if PART:
-        seen = _seen(bits_ptr, batch, rows, first_key, length, MASKED, KEYS, True)
+        seen = _seen(seen_ptr, batch, rows, first_key, length, SEEN, KEYS, True)
         scores = tl.where(seen, scores, float("-inf"))
     weight = tl.exp2(scores - log[None, :])
     dv = _add_product(weight, slope, dv, WIDE)
@@ -260,8 +286,8 @@ def _tile_of_keys(
 @triton.jit
 def gradient_of_keys(
     q, q_second, k, k_second, v, grad, grad_k, grad_second, grad_v, log_ptr, product_ptr,
-    bits_ptr, list_ptr, whole_ptr, part_ptr, scale, length, heads, shared, own_second, factor,
-    SPLIT: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    seen_ptr, list_ptr, whole_ptr, part_ptr, scale, length, heads, shared, own_second, factor,
+    SPLIT: tl.constexpr, SEEN: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """A block of keys and values of one group, over the queries of its heads in order."""
@@ -273,7 +299,7 @@ def gradient_of_keys(
     value = v.load([batch, group, first, 0]).reshape(KEYS, W)
     dk, dk_second = tl.zeros((KEYS, N), dtype=tl.float32), tl.zeros((KEYS, R), dtype=tl.float32)
     dv, tiles = tl.zeros((KEYS, W), dtype=tl.float32), tl.cdiv(length, ROWS)
-    if MASKED:
+    if SEEN != "causal":
         lists = batch * blocks + block
         list_ptr += lists * tiles
         end, part_end = _bounds(whole_ptr, part_ptr, lists)
@@ -285,13 +311,13 @@ def gradient_of_keys(
     for head in range(group * shared, (group + 1) * shared):
         for i in range(part, part_end):
             dk, dk_second, dv = _tile_of_keys(
-                q, q_second, key, key_second, value, grad, dk, dk_second, dv, log_ptr, product_ptr, bits_ptr, list_ptr,
-                i, batch, head, heads, first, scale, length, True, SPLIT, MASKED, WIDE, ROWS, KEYS, N, R, W,
+                q, q_second, key, key_second, value, grad, dk, dk_second, dv, log_ptr, product_ptr, seen_ptr, list_ptr,
+                i, batch, head, heads, first, scale, length, True, SPLIT, SEEN, WIDE, ROWS, KEYS, N, R, W,
             )  # fmt: skip
         for i in range(begin, end):
             dk, dk_second, dv = _tile_of_keys(
-                q, q_second, key, key_second, value, grad, dk, dk_second, dv, log_ptr, product_ptr, bits_ptr, list_ptr,
-                i, batch, head, heads, first, scale, length, False, SPLIT, MASKED, WIDE, ROWS, KEYS, N, R, W,
+                q, q_second, key, key_second, value, grad, dk, dk_second, dv, log_ptr, product_ptr, seen_ptr, list_ptr,
+                i, batch, head, heads, first, scale, length, False, SPLIT, SEEN, WIDE, ROWS, KEYS, N, R, W,
             )  # fmt: skip
     grad_k.store([batch, group, first, 0], (dk * factor).to(grad_k.dtype).reshape(1, 1, KEYS, N))
     grad_v.store([batch, group, first, 0], dv.to(grad_v.dtype).reshape(1, 1, KEYS, W))

@@ -37,7 +37,7 @@ struct Span {
 struct Call {
     const Shape &shape;
     const float *q, *k, *v, *key, *cos, *sin;  // angles (B, S, R/2)
-    const uint8_t *mask;                       // (B, S, S), or none: causal
+    const uint8_t *mask;                       // (B, S, S), or none: no holes
     const Reach *reach;                        // (B, S)
     float scale;
 };

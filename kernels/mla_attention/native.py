@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
     key_BSR: Tensor
     cos: Tensor
     sin: Tensor
-    mask_BSS: Tensor  # empty: causal
+    mask_BSS: Tensor  # empty: none
 
     def sizes(self, *gradients: Tensor) -> Tensor:
         """`Shape` of the source; gradients are those of the result, of k and of v."""
@@ -43,6 +43,12 @@ def _rowwise(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _seen(mask_BSS: Tensor | None, first_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mask and the first keys, int64, as the source reads them; what is not given is empty."""
+    mask = torch.empty(0) if mask_BSS is None else mask_BSS.contiguous()
+    return mask, torch.empty(0) if first_BS is None else first_BS.long().contiguous()
+
+
 @torch.library.custom_op("gristmill::attention", mutates_args=())
 def attend(
     q_BSHQ: Tensor,
@@ -52,16 +58,18 @@ def attend(
     cos: Tensor,
     sin: Tensor,
     mask_BSS: Tensor,
+    first_BS: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result (B, S, H, W), log Σ exp of the scores (B, H, S), and the keys that each query sees (B, S, 3).
 
+    `first_BS` is int64, or empty as without it.
     An operation of torch's, so that selective recomputation can keep what it gave.
     """
     inputs, library = Inputs(q_BSHQ, k_BSGN, v_BSGW, key_BSR, cos, sin, mask_BSS), needed(SOURCE)
     batch, length, heads, _ = q_BSHQ.shape
     reach = torch.empty(batch, length, 3, dtype=torch.int64)
-    library("attention_reach", mask_BSS, reach, batch, length)
+    library("attention_reach", mask_BSS, first_BS, reach, batch, length)
     out = q_BSHQ.new_empty(batch, length, heads, v_BSGW.shape[-1])
     log_sums = q_BSHQ.new_empty(batch, heads, length)
     library("attention_forward", inputs.sizes(), *inputs, reach, out, log_sums, scale)
@@ -86,11 +94,18 @@ class Attention(torch.autograd.Function):
     """Of queries, keys and values that are whole."""
 
     @staticmethod
-    def forward(ctx: Any, q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float, mask_BSS: Tensor | None):
-        none = q_BSHN.new_empty(1, 1, 0)
-        mask = torch.empty(0) if mask_BSS is None else mask_BSS.contiguous()
+    def forward(
+        ctx: Any,
+        q_BSHN: Tensor,
+        k_BSGN: Tensor,
+        v_BSGW: Tensor,
+        scale: float,
+        mask_BSS: Tensor | None,
+        first_BS: Tensor | None,
+    ):
+        none, (mask, first) = q_BSHN.new_empty(1, 1, 0), _seen(mask_BSS, first_BS)
         inputs = Inputs(_rowwise(q_BSHN), _rowwise(k_BSGN), _rowwise(v_BSGW), none, none, none, mask)
-        out, *kept = attend(*inputs, scale)
+        out, *kept = attend(*inputs, first, scale)
         ctx.save_for_backward(*inputs, out, *kept)
         ctx.scale = scale
         return out
@@ -102,7 +117,7 @@ class Attention(torch.autograd.Function):
         inputs = Inputs._make(given)
         grad_k, grad_v = (x.new_empty(x.shape) for x in (inputs.k_BSGN, inputs.v_BSGW))
         grad_q, _ = _backward(ctx, inputs, (out, log_sums, reach), grad_BSHW, grad_k, grad_v)
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q, grad_k, grad_v, None, None, None
 
 
 class LatentAttention(torch.autograd.Function):
@@ -118,13 +133,13 @@ class LatentAttention(torch.autograd.Function):
         sin: Tensor,
         scale: float,
         mask_BSS: Tensor | None,
+        first_BS: Tensor | None,
     ):
         q_BSHQ, kv_BSHX, key_BSR = (_rowwise(x) for x in (q_BSHQ, kv_BSHX, key_BSR))
-        width = q_BSHQ.shape[-1] - key_BSR.shape[-1]
-        mask = torch.empty(0) if mask_BSS is None else mask_BSS.contiguous()
+        width, (mask, first) = q_BSHQ.shape[-1] - key_BSR.shape[-1], _seen(mask_BSS, first_BS)
         k_BSHN, v_BSHW = kv_BSHX.tensor_split([width], -1)
         inputs = Inputs(q_BSHQ, k_BSHN, v_BSHW, key_BSR, cos.contiguous(), sin.contiguous(), mask)
-        out, *kept = attend(*inputs, scale)
+        out, *kept = attend(*inputs, first, scale)
         ctx.save_for_backward(q_BSHQ, kv_BSHX, *inputs[3:], out, *kept)
         ctx.scale = scale
         return out
@@ -138,4 +153,4 @@ class LatentAttention(torch.autograd.Function):
         grad_kv = kv_BSHX.new_empty(kv_BSHX.shape)
         grad_k, grad_v = grad_kv.tensor_split([width], -1)
         grad_q, grad_key = _backward(ctx, inputs, (out, log_sums, reach), grad_BSHW, grad_k, grad_v)
-        return grad_q, grad_kv, grad_key, None, None, None, None
+        return grad_q, grad_kv, grad_key, None, None, None, None, None

@@ -13,10 +13,10 @@ def attend(
     v: Tensor,
     q_second: Tensor | None,
     k_second: Tensor | None,
-    bits_BSK: Tensor | None,
+    seen: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See `attend` in gpu.py."""
     from gristmill.kernels.mla_attention import gpu
 
-    return gpu.attend(gpu.Sides(q, k, v, q_second, k_second), scale, bits_BSK)
+    return gpu.attend(gpu.Sides(q, k, v, q_second, k_second), scale, seen)

@@ -23,15 +23,26 @@ def joined(
     return torch.cat((q_BSHN, q_BSHR), -1), k_BSHQ, v_BSHW
 
 
+def mask_from_first(first_BS: Tensor) -> Tensor:
+    """True where a query (row) sees a key (column): from its first one up to its own, (B, S, S)."""
+    place_S = torch.arange(first_BS.shape[1], device=first_BS.device)
+    return (place_S >= first_BS[:, :, None]) & (place_S <= place_S[:, None])
+
+
 def attention_reference(
-    q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, scale: float, mask_BSS: Tensor | None = None
+    q_BSHN: Tensor,
+    k_BSGN: Tensor,
+    v_BSGW: Tensor,
+    scale: float,
+    mask_BSS: Tensor | None = None,
+    first_BS: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ) v of each head, (B, S, H, W); a query that sees no key has zeros."""
     shared = q_BSHN.shape[2] // k_BSGN.shape[2]
     k_BSHN, v_BSHW = k_BSGN.repeat_interleave(shared, 2), v_BSGW.repeat_interleave(shared, 2)
     if mask_BSS is None:
-        length = q_BSHN.shape[1]
-        mask_BSS = torch.ones(length, length, dtype=torch.bool, device=q_BSHN.device).tril()[None]
+        causal_BS = q_BSHN.new_zeros(1, q_BSHN.shape[1], dtype=torch.int64)
+        mask_BSS = mask_from_first(causal_BS if first_BS is None else first_BS)
     score_BHSS = torch.einsum("bshn,bthn->bhst", q_BSHN, k_BSHN) * scale
     seen_BHSS = mask_BSS[:, None]
     weight_BHSS = score_BHSS.masked_fill(~seen_BHSS, -torch.inf).softmax(-1)
@@ -46,6 +57,7 @@ def latent_attention_reference(
     rotary: tuple[Tensor, Tensor],
     scale: float,
     mask_BSS: Tensor | None = None,
+    first_BS: Tensor | None = None,
 ) -> Tensor:
     """Attention of MLA's projections (V3 equations 8 to 10), (B, S, H, W)."""
-    return attention_reference(*joined(q_BSHQ, kv_BSHX, key_BSR, rotary), scale, mask_BSS)
+    return attention_reference(*joined(q_BSHQ, kv_BSHX, key_BSR, rotary), scale, mask_BSS, first_BS)

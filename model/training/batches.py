@@ -59,19 +59,18 @@ def torch_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
-def document_mask(document_BS: Tensor) -> Tensor:
-    """True where a position may see an earlier one of its own document, (B, S, S)."""
-    length = document_BS.shape[1]
-    causal_SS = torch.ones(length, length, dtype=torch.bool, device=document_BS.device).tril()
-    return (document_BS[:, :, None] == document_BS[:, None]) & causal_SS
-
-
-def positions_within(document_BS: Tensor) -> Tensor:
-    """Positions that restart with each document of a packed sequence, (B, S)."""
+def first_within(document_BS: Tensor) -> Tensor:
+    """The place in its packed sequence where each position's document begins, (B, S): the first that it may see."""
     place = torch.arange(document_BS.shape[1], device=document_BS.device).expand_as(document_BS)
     starts = torch.ones_like(document_BS, dtype=torch.bool)
     starts[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
-    return place - torch.where(starts, place, 0).cummax(1).values
+    return torch.where(starts, place, 0).cummax(1).values
+
+
+def packed_inputs(token_BS: Tensor, document_BS: Tensor) -> Batch:
+    """Documents of which each is on its own, one behind the other, with a number for each: positions restart."""
+    first_BS = first_within(document_BS)
+    return Batch(token_BS, torch.arange(token_BS.shape[1], device=token_BS.device) - first_BS, first_BS)
 
 
 class TokenBatches:
@@ -103,7 +102,7 @@ class TokenBatches:
         if self.across:
             inputs = Batch(token_BS, torch.arange(token_BS.shape[1], device=self.device).expand_as(token_BS), None)
         else:
-            inputs = Batch(token_BS, positions_within(document_BS), document_mask(document_BS))
+            inputs = packed_inputs(token_BS, document_BS)
         return TrainingBatch(inputs, target_BS, next_BS, (target_BS != IGNORED).float(), share, next_share)
 
     def documents(self, step: int) -> list[str]:
@@ -186,7 +185,7 @@ class PackedConversations:
     def _made(self, places: np.ndarray, share: float) -> TrainingBatch:
         rows = [self._row(self.packs[i]) for i in places]
         token, target, document = (torch.from_numpy(np.stack(part)).to(self.device) for part in zip(*rows, strict=True))
-        inputs = Batch(token, positions_within(document), document_mask(document))
+        inputs = packed_inputs(token, document)
         return TrainingBatch(inputs, target, None, (target != IGNORED).float(), share)
 
     def _row(self, pack: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -41,12 +41,12 @@ def _recomputed(
     how: str,
     x_BSD: Tensor,
     rotary: tuple[Tensor, Tensor],
-    mask_BSS: Tensor | None,
+    first_BS: Tensor | None,
     routing: Routing | None,
 ) -> Tensor:
     def run(x_BSD: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         own = Routing()  # the second pass decides again, and is not counted
-        return forward(x_BSD, rotary, mask_BSS, own), own.load_LE, own.balance_loss
+        return forward(x_BSD, rotary, first_BS, own), own.load_LE, own.balance_loss
 
     contexts = partial(create_selective_checkpoint_contexts, _policy) if how == "selective" else noop_context_fn
     out_BSD, load_LE, balance_loss = checkpoint(run, x_BSD, use_reentrant=False, context_fn=contexts)

@@ -8,8 +8,8 @@ the own heads alone: `kv_lora_rank + qk_rope_head_dim` numbers a token instead o
 A rank's parameters are whole, and their gradients are averaged over all ranks as in data parallelism: with
 `split_sequence`'s shares that is the gradient of the mean over all positions.
 
-The mask stays whole, (B, S, S), on every rank: 16 GiB a sequence at 128 K. Contexts of that length attend across
-documents (no mask) until masks are made of document numbers inside the attention.
+What queries see stays whole on every rank: `first_BS`, one number a position. Nothing of (S, S) is made except where
+torch's own attention runs, which takes a mask (kernels/README.md).
 
 Shapes as in model/transformer.py, and P ranks of the group, s = S/P own positions, h = H/P own heads.
 """
@@ -36,7 +36,7 @@ from gristmill.model.transformer import (
 
 
 def split_sequence(batch: TrainingBatch, rank: int, size: int) -> TrainingBatch:
-    """Part `rank` of `size` of a batch's positions, with its share of the weights; the mask stays whole.
+    """Part `rank` of `size` of a batch's positions, with its share of the weights; what queries see stays whole.
 
     The shares are those of a step over `size` times as many ranks: the mean over all of them of loss times share is
     the mean over all positions of the step.
@@ -99,7 +99,7 @@ class SequenceParallelLatentAttention(MultiHeadLatentAttention):
         _take_over(self, whole)
         self.group = group
 
-    def forward(self, x_BsD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
+    def forward(self, x_BsD: Tensor, rotary: tuple[Tensor, Tensor], first_BS: Tensor | None) -> Tensor:
         c, own = self.config, self.config.num_attention_heads // self.group.size()
         q_BsHQ, latent_BsC, key_BsR = self.project(x_BsD)
         cos, sin = rotary
@@ -114,7 +114,7 @@ class SequenceParallelLatentAttention(MultiHeadLatentAttention):
         kv = self.kv_b_proj.product(latent_BSC, up.flatten(0, 1), None).unflatten(-1, (own, -1))
         k_BShN, v_BShW = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         k_BSh = torch.cat((k_BShN, key_BSR[:, :, None].expand(*k_BShN.shape[:3], -1)), -1)
-        out_BShW = _attended(q_BSh, k_BSh, v_BShW, mask_BSS, self.scale)
+        out_BShW = _attended(q_BSh, k_BSh, v_BShW, first_BS, self.scale)
         return self.o_proj(positions_of_all_heads(out_BShW, self.group).flatten(2))
 
 
@@ -125,7 +125,7 @@ class SequenceParallelGroupedAttention(GroupedQueryAttention):
         _take_over(self, whole)
         self.group = group
 
-    def forward(self, x_BsD: Tensor, rotary: tuple[Tensor, Tensor], mask_BSS: Tensor | None) -> Tensor:
+    def forward(self, x_BsD: Tensor, rotary: tuple[Tensor, Tensor], first_BS: Tensor | None) -> Tensor:
         q_BsHR, k_BsGR, v_BsGR = self.project(x_BsD, rotary)
         heads, both_BsG = q_BsHR.shape[2], torch.cat((k_BsGR, v_BsGR), -1)
         if self.groups % self.group.size() == 0:
@@ -134,7 +134,7 @@ class SequenceParallelGroupedAttention(GroupedQueryAttention):
             own = _own_heads(heads // self.group.size(), self.group)
             both_BSg = all_positions(both_BsG, self.group).repeat_interleave(heads // self.groups, 2)[:, :, own]
         k_BSgR, v_BSgR = both_BSg.chunk(2, -1)
-        out_BShR = _attended(heads_of_all_positions(q_BsHR, self.group), k_BSgR, v_BSgR, mask_BSS, self.scale)
+        out_BShR = _attended(heads_of_all_positions(q_BsHR, self.group), k_BSgR, v_BSgR, first_BS, self.scale)
         return self.o_proj(positions_of_all_heads(out_BShR, self.group).flatten(2))
 
 
@@ -176,18 +176,18 @@ def _own_heads(own: int, group: ProcessGroup) -> slice:
     return slice(group.rank() * own, (group.rank() + 1) * own)
 
 
-def _attended(q_BSh: Tensor, k_BSg: Tensor, v_BSg: Tensor, mask_BSS: Tensor | None, scale: float) -> Tensor:
+def _attended(q_BSh: Tensor, k_BSg: Tensor, v_BSg: Tensor, first_BS: Tensor | None, scale: float) -> Tensor:
     """Softmax attention of all positions, (B, S, h, W).
 
     Raises:
-        ValueError: the mask is of another length than the parts of all ranks together.
+        ValueError: `first_BS` is of another length than the parts of all ranks together.
     """
-    if mask_BSS is not None and mask_BSS.shape[-1] != k_BSg.shape[1]:
+    if first_BS is not None and first_BS.shape[1] != k_BSg.shape[1]:
         raise ValueError(
-            f"the mask is of {mask_BSS.shape[-1]} positions and the ranks together hold {k_BSg.shape[1]}: give each "
-            f"rank its part of the batch by split_sequence, and the whole mask"
+            f"first_BS is of {first_BS.shape[1]} positions and the ranks together hold {k_BSg.shape[1]}: give each "
+            f"rank its part of the batch by split_sequence, and the whole of first_BS"
         )
-    return attention(q_BSh, k_BSg, v_BSg, scale, mask_BSS)
+    return attention(q_BSh, k_BSg, v_BSg, scale, first_BS=first_BS)
 
 
 def _take_over(new: nn.Module, old: nn.Module) -> None:

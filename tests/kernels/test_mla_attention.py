@@ -20,7 +20,7 @@ from gristmill.kernels.mla_attention.reference import attention_reference, laten
 
 INTERPRETED = os.environ.get("GRISTMILL_KERNELS") == "gpu"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-EXAMPLES = 5 if INTERPRETED else 40
+EXAMPLES = 4 if INTERPRETED else 40
 EPS = torch.finfo(torch.float32).eps
 Tensors = tuple[torch.Tensor, ...]
 
@@ -29,16 +29,29 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def mask_of(how: str, batch: int, length: int) -> torch.Tensor | None:
-    """None (causal), causal within documents, or holes at random, where now and then a query sees nothing."""
+HOW = ["causal", "documents", "holes", "first of documents", "first at random"]
+
+
+def seen_by(how: str, batch: int, length: int) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """How attention is told what queries see, and the mask that says so: none (causal), documents as a mask and by the
+    first key that each query sees, holes at random, or first keys at random. In the last two now and then a query sees
+    nothing."""
     if how == "causal":
-        return None
+        return {}, None
     generator = torch.Generator().manual_seed(9)
     if how == "holes":
-        return (torch.rand(batch, length, length, generator=generator) < 0.3).to(DEVICE)
-    document_BS = torch.randint(0, 4, (batch, length), generator=generator).sort(1).values
-    same_BSS = document_BS[:, :, None] == document_BS[:, None]
-    return (same_BSS & torch.ones(length, length, dtype=torch.bool).tril()).to(DEVICE)
+        mask_BSS = (torch.rand(batch, length, length, generator=generator) < 0.3).to(DEVICE)
+        return {"mask_BSS": mask_BSS}, mask_BSS
+    if how == "first at random":
+        most_S = torch.arange(length) + 1 + length // 8
+        first_BS = (torch.rand(batch, length, generator=generator) * most_S).int()
+    else:
+        document_BS = torch.randint(0, 4, (batch, length), generator=generator).sort(1).values
+        first_BS = torch.searchsorted(document_BS, document_BS)
+    keys = torch.arange(length)
+    mask_BSS = torch.stack([(keys >= first[:, None]) & (keys <= q) for q, first in enumerate(first_BS.unbind(1))], 1)
+    first_BS, mask_BSS = first_BS.to(DEVICE), mask_BSS.to(DEVICE)
+    return {"mask_BSS": mask_BSS} if how == "documents" else {"first_BS": first_BS}, mask_BSS
 
 
 def whole(batch: int, length: int, heads: int, groups: int, width: int, values: int) -> Tensors:
@@ -85,20 +98,20 @@ def doubled(given_: Tensors) -> Tensors:
     shared=st.integers(1, 3),
     width=st.sampled_from([8, 9, 16, 31, 64, 192]),
     values=st.sampled_from([8, 11, 32, 128]),
-    how=st.sampled_from(["causal", "documents", "holes"]),
+    how=st.sampled_from(HOW),
     strided=st.booleans(),
 )
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_result_and_gradients(
     batch: int, length: int, groups: int, shared: int, width: int, values: int, how: str, strided: bool
 ) -> None:
-    given_, mask = whole(batch, length, groups * shared, groups, width, values), mask_of(how, batch, length)
+    given_, (told, mask) = whole(batch, length, groups * shared, groups, width, values), seen_by(how, batch, length)
     seen = draw(4, batch, length, groups * shared, values)
     if strided:
         given_ = tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in given_)
         seen = seen.mT.contiguous().mT
     scale = width**-0.5
-    got = both_ways(lambda *x: attention(*x, scale, mask), given_, seen)
+    got = both_ways(lambda *x: attention(*x, scale, **told), given_, seen)
     wanted = both_ways(lambda *x: attention_reference(*x, scale, mask), doubled(given_), seen.double())
     close(got, wanted, seen, length, width)
 
@@ -111,28 +124,28 @@ def test_result_and_gradients(
     width=st.sampled_from([0, 8, 13, 16, 128]),
     turning=st.sampled_from([2, 8, 16, 64]),
     values=st.sampled_from([8, 11, 32, 128]),
-    how=st.sampled_from(["causal", "documents", "holes"]),
+    how=st.sampled_from(HOW),
 )
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_from_the_projections(
     batch: int, length: int, heads: int, width: int, turning: int, values: int, how: str
 ) -> None:
     given_, rotary = projections(batch, length, heads, width, turning, values)
-    mask, seen = mask_of(how, batch, length), draw(4, batch, length, heads, values)
+    (told, mask), seen = seen_by(how, batch, length), draw(4, batch, length, heads, values)
     scale, exact = (width + turning) ** -0.5, (rotary[0].double(), rotary[1].double())
-    got = both_ways(lambda *x: latent_attention(*x, rotary, scale, mask), given_, seen)
+    got = both_ways(lambda *x: latent_attention(*x, rotary, scale, **told), given_, seen)
     wanted = both_ways(lambda *x: latent_attention_reference(*x, exact, scale, mask), doubled(given_), seen.double())
     close(got, wanted, seen, length, width + turning)
 
 
-@pytest.mark.parametrize("how", ["causal", "documents", "holes"])
+@pytest.mark.parametrize("how", HOW)
 def test_gradcheck_of_the_references(how: str) -> None:
-    mask = mask_of(how, 2, 5)
+    told, _ = seen_by(how, 2, 5)
     leaves = [t.double().requires_grad_() for t in whole(2, 5, 4, 2, 3, 2)]
-    assert torch.autograd.gradcheck(lambda *x: attention_reference(*x, 0.7, mask), leaves)
+    assert torch.autograd.gradcheck(lambda *x: attention_reference(*x, 0.7, **told), leaves)
     given_, (cos, sin) = projections(2, 5, 2, 3, 4, 2)
     leaves, exact = [t.double().requires_grad_() for t in given_], (cos.double(), sin.double())
-    assert torch.autograd.gradcheck(lambda *x: latent_attention_reference(*x, exact, 0.7, mask), leaves)
+    assert torch.autograd.gradcheck(lambda *x: latent_attention_reference(*x, exact, 0.7, **told), leaves)
 
 
 @pytest.mark.usefixtures("cpu_path")
@@ -161,6 +174,22 @@ def test_a_query_that_sees_nothing_has_zeros() -> None:
         assert not rows[~mask.any(-1)].any()
         assert rows[mask.sum(-1) > 1].all()
     assert all(t.isfinite().all() for t in others)
+
+
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize(("how", "dtype"), [("first of documents", torch.int64), ("first at random", torch.int32)])
+def test_first_keys_give_the_bits_of_their_mask(how: str, dtype: torch.dtype) -> None:
+    """On a GPU in 16 bits, where the code is ours; longer than some tiles are wide."""
+    kind, length = torch.bfloat16 if DEVICE == "cuda" else torch.float32, 150 if INTERPRETED else 400
+    given_, rotary = projections(2, length, 3, 16, 8, 16)
+    (told, mask), seen = seen_by(how, 2, length), draw(4, 2, length, 3, 16).to(kind)
+    given_, first = tuple(t.to(kind) for t in given_), told["first_BS"].to(dtype)
+    assert mask is not None
+    assert (how == "first at random") == (not mask.any(-1).all())  # some see nothing
+    got = both_ways(lambda *x: latent_attention(*x, rotary, 0.2, first_BS=first), given_, seen)
+    wanted = both_ways(lambda *x: latent_attention(*x, rotary, 0.2, mask_BSS=mask), given_, seen)
+    assert all(map(torch.equal, got, wanted))
+    assert not got[0][~mask.any(-1)].any()
 
 
 @pytest.mark.usefixtures("cpu_path")
@@ -199,8 +228,8 @@ def test_large_scores_do_not_overflow() -> None:
 
 def test_two_runs_give_equal_bits_and_threads_change_none(cpu_path: str) -> None:
     """On any number of threads where the source is ours: torch's own products are other sums on other numbers."""
-    given_, rotary = projections(3, 90, 4, 16, 8, 16)
-    seen, runs = draw(4, 3, 90, 4, 16), []
+    given_, rotary = projections(2, 90, 2, 16, 8, 16)
+    seen, runs = draw(4, 2, 90, 2, 16), []
     threads = torch.get_num_threads()
     for count in (threads, threads, threads if cpu_path == "cpu" else 2):
         torch.set_num_threads(count)
@@ -246,7 +275,7 @@ def test_other_dtypes_run_in_torch() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="code for GPUs")
-@pytest.mark.parametrize("how", ["causal", "documents", "holes"])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("sizes", [(16, 16, 32), (128, 64, 128), (24, 8, 40)])
 def test_in_bfloat16(sizes: tuple[int, int, int], how: str) -> None:
     """Weights, the slopes of scores, rotated parts and results are rounded to bfloat16, each by 2⁻⁹ at most; where
@@ -256,15 +285,36 @@ def test_in_bfloat16(sizes: tuple[int, int, int], how: str) -> None:
     batch, length, heads = (2, 333, 4) if DEVICE == "cuda" else (1, 150, 2)
     given_, rotary = projections(batch, length, heads, *sizes)
     given_, seen = tuple(t.bfloat16() for t in given_), draw(4, batch, length, heads, sizes[2]).bfloat16()
-    mask, exact, scale = mask_of(how, batch, length), (rotary[0].double(), rotary[1].double()), sum(sizes[:2]) ** -0.5
+    (told, mask), exact, scale = seen_by(how, batch, length), tuple(t.double() for t in rotary), sum(sizes[:2]) ** -0.5
     before = kernels.report().get("latent_attention", {}).get("gpu", 0)
-    got = both_ways(lambda *x: latent_attention(*x, rotary, scale, mask), given_, seen)
+    got = both_ways(lambda *x: latent_attention(*x, rotary, scale, **told), given_, seen)
     assert kernels.report()["latent_attention"]["gpu"] == before + 1
     wanted = both_ways(lambda *x: latent_attention_reference(*x, exact, scale, mask), doubled(given_), seen.double())
     for i, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
         size = max(float(theirs.norm()), 0.0 if i == 0 else float(seen.norm()))
         assert mine.dtype == torch.bfloat16
         assert float((mine.double() - theirs).norm()) <= 4 * 2**-9 * size
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="code for GPUs")
+@pytest.mark.parametrize("how", ["first of documents", "first at random"])
+def test_tiles_that_are_seen_by_first_keys(how: str) -> None:
+    """Of more keys than one program looks at; which tiles are seen whole, in part and not, from the mask."""
+    from gristmill.kernels.mla_attention import gpu
+
+    length, rows, keys = 1500, 64, 16
+    told, mask = seen_by(how, 2, length)
+    lists = gpu._lists(gpu._seen(None, told["first_BS"]), gpu.Tiles(rows, keys, 4, 2), draw(0, 1))
+    assert mask is not None
+    seen = torch.nn.functional.pad(mask.float(), (0, -length % keys, 0, -length % rows))
+    there = torch.nn.functional.pad(torch.ones_like(mask, dtype=torch.float32), (0, 0, 0, -length % rows))
+    sums = seen.unflatten(2, (-1, keys)).sum(3).unflatten(1, (-1, rows)).sum(2)
+    whole = sums == there[:, :, :1].unflatten(1, (-1, rows)).sum(2) * keys
+    assert torch.equal(lists.whole, whole.sum(-1).int())
+    assert torch.equal(lists.part, ((sums > 0) & ~whole).sum(-1).int())
+    kind = (sums > 0).int() + whole.int()
+    assert (kind.gather(2, lists.tile.long()).diff(dim=-1) <= 0).all()
+    assert kind.shape[-1] > gpu.TILES_AT_ONCE
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="code for GPUs")
@@ -296,6 +346,7 @@ def test_triton_under_its_interpreter(under_the_interpreter) -> None:
 
 
 Q, K, V = torch.ones(2, 6, 4, 8), torch.ones(2, 6, 2, 8), torch.ones(2, 6, 2, 5)
+FIRST = torch.zeros(2, 6, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -311,6 +362,15 @@ Q, K, V = torch.ones(2, 6, 4, 8), torch.ones(2, 6, 2, 8), torch.ones(2, 6, 2, 5)
         ({"k_BSGN": K.to("meta")}, ValueError, "device of k_BSGN is meta; wanted that of the queries, cpu"),
         ({"mask_BSS": torch.ones(2, 6, 6)}, TypeError, "mask_BSS is torch.float32; wanted torch.bool"),
         ({"mask_BSS": torch.ones(6, 6).bool()}, ValueError, r"mask_BSS is \(6, 6\); wanted \(2, 6, 6\)"),
+        ({"first_BS": torch.zeros(2, 6)}, TypeError, "first_BS is torch.float32; wanted torch.int32 or torch.int64"),
+        ({"first_BS": FIRST[:, :5]}, ValueError, r"shape of first_BS is \(2, 5\); wanted \(2, 6\)"),
+        ({"first_BS": FIRST.to("meta")}, ValueError, "device of first_BS is meta; wanted that of the queries, cpu"),
+        ({"first_BS": FIRST - 1}, ValueError, "the least of first_BS is -1; wanted a place from 0 on"),
+        (
+            {"first_BS": FIRST, "mask_BSS": torch.ones(2, 6, 6).bool()},
+            ValueError,
+            "what queries see is given as mask_BSS and as first_BS; wanted one of the two",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -332,6 +392,7 @@ KV, KEY, TURN = torch.ones(2, 6, 4, 9), torch.ones(2, 6, 4), torch.ones(2, 6, 2)
         ({"rotary": (TURN, TURN[:1])}, ValueError, r"shape of the sines is \(1, 6, 2\); wanted \(2, 6, 2\)"),
         ({"rotary": (TURN.to("meta"), TURN)}, ValueError, "device of the cosines is meta; wanted that of"),
         ({"mask_BSS": torch.ones(2, 6, 5).bool()}, ValueError, r"shape of mask_BSS is \(2, 6, 5\); wanted \(2, 6, 6\)"),
+        ({"first_BS": FIRST.short()}, TypeError, "first_BS is torch.int16; wanted torch.int32 or torch.int64"),
     ],
 )
 def test_bad_projections_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:

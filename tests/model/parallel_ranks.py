@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gristmill.model.config import ModelConfig
-from gristmill.model.training.batches import IGNORED, TrainingBatch, document_mask, positions_within
+from gristmill.model.training.batches import IGNORED, TrainingBatch, packed_inputs
 from gristmill.model.training.config import OptimizerConfig, Precision
 from gristmill.model.training.expert_parallel import (
     ShardedExperts,
@@ -109,6 +111,7 @@ ROUNDED = {
 TWO = [name for name, case in CASES.items() if case.ranks == 2]
 FOUR = [name for name, case in CASES.items() if case.ranks == 4]
 TRAINED = ("experts", "both")
+LONG, LONG_CASE = 8192, Case(2, sequence=2, model={"num_experts_per_tok": 4})  # all experts, as in ROUNDED
 
 
 def whole_batch(case: Case, step: int = 0) -> TrainingBatch:
@@ -120,7 +123,7 @@ def whole_batch(case: Case, step: int = 0) -> TrainingBatch:
     cut = torch.randint(1, LENGTH, (SEQUENCES, 1))
     document = (torch.arange(LENGTH) >= cut).long()
     if case.masked:
-        inputs = Batch(token[:, :-2], positions_within(document), document_mask(document))
+        inputs = packed_inputs(token[:, :-2], document)
     else:
         inputs = Batch(token[:, :-2], torch.arange(LENGTH).expand(SEQUENCES, -1), None)
     return TrainingBatch(inputs, target, after, torch.rand(SEQUENCES, LENGTH) + 0.5)
@@ -136,8 +139,8 @@ def shared_out(batch: TrainingBatch, layout: Layout, rank: int) -> TrainingBatch
         weight = batch.weight_BS * (target >= 0)
         return float(weight[mine].sum() * ranks / weight.sum())
 
-    mask = batch.inputs.mask_BSS
-    inputs = Batch(batch.inputs.token_BS[mine], batch.inputs.position_BS[mine], None if mask is None else mask[mine])
+    first = batch.inputs.first_BS
+    inputs = Batch(batch.inputs.token_BS[mine], batch.inputs.position_BS[mine], None if first is None else first[mine])
     rows = TrainingBatch(
         inputs, batch.target_BS[mine], next_target[mine], batch.weight_BS[mine],
         share(batch.target_BS), share(next_target),
@@ -178,6 +181,7 @@ def rank_main(rank: int, ranks: int, folder: Path) -> None:
         for name in TRAINED:
             save_file(twenty_steps(CASES[name], rank), folder / f"trained-{name}-{rank}.safetensors")
         save_file(bytes_sent(rank), folder / f"bytes-{rank}.safetensors")
+        save_file(long_step(rank), folder / f"long-{rank}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -208,6 +212,38 @@ def one_step(case: Case, rank: int) -> dict[str, Tensor]:
         **{f"range/{name}": ends for name, ends in pieces.items()},
         **{f"gradient/{n}": p.grad for n, p in model.named_parameters() if p.grad is not None},
     }
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation gave."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        found = [leaf.untyped_storage().nbytes() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.bytes = max(self.bytes, *found, 0)
+        return out
+
+
+def long_step(rank: int | None) -> dict[str, Tensor]:
+    """A step on one sequence of documents of a hundred positions on average: one of two ranks, or all of it on one."""
+    torch.manual_seed(10)
+    token, document = torch.randint(0, VOCAB, (1, LONG + 2)), (torch.rand(1, LONG) < 0.01).cumsum(1)
+    inputs, weight = packed_inputs(token[:, :-2], document), torch.ones(1, LONG)
+    batch = TrainingBatch(inputs, token[:, 1:-1], token[:, 2:], weight)
+    if rank is None:
+        made, model = None, LONG_CASE.transformer()
+    else:
+        made = groups(LONG_CASE.layout)
+        model, batch = parallel(LONG_CASE, made), split_sequence(batch, rank, 2)
+    with Largest() as largest:
+        loss = loss_of(model, batch, Routing())
+        loss.backward()
+    if made is not None:
+        average_gradients(model, made, LONG_CASE.ranks)
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), "largest": torch.tensor(largest.bytes), **gradients}
 
 
 def average_gradients(model: Transformer, made: Groups, ranks: int) -> None:
@@ -320,7 +356,7 @@ def attended(module: torch.nn.Module, x: Tensor, batch: TrainingBatch) -> dict[s
     x = x.clone().requires_grad_()
     config = module.config
     assert isinstance(config, ModelConfig)
-    out = module(x, rotary_angles(config, batch.inputs.position_BS), batch.inputs.mask_BSS)
+    out = module(x, rotary_angles(config, batch.inputs.position_BS), batch.inputs.first_BS)
     out.square().sum().backward()
     assert x.grad is not None
     return {"out": out.detach(), "x": x.grad, **{n: p.grad for n, p in module.named_parameters() if p.grad is not None}}

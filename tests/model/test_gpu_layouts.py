@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from gristmill.model.config import ModelConfig
-from gristmill.model.training.batches import TrainingBatch
+from gristmill.model.training.batches import TrainingBatch, packed_inputs
 from gristmill.model.training.config import LayoutConfig, OptimizerConfig
 from gristmill.model.training.engine import Engine, start_distributed, unwatched
 from gristmill.model.training.precision import apply_precision
-from gristmill.model.transformer import Batch, Transformer
+from gristmill.model.transformer import Transformer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 MODEL = ModelConfig(
@@ -41,8 +41,7 @@ class Drawn:
     def step(self, step: int, rank: int, ranks: int) -> TrainingBatch:
         token = torch.randint(0, VOCAB, (SEQUENCES, LENGTH + 2), generator=torch.Generator().manual_seed(0)).cuda()
         place = torch.arange(LENGTH, device="cuda")
-        mask = (place[:, None] // 48 == place // 48).tril().expand(SEQUENCES, -1, -1)
-        inputs = Batch(token[:, :-2], (place % 48).expand(SEQUENCES, -1), mask)
+        inputs = packed_inputs(token[:, :-2], (place // 48).expand(SEQUENCES, -1))
         weight = torch.ones(SEQUENCES, LENGTH, device="cuda")
         return TrainingBatch(inputs, token[:, 1:-1], token[:, 2:], weight)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gristmill.model.config import ModelConfig, RotaryScalingConfig
 from gristmill.model.decoding import Decoder
-from gristmill.model.training.batches import document_mask, positions_within
+from gristmill.model.training.batches import first_within, packed_inputs
 from gristmill.model.transformer import (
     Batch,
     Gate,
@@ -204,12 +204,12 @@ def test_a_packed_document_sees_no_other() -> None:
         torch.randint(0, 97, (1, 7), generator=generator),
     )
     document = torch.tensor([[0] * 6 + [1] * 7])
-    packed = Batch(torch.cat((first, second), 1), positions_within(document), document_mask(document))
+    packed = packed_inputs(torch.cat((first, second), 1), document)
     logits = model(packed)
     torch.testing.assert_close(logits[:, :6], model(plain(first)), **CLOSE)
     torch.testing.assert_close(logits[:, 6:], model(plain(second)), **CLOSE)
     assert read_from_first(model, packed) == 0.0  # exactly: nothing of the first document is read
-    assert read_from_first(model, Batch(packed.token_BS, torch.arange(13)[None], None)) > 0  # with the mask off, it is
+    assert read_from_first(model, Batch(packed.token_BS, torch.arange(13)[None], None)) > 0  # where all is seen, it is
 
 
 def read_from_first(model: Transformer, batch: Batch) -> float:
@@ -226,11 +226,9 @@ def read_from_first(model: Transformer, batch: Batch) -> float:
 @settings(max_examples=25, deadline=None)
 def test_positions_restart_with_each_document(lengths: list[int]) -> None:
     document = torch.tensor([[d for d, n in enumerate(lengths) for _ in range(n)]])
-    assert positions_within(document).tolist() == [[i for n in lengths for i in range(n)]]
-    mask = document_mask(document)[0]
-    for q in range(mask.shape[0]):
-        visible = [k for k in range(mask.shape[0]) if mask[q, k]]
-        assert visible == [k for k in range(q + 1) if document[0, k] == document[0, q]]
+    assert packed_inputs(document, document).position_BS.tolist() == [[i for n in lengths for i in range(n)]]
+    for q, first in enumerate(first_within(document)[0].tolist()):
+        assert list(range(first, q + 1)) == [k for k in range(q + 1) if document[0, k] == document[0, q]]
 
 
 def test_group_limited_choice_stays_in_the_best_groups() -> None:
