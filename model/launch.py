@@ -32,7 +32,10 @@ from gristmill.model.training.config import LayoutConfig
 POLL_SECONDS = 0.2
 END_SECONDS = 10.0  # that a job has to end by itself
 LAST_WORDS = 20_000  # bytes of a log in which torchrun says what failed
-MEETING_PORTS = range(29_400, 30_400)  # of the first node, where torchrun's agents find each other: one a Slurm job
+MEETING_PORTS = range(29_400, 30_400)  # of the first node, where the ranks find each other: one a job, if chance wills
+# Beginnings of names that other nodes have to know as well, where somebody set them. DeepSpeed's launcher prints all
+# that it passes on, so that no credentials are among them; a job reads folders, and none on S3.
+PASSED_ON = ("GRISTMILL_KERNELS", "GLOO_", "NCCL_", "TORCH", "PYTORCH_", "CUBLAS_", "TRITON_", "LD_LIBRARY_PATH")
 
 
 class JobFailed(RuntimeError):
@@ -80,6 +83,10 @@ def launch(
         stale.unlink(missing_ok=True)
     described = {"entry": entry, "job": job, "out": str(out), "threads": threads, "device": device}
     (log / "job.json").write_text(json.dumps(described, indent=1, sort_keys=True), encoding="utf-8")
+    fixed = job_environment(threads, device, ranks, layout.nodes if layout else 1)
+    if layout is not None and layout.hostfile is not None:
+        (log / "nodes.env").write_text(_passed_on(fixed, os.environ), encoding="utf-8")
+        fixed["DS_ENV_FILE"] = str((log / "nodes.env").resolve())
     killed = kills_for_memory()
     with (log / "output.log").open("ab") as output:
         before = output.tell()
@@ -88,7 +95,7 @@ def launch(
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=_environment(threads, device, ranks, layout.nodes if layout else 1),
+            env={**os.environ, **fixed},
         )
         try:
             signs = SignsOfLife(log, layout.hang_seconds if layout else math.inf, ranks or 1)
@@ -161,6 +168,7 @@ def command(described: Path, ranks: int | None, layout: LayoutConfig, environmen
         raise ValueError(f"ranks {ranks} do not divide among {nodes} nodes: choose a multiple of {nodes}")
     if layout.hostfile is not None:
         several = [f"--hostfile={layout.hostfile}", f"--num_nodes={nodes}", f"--num_gpus={ranks // nodes}"]
+        several += [f"--master_port={MEETING_PORTS[os.getpid() % len(MEETING_PORTS)]}", "--no_local_rank"]
         return [*python, "deepspeed.launcher.runner", *several, "--module", *worker]
     if "SLURM_JOB_ID" not in environment:
         raise ValueError(
@@ -183,7 +191,8 @@ def _first_host(nodes: str) -> str:
     return name + re.split("[-,\\]]", rest, maxsplit=1)[0]
 
 
-def _environment(threads: int, device: str, ranks: int | None, nodes: int) -> dict[str, str]:
+def job_environment(threads: int, device: str, ranks: int | None, nodes: int) -> dict[str, str]:
+    """What a job's processes find in their environment, whoever starts it."""
     fixed = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -199,7 +208,22 @@ def _environment(threads: int, device: str, ranks: int | None, nodes: int) -> di
         fixed |= {"GRISTMILL_LAUNCHER": str(os.getpid()), "GLOO_SOCKET_IFNAME": "lo"}
     if ranks == nodes == 1:
         fixed |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    return {**os.environ, **fixed, **({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})}
+    return fixed | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
+
+
+def _passed_on(fixed: Mapping[str, str], environment: Mapping[str, str]) -> str:
+    """What DeepSpeed's launcher is to set on other nodes, as the file that it reads: `name=value`, a line each.
+
+    By itself it passes on PYTHON… and, where it finds a GPU, NCCL…, and has the working directory on PYTHONPATH, where
+    folders hide packages of their names. The files that it would read without this one come first.
+    """
+    named = environment.get("DS_ENV_FILE", ".deepspeed_env")
+    theirs = [path.read_text(encoding="utf-8") for path in (Path.home() / named, Path(named)) if path.is_file()]
+    ours = {name: value for name, value in sorted(environment.items()) if name.startswith(PASSED_ON)}
+    ours |= {"PYTHONPATH": environment.get("PYTHONPATH", ""), **fixed}
+    # The launcher puts what a shell might take apart into double quotes, where these keep a meaning.
+    lines = [f"{name}=" + re.sub(r'[\\"$`]', r"\\\g<0>", value) for name, value in ours.items()]
+    return "".join(f"{line}\n" for line in [*"\n".join(theirs).splitlines(), *lines] if line)
 
 
 def _follow(process: subprocess.Popen[bytes], told: Path, progress: Progress, signs: SignsOfLife) -> int:

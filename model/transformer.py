@@ -406,19 +406,20 @@ class Transformer(nn.Module):
 
         A target of -100 is left out; `weight_BS` weighs positions (0 leaves one out) and the mean is over the
         weights. Module k embeds its predecessor's target (module 1: `target_BS`, token t+1), -100 standing for a
-        token that nobody reads, and predicts the token behind it (V3 equations 21–25).
+        token that nobody reads, and predicts the token behind it (V3 equations 21–25). Where `batch` is a part of
+        longer sequences, `next_target_BS` may go on behind it, to give modules behind the first their targets.
         """
         hidden_BSD = self.norm(self.hidden(batch, routing))
         main = self._loss(hidden_BSD, target_BS, weight_BS)
         ahead: list[Tensor] = []
         if next_target_BS is None:
             return main, ahead
-        rotary = rotary_angles(self.config, batch.position_BS)
+        rotary, length = rotary_angles(self.config, batch.position_BS), weight_BS.shape[1]
         for module in self.mtp:
             assert isinstance(module, MultiTokenPrediction)
-            next_BSD = self.embed_tokens(target_BS.clamp_min(0))
+            next_BSD = self.embed_tokens(target_BS[:, :length].clamp_min(0))
             hidden_BSD = module(hidden_BSD, next_BSD, rotary, batch.first_BS, routing)
-            ahead.append(self._loss(hidden_BSD, next_target_BS, weight_BS))
+            ahead.append(self._loss(hidden_BSD, next_target_BS[:, :length], weight_BS))
             target_BS, next_target_BS = next_target_BS, token_behind(next_target_BS)
         return main, ahead
 

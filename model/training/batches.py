@@ -25,6 +25,7 @@ IGNORED = -100
 class TrainingBatch:
     """One rank's share of a step: inputs, targets one and two tokens ahead, and the weight of each position.
 
+    Of a part of a sequence `next_target_BS` has the positions behind it as well: the targets of later MTP modules.
     `share` is this rank's part of the step's whole weight, times the ranks: a rank's loss is the mean over its own
     positions, and the mean of the ranks' losses times their shares is the mean over all positions of the step;
     `next_share` is the same for the targets two tokens ahead.

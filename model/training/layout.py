@@ -71,7 +71,7 @@ class Layout:
 
         Raises:
             ValueError: experts, heads, positions or sequences do not divide, or the model has no experts to share, or
-                predicts further ahead than a part of a sequence knows.
+                several MTP modules' targets would fall to several micro-batches.
         """
         if self.expert_parallel > 1:
             if not mixtures(model):
@@ -85,12 +85,6 @@ class Layout:
             heads = {"num_attention_heads": model.num_attention_heads}
             whole = {"ranks": self.ranks, **heads, "sequence_length": sequence_length}
             _refuse_unless_divisor("sequence_parallel", self.sequence_parallel, whole)
-            if model.num_nextn_predict_layers > 1:
-                raise ValueError(
-                    f"num_nextn_predict_layers {model.num_nextn_predict_layers} with sequence_parallel "
-                    f"{self.sequence_parallel}: a part of a sequence knows the targets of one module alone, the next "
-                    f"rank has those further ahead; set one of them to 1"
-                )
         if self.micro_batches > 1 and model.num_nextn_predict_layers > 1:
             raise ValueError(
                 f"num_nextn_predict_layers {model.num_nextn_predict_layers} with micro_batches {self.micro_batches}: "

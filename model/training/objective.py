@@ -50,12 +50,12 @@ class Objective(nn.Module):
 
 def _shares_ahead(batch: TrainingBatch, modules: int) -> list[float]:
     """This rank's part of the targets of each MTP module, times the ranks; as `TrainingBatch.share`."""
-    ranks = dist.get_world_size()
+    ranks, length = dist.get_world_size(), batch.weight_BS.shape[1]
     shares, target_BS = [batch.next_share], batch.next_target_BS
     for _ in range(1, modules):
         assert target_BS is not None
         target_BS = token_behind(target_BS)
-        own = (batch.weight_BS * (target_BS >= 0)).sum()
+        own = (batch.weight_BS * (target_BS[:, :length] >= 0)).sum()
         whole = own.clone()
         if ranks > 1:
             dist.all_reduce(whole)

@@ -38,6 +38,9 @@ from gristmill.model.transformer import (
 def split_sequence(batch: TrainingBatch, rank: int, size: int) -> TrainingBatch:
     """Part `rank` of `size` of a batch's positions, with its share of the weights; what queries see stays whole.
 
+    Targets two tokens ahead go on behind the part, to the end of the sequence: MTP modules behind the first predict
+    tokens that are the next rank's.
+
     The shares are those of a step over `size` times as many ranks: the mean over all of them of loss times share is
     the mean over all positions of the step.
 
@@ -55,7 +58,7 @@ def split_sequence(batch: TrainingBatch, rank: int, size: int) -> TrainingBatch:
     if next_target_BS is None:
         return made
     next_share = batch.next_share * size * _fraction(batch.weight_BS, next_target_BS, own)
-    return replace(made, next_target_BS=next_target_BS[:, own], next_share=next_share)
+    return replace(made, next_target_BS=next_target_BS[:, own.start :], next_share=next_share)
 
 
 def _fraction(weight_BS: Tensor, target_BS: Tensor, own: slice) -> float:
@@ -72,16 +75,13 @@ def shard_sequences(model: Transformer, group: ProcessGroup) -> None:
     at once; decoding takes whole sequences as before. In a group of one nothing changes.
 
     Raises:
-        ValueError: the heads do not divide among the ranks, or the model has more than one MTP module, whose targets
-            are the next rank's.
+        ValueError: the heads do not divide among the ranks.
     """
     heads, size = model.config.num_attention_heads, group.size()
     if size == 1:
         return
     if heads % size:
         raise ValueError(f"num_attention_heads {heads} does not divide among {size} ranks: choose a divisor of it")
-    if len(model.mtp) > 1:
-        raise ValueError(f"{len(model.mtp)} MTP modules with sequences split over {size} ranks: keep one at most")
     for block in [m for m in model.modules() if isinstance(m, Block)]:
         attention = block.self_attn
         if isinstance(attention, MultiHeadLatentAttention):

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch.distributed
+from torch.distributed import run as torchrun
 
 from gristmill.model.failures import kills_for_memory
 from gristmill.model.launch import JobFailed, JobHung, JobRefused, command, launch
@@ -47,10 +48,13 @@ def test_one_node_is_torchruns_own() -> None:
 def test_slurms_nodes_meet_at_the_first(nodes: str, first: str) -> None:
     made = command(JOB, 16, LayoutConfig(nodes=2), {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": nodes})
     assert made[:4] == ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    assert tail_of(made) == [
-        "torch.distributed.run", "--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={first}:29442", "--rdzv-id=42", "-m", "gristmill.model.worker", str(JOB),
-    ]  # fmt: skip
+    module, *arguments = tail_of(made)
+    assert module == "torch.distributed.run"
+    asked = torchrun.get_args_parser().parse_args(arguments)
+    assert (asked.nnodes, asked.nproc_per_node, asked.standalone) == ("2", "8", False)
+    assert (asked.rdzv_backend, asked.rdzv_endpoint, asked.rdzv_id) == ("c10d", f"{first}:29442", "42")
+    assert (asked.module, asked.training_script) == (True, "gristmill.model.worker")
+    assert asked.training_script_args == [str(JOB)]
 
 
 def test_a_host_file_is_deepspeeds(tmp_path: Path) -> None:
@@ -64,6 +68,7 @@ def test_a_host_file_is_deepspeeds(tmp_path: Path) -> None:
     assert module == "deepspeed.launcher.runner"
     asked = runner.parse_args(arguments)
     assert (asked.num_nodes, asked.num_gpus, asked.module, asked.user_script) == (2, 4, True, "gristmill.model.worker")
+    assert asked.no_local_rank  # or the worker's first argument would be one
     assert asked.user_args == [str(JOB)]
     assert dict(runner.fetch_hostfile(asked.hostfile)) == {"alpha": 4, "beta": 4}
 

@@ -35,7 +35,6 @@ def test_impossible_layouts_are_refused(layout: tuple[int, ...], message: str) -
         (Layout(2, 2), {"first_k_dense_replace": 2}, 4, "no experts to share, set it to 1"),
         (Layout(8, 1, 8), {}, 4, "sequence_parallel 8 does not divide num_attention_heads 4: choose 4"),
         (Layout(4, 1, 4), {"max_position_embeddings": 64}, 4, "sequence_parallel 4 does not divide sequence_length 18: choose 2"),
-        (Layout(2, 1, 2), {"num_nextn_predict_layers": 2}, 4, "num_nextn_predict_layers 2 with sequence_parallel 2"),
         (Layout(8, 1, 2), {}, 6, "batch_sequences 6 does not divide among 4 data-parallel ranks .*: choose 4 or 8"),
     ],
 )  # fmt: skip

@@ -48,6 +48,7 @@ CONFIG = PretrainConfig(
 ROUNDED = {p: CONFIG.model_copy(update={"precision": p}) for p in ("bfloat16", "fp8")}
 MUON = CONFIG.model_copy(update={"optimizer": OptimizerConfig()})
 LOGICAL = CONFIG.model_copy(update={"optimizer": OptimizerConfig(muon_matrices="logical")})
+MODULES = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"num_nextn_predict_layers": 3})})
 CLIPPED = CONFIG.model_copy(update={"optimizer": CONFIG.optimizer.model_copy(update={"gradient_clip": 0.5})})
 ONE = LayoutConfig()
 
@@ -85,6 +86,7 @@ BY_DEFAULT = {
     "zero3": Asked(zero(3)),
     "experts2-sequence2-zero1-recomputed": Asked(SHARED["experts2-sequence2-zero1-recomputed"]),
     "bfloat16": Asked(LayoutConfig(expert_parallel=2, sequence_parallel=2), ROUNDED["bfloat16"]),
+    "modules3": Asked(LayoutConfig(sequence_parallel=2), MODULES),
     "clipped": Asked(zero(2, expert_parallel=2), CLIPPED),
     # These go on from where others stopped.
     "killed": Asked(zero(2)),
@@ -311,6 +313,17 @@ def test_experts_and_sequences_are_shared_out(name: str, alone: Path, by_two: By
     assert curve(out, "grad_norm") == pytest.approx(curve(alone, "grad_norm"), rel=NORM)
     assert held_out(out) == pytest.approx(held_out(alone), rel=LOSS)
     assert apart(weights(out), weights(alone)) < WEIGHTS
+
+
+def test_modules_that_predict_further_ahead_have_their_targets_from_the_next_rank(
+    by_two: ByTwo, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    trained(corpus, tmp_path / "one", MODULES)
+    one, two = tmp_path / "one", by_two("modules3")
+    assert curve(two) == pytest.approx(curve(one), rel=LOSS)
+    assert curve(two, "mtp_loss") == pytest.approx(curve(one, "mtp_loss"), rel=LOSS)
+    assert curve(two, "grad_norm") == pytest.approx(curve(one, "grad_norm"), rel=NORM)
+    assert apart(weights(two), weights(one)) < WEIGHTS
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", pytest.param("fp8", marks=slow)])

@@ -25,6 +25,7 @@ from gristmill.model.training.sequence_parallel import (
 from gristmill.model.transformer import (
     MixtureOfExperts,
     Routing,
+    token_behind,
 )
 from tests.model import parallel_ranks as ranks_of
 from tests.model.parallel_ranks import (
@@ -246,13 +247,26 @@ def test_parts_of_a_batch_weigh_what_the_whole_does(cut: int, seed: int, share: 
     parts, size = [split_sequence(batch, rank, cut) for rank in range(cut)], LENGTH // cut
     for name, whole_share in (("target_BS", "share"), ("next_target_BS", "next_share")):
         means = [
-            mean(p.weight_BS, loss_BS[:, i * size : (i + 1) * size], getattr(p, name)) * getattr(p, whole_share)
+            mean(p.weight_BS, loss_BS[:, i * size : (i + 1) * size], getattr(p, name)[:, :size])
+            * getattr(p, whole_share)
             for i, p in enumerate(parts)
         ]
         expected = mean(weight, loss_BS, getattr(batch, name)) * getattr(batch, whole_share)
         torch.testing.assert_close(torch.stack(means).mean(), expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(torch.cat([p.inputs.token_BS for p in parts], 1), batch.inputs.token_BS)
     assert all(p.inputs.first_BS is batch.inputs.first_BS for p in parts)
+
+
+@pytest.mark.parametrize("cut", [2, 4, 16])
+def test_parts_know_the_targets_of_every_module(cut: int) -> None:
+    """Also of modules that predict what lies two parts further on."""
+    whole, size = whole_batch(Case(2)), LENGTH // cut
+    parts = [split_sequence(whole, rank, cut) for rank in range(cut)]
+    expected, found = whole.next_target_BS, [p.next_target_BS for p in parts]
+    for _ in range(4):
+        assert expected is not None
+        assert torch.equal(torch.cat([f[:, :size] for f in found if f is not None], 1), expected)
+        expected, found = token_behind(expected), [token_behind(f) for f in found if f is not None]
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
