@@ -84,9 +84,11 @@ def launch(
     described = {"entry": entry, "job": job, "out": str(out), "threads": threads, "device": device}
     (log / "job.json").write_text(json.dumps(described, indent=1, sort_keys=True), encoding="utf-8")
     fixed = job_environment(threads, device, ranks, layout.nodes if layout else 1)
+    told_nodes = log / "nodes.env"
     if layout is not None and layout.hostfile is not None:
-        (log / "nodes.env").write_text(_passed_on(fixed, os.environ), encoding="utf-8")
-        fixed["DS_ENV_FILE"] = str((log / "nodes.env").resolve())
+        told_nodes.touch(mode=0o600)  # it may hold what the user keeps to himself
+        told_nodes.write_text(_passed_on(fixed, os.environ), encoding="utf-8")
+        fixed["DS_ENV_FILE"] = str(told_nodes.resolve())
     killed = kills_for_memory()
     with (log / "output.log").open("ab") as output:
         before = output.tell()
@@ -102,6 +104,7 @@ def launch(
             code = _follow(process, told, progress, signs)
         finally:
             _end(process)
+            told_nodes.unlink(missing_ok=True)
     if code and _was_interrupted(log / "output.log", code):
         raise KeyboardInterrupt
     ended = None if code else _ended(metrics)
