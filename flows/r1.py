@@ -13,6 +13,8 @@ def r1(recipe: Recipe) -> Artifact:
     seed = recipe.seed
     text = corpus(recipe)
     problems = stages.problems(recipe.problems, seed=seed)
+    # What is wrong with a student is found before the work that it is to learn from.
+    student = None if recipe.distill is None else stages.student(recipe.distill.student)
 
     pretrained = stages.pretrain(recipe.pretrain, tokens=text.tokens, mixture=text.mixture, seed=seed)
     phases = extension(recipe, text.tokens, pretrained)
@@ -32,12 +34,11 @@ def r1(recipe: Recipe) -> Artifact:
         rl=reasoner,
         seed=seed,
     )
-    if recipe.distill is not None:
+    if recipe.distill is not None and student is not None:
         chains = problems
         if recipe.distill.traces is not None:
             asked = recipe.distill.traces
             chains = stages.traces(asked, model=reasoner, problems=problems, tokenizer=text.tokens, seed=seed)
-        student = stages.student(recipe.distill.student)
         stages.distill(recipe.distill.training, model=student, problems=chains, tokenizer=student, seed=seed)
     exported = stages.export(recipe.export, model=reasoner, tokenizer=text.tokens)
     return stages.report(

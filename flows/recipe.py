@@ -139,6 +139,13 @@ class Recipe(BaseModel):
         place = Layout.of(self.execution.ranks, self.execution.layout)
         trained = {"pretrain": self.pretrain, "cold_start": self.cold_start}
         trained |= {f"extend.{number}": phase for number, phase in enumerate(self.extend)}
+        if self.distill is not None:
+            if place.expert_parallel > 1:
+                raise ValueError(
+                    f"execution.layout.expert_parallel {place.expert_parallel} with distill: a dense student has no "
+                    f"experts to share; set it to 1, or distill in a run of its own (--from distill)"
+                )
+            trained["distill.training"] = self.distill.training
         for name, run in trained.items():
             try:
                 place.check(self.pretrain.model, run.sequence_length, run.batch_sequences)

@@ -36,5 +36,7 @@ def put(device: str, kernel: str, sizes: Any, file: Path = FILE) -> None:
     """Write down what was found for a kernel on a device, beside what is there."""
     table = read(file)
     table.setdefault(device, {})[kernel] = asdict(sizes)
-    file.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    part.replace(file)
     _found.cache_clear()

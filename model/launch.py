@@ -79,7 +79,7 @@ def launch(
         return _cleared(work, metrics, ended)
     if layout is not None and layout.nodes > 1:
         _refuse_beside_another(log, layout.hang_seconds)
-    for stale in (told, failure, metrics, *log.glob("alive-*")):
+    for stale in (told, failure, metrics, log / "nodes.env", *log.glob("alive-*")):
         stale.unlink(missing_ok=True)
     described = {"entry": entry, "job": job, "out": str(out), "threads": threads, "device": device}
     (log / "job.json").write_text(json.dumps(described, indent=1, sort_keys=True), encoding="utf-8")
@@ -97,7 +97,7 @@ def launch(
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, **fixed},
+            env={**_not_printed(os.environ), **fixed} if told_nodes.exists() else {**os.environ, **fixed},
         )
         try:
             signs = SignsOfLife(log, layout.hang_seconds if layout else math.inf, ranks or 1)
@@ -214,11 +214,16 @@ def job_environment(threads: int, device: str, ranks: int | None, nodes: int) ->
     return fixed | ({"DS_ACCELERATOR": "cpu"} if device == "cpu" else {})
 
 
+def _not_printed(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what DeepSpeed's launcher would of its own accord print into the log, credentials among it."""
+    return {name: value for name, value in environment.items() if not name.startswith("MLFLOW")}
+
+
 def _passed_on(fixed: Mapping[str, str], environment: Mapping[str, str]) -> str:
     """What DeepSpeed's launcher is to set on other nodes, as the file that it reads: `name=value`, a line each.
 
-    By itself it passes on PYTHON… and, where it finds a GPU, NCCL…, and has the working directory on PYTHONPATH, where
-    folders hide packages of their names. The files that it would read without this one come first.
+    By itself it passes on PYTHON…, UCX…, MV2… and, where it finds a GPU, NCCL…, and has the working directory on
+    PYTHONPATH, where folders hide packages of their names. The files that it would read without this one come first.
     """
     named = environment.get("DS_ENV_FILE", ".deepspeed_env")
     theirs = [path.read_text(encoding="utf-8") for path in (Path.home() / named, Path(named)) if path.is_file()]

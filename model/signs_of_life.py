@@ -57,7 +57,8 @@ class SignsOfLife:
                 self._seen[path.name] = (changed, since if known == changed else now)
         if not self._seen or any(now - since <= allowed[name] for name, (_, since) in self._seen.items()):
             return None
-        first = min(self._seen, key=lambda name: self._seen[name][1])
+        # Of those that were seen to change in one look, the one whose file is older by the disk's clock.
+        first = min(self._seen, key=lambda name: (self._seen[name][1], self._seen[name][0]))
         return rank_of(first), allowed[first]
 
     def absent(self) -> int | None:

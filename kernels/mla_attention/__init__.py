@@ -27,7 +27,8 @@ def attention(
     mask_BSS: Tensor | None = None,
     first_BS: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale · q kᵀ) v of each head, (B, S, H, W), differentiable once; two runs on a CPU give equal bits.
+    """softmax(scale · q kᵀ) v of each head, (B, S, H, W), differentiable once; two runs give equal bits where
+    the code is ours.
 
     Tensors may lie in any order; what the compiled path reads best has the numbers of a head side by side. What is
     not a number in a key or value reaches every query that sees it, and may reach others near them.

@@ -39,7 +39,7 @@ LOG2_E = math.log2(math.e)
 LEAST = 16  # columns of a tile: less a product of tensor cores does not take
 PACKED_ROWS = 64
 TILES_AT_ONCE = 64
-MOST = 256  # columns of a part: more does not fit beside the rest
+MOST = 128  # columns of a part: tiles of wider ones do not fit into shared memory
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _fitting(tensor: Tensor) -> Tensor:
     size = tensor.element_size()
     steps = all(stride * size % ALIGNED == 0 and stride > 0 for stride in tensor.stride()[:-1])
     fits = steps and tensor.stride(-1) == 1 and tensor.data_ptr() % ALIGNED == 0
-    return tensor if fits else tensor.contiguous()
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def parts_of(width: int) -> tuple[int, int]:

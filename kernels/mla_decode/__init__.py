@@ -2,8 +2,8 @@
 
 On a CPU in float32 `cpu.cpp` runs (`compiled` in `report()`): a token's heads read the cache as it lies, nothing as
 large as the scores of all tokens is held, and what a token gives does not depend on those beside it. On a GPU Triton's
-kernels do the same (gpu.py, `gpu`), many programs sharing a long row. Elsewhere it is torch's operations
-(reference.py), as on a GPU in float64, or where places of the cache do not lie one behind the other.
+kernels do the same in 16 bits (gpu.py, `gpu`), many programs sharing a long row. Elsewhere it is torch's operations
+(reference.py), as on a GPU in float32, or where places of the cache do not lie one behind the other.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from gristmill.kernels.compiled import needed
-from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.dispatch import INTERPRETED, chosen, require
 from gristmill.kernels.mla_decode.reference import mla_decode_reference
 
 __all__ = ["mla_decode"]
 SOURCE = "mla_decode/cpu.cpp"
-ON_TRITON = (torch.float32, torch.bfloat16, torch.float16)
+MOST_LATENT = 512  # numbers; tiles of wider latents do not fit into shared memory
 
 
 @torch.no_grad()
@@ -78,8 +78,8 @@ def mla_decode(
         low, high = int(start_B.min()), int(start_B.max()) + length
         within = low >= 0 and high <= reach
         require(within, ValueError, "mla_decode: places", (low, high - 1), f"from 0 to below reach, {reach}")
-    runs = cache_BPC.stride()[1:] == (latent + turning, 1) and q_BSHQ.dtype in ON_TRITON
-    path = chosen("mla_decode", q_BSHQ, SOURCE if lies else None, triton=runs)
+    in_order = cache_BPC.stride()[1:] == (latent + turning, 1)
+    path = chosen("mla_decode", q_BSHQ, SOURCE if lies else None, triton=in_order and _in_triton(q_BSHQ, latent))
     if path == "gpu":
         from gristmill.kernels.mla_decode.gpu import triton_mla_decode
 
@@ -91,6 +91,17 @@ def mla_decode(
     sizes = (batch, length, heads, wide - turning, turning, value, latent)
     needed(SOURCE)("decode", *inputs, *rotary, norm_C, up_HXC, out, *sizes, float(eps), float(scale))
     return out
+
+
+def _in_triton(q: Tensor, latent: int) -> bool:
+    """Whether the code in Triton takes such queries: in 16 bits on a Hopper GPU, of latents that fit."""
+    if INTERPRETED:
+        return q.dtype != torch.float64
+    if not q.is_cuda or q.element_size() != 2 or latent > MOST_LATENT:
+        return False
+    from gristmill.kernels.grouped_gemm.gpu import _has_engine
+
+    return _has_engine(q.device)
 
 
 def _rows(x: Tensor) -> int | None:

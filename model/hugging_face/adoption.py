@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from gristmill.model.chat import Chat, token_name
 from gristmill.model.hugging_face.conversion import import_folder, read_config
@@ -47,13 +48,15 @@ def write_tokenizer(source: Path, folder: Path, chat_template: str, rows: int) -
     """
     told = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
     bos, eos, pad = (token_name(told.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
-    if not eos:
-        raise ValueError(f"{source / 'tokenizer_config.json'} names no eos_token, with which a response ends: add it")
+    known = Tokenizer.from_file(str(source / "tokenizer.json")).get_vocab()
+    if eos not in known:
+        said = f"names the eos_token {eos!r}, which is no token of tokenizer.json" if eos else "names no eos_token"
+        raise ValueError(f"{source / 'tokenizer_config.json'} {said}: a response ends with it, so correct it")
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **({"bos_token": bos} if bos else {}),
         "eos_token": eos,
-        "pad_token": pad or eos,
+        "pad_token": pad if pad in known else eos,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000,
         "chat_template": chat_template,
@@ -62,7 +65,7 @@ def write_tokenizer(source: Path, folder: Path, chat_template: str, rows: int) -
     shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
     text = json.dumps(described, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    known = Chat(folder).tokenizer.get_vocab()
+    Chat(folder)
     if (last := max(known.values())) >= rows:
         raise ValueError(
             f"the tokenizer of {source} has a token {last}, and its model {rows} rows of embeddings: give a model and "

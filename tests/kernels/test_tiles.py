@@ -46,6 +46,11 @@ def test_what_was_found_is_kept_by_device(tmp_path: Path) -> None:
 
 
 def test_the_file_of_the_repository_names_fields_that_there_are() -> None:
-    for kernels in tiles.read().values():
+    kinds = ("attention.forward", "attention.of_queries", "attention.of_keys")
+    known = {f"{kind}.{parts}" for kind in kinds for parts in ("one_part", "two_parts")}
+    found = tiles.read()
+    assert found
+    for kernels in found.values():
         for kernel, numbers in kernels.items():
-            assert all(isinstance(number, int) and number > 0 for number in numbers.values()), kernel
+            assert kernel in known
+            assert Tiles(**numbers)

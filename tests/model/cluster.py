@@ -83,14 +83,16 @@ def ended(processes: list[subprocess.Popen[bytes]], *, together: bool) -> int:
 
 
 def summing(job: dict[str, Any], out: Path, device: Any, progress: Any) -> dict[str, Any]:
-    """What the ranks add up to, and the environment of each: a job."""
+    """What the ranks add up to, and of the environment of each what `job["names"]` names: a job."""
     import torch.distributed
 
     torch.distributed.init_process_group("gloo")
     added = torch.tensor(torch.distributed.get_rank() + 1)
     torch.distributed.all_reduce(added)
     environments: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(environments, dict(os.environ))
+    torch.distributed.all_gather_object(
+        environments, {name: os.environ[name] for name in job["names"] if name in os.environ}
+    )
     torch.distributed.destroy_process_group()
     return {"sum": int(added), "environments": environments}
 

@@ -20,6 +20,7 @@ from gristmill.model.failures import kills_for_memory
 from gristmill.model.launch import JobFailed, JobHung, JobRefused, command, launch
 from gristmill.model.stage_types import silent
 from gristmill.model.training.config import LayoutConfig
+from gristmill.model.worker import TELL_SECONDS
 
 JOB = Path("/store/pretrain/key/log/job.json")
 
@@ -89,10 +90,10 @@ def busy(job: dict[str, Any], out: Path, device: Any, progress: Any) -> dict[str
     """A job of ranks that work for a while, wait for each other, and say that they are alive."""
     torch.distributed.init_process_group("gloo")
     (out / "log" / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
-    for _ in range(600):
+    for _ in range(100):
         progress(0, 1)
         torch.distributed.barrier()
-        time.sleep(0.05)
+        time.sleep(2 * TELL_SECONDS)  # a step is longer than signs are apart, and each of them shows one
     return {}
 
 

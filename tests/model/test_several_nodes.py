@@ -23,9 +23,17 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
 
 
-def summed(out: Path, layout: LayoutConfig) -> Metrics:
+def summed(out: Path, layout: LayoutConfig, *names: str) -> Metrics:
+    """What the ranks say, of their environment these names."""
     return launch(
-        "cluster:summing", {}, out, threads=1, device="cpu", progress=silent, ranks=layout.nodes, layout=layout
+        "cluster:summing",
+        {"names": names},
+        out,
+        threads=1,
+        device="cpu",
+        progress=silent,
+        ranks=layout.nodes,
+        layout=layout,
     )
 
 
@@ -43,7 +51,7 @@ def test_slurms_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     port = free_port(MEETING_PORTS)
     monkeypatch.setenv("SLURM_JOB_ID", str(7 * len(MEETING_PORTS) + port - MEETING_PORTS[0]))
     monkeypatch.setenv("SLURM_JOB_NODELIST", "localhost,other")
-    found = summed(tmp_path / "out", LayoutConfig(nodes=2))
+    found = summed(tmp_path / "out", LayoutConfig(nodes=2), "SLURM_NODEID", "GROUP_RANK", "LOCAL_RANK")
     assert found["sum"] == 1 + 2
     nodes = [(e["SLURM_NODEID"], e["GROUP_RANK"], e["LOCAL_RANK"]) for e in found["environments"]]
     assert {node for node, _, _ in nodes} == {"0", "1"}
@@ -60,13 +68,13 @@ def test_deepspeeds_command_runs_and_other_nodes_know_what_is_set_here(
     (home / ".deepspeed_env").write_text("OF_THE_USER=there\n\nOMP_NUM_THREADS=63")
     monkeypatch.setenv("HOME", str(home))
     here = {"GRISTMILL_KERNELS": "torch", "GLOO_SOCKET_IFNAME": "lo", "NCCL_DEBUG": "WARN", "TORCH_ODD": odd}
-    secret = {"AWS_SECRET_ACCESS_KEY": "hidden-from-all", "HF_TOKEN": "hidden-from-all"}
+    secret = dict.fromkeys(("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MLFLOW_TRACKING_TOKEN"), "hidden-from-all")
     for name, value in {**here, **secret}.items():
         monkeypatch.setenv(name, value)
-    out = tmp_path / "out"
-    found = summed(out, LayoutConfig(nodes=2, hostfile=str(hosts)))
+    out, set_here = tmp_path / "out", job_environment(1, "cpu", 2, 2)
+    asked = (*set_here, *here, *secret, "OF_THE_USER", "PYTHONPATH", "PDSH_HOST")
+    found = summed(out, LayoutConfig(nodes=2, hostfile=str(hosts)), *asked)
     assert found["sum"] == 1 + 2
-    set_here = job_environment(1, "cpu", 2, 2)
     assert {"OMP_NUM_THREADS", "GOMP_SPINCOUNT", "DS_ACCELERATOR", "HF_HUB_OFFLINE"} <= set(set_here)
     wanted = {**set_here, **here, "OF_THE_USER": "there", "PYTHONPATH": os.environ["PYTHONPATH"]}
     for host, environment in zip(("alpha", "beta"), found["environments"], strict=True):
