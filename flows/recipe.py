@@ -143,7 +143,7 @@ class Recipe(BaseModel):
             if place.expert_parallel > 1:
                 raise ValueError(
                     f"execution.layout.expert_parallel {place.expert_parallel} with distill: a dense student has no "
-                    f"experts to share; set it to 1, or distill in a run of its own (--from distill)"
+                    f"experts to share; set it to 1, or run the recipe without distill first and with it after"
                 )
             trained["distill.training"] = self.distill.training
         for name, run in trained.items():

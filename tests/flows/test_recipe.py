@@ -140,6 +140,14 @@ RECIPE_ERRORS = {
         "execution: {ranks: 2, layout: {expert_parallel: 3}}",
         "expert_parallel 3 does not divide ranks 2",
     ),
+    "experts of a dense student among ranks": (
+        "execution: {ranks: 2, layout: {expert_parallel: 2}}\ndistill: {folder: student}",
+        "expert_parallel 2 with distill: a dense student has no experts to share",
+    ),
+    "a student's batch among ranks": (
+        "execution: {ranks: 2}\ndistill: {folder: student, training: {batch_sequences: 5}}",
+        "distill.training: batch_sequences 5 does not divide among 2 data-parallel ranks",
+    ),
     "micro-batches": (
         "execution: {layout: {micro_batches: 3}}",
         "batch_sequences 16 does not divide among 1 data-parallel ranks .* of 3 micro-batches: choose 15 or 18",
