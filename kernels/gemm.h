@@ -1,16 +1,17 @@
 // Products of matrices by one thread, from parts that need not lie side by side. Written for operands of a few hundred
-// rows: a panel of b (16 columns) is packed and stays in the first cache while the rows of a, which are read where they
-// lie, come from the second.
+// rows: a panel of b (two vectors of columns) is packed and stays in the first cache while the rows of a come from the
+// second: where they lie, if they lie in order and are taken as they are, else packed as well. `Kind` is Exact or Rounded.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
-#include "vectors.h"
+#include "operands.h"
 
 constexpr int64_t TILE_ROWS = 6;          // with two vectors of columns: twelve sums, of sixteen registers
 constexpr int64_t TILE_COLUMNS = 2 * LANES;
-constexpr int64_t DEPTH = 256;            // of a panel: 16 KiB of eight lanes
+constexpr int64_t DEPTH = 256;            // terms of a panel: 16 KiB of eight lanes
 constexpr int64_t BLOCK_ROWS = 48 * TILE_ROWS;  // of a, at most: 288 KiB of a panel's depth
 
 // Rows of each of as few blocks as there can be, as even as whole tiles are; their number a multiple of `times`, if
@@ -31,8 +32,9 @@ struct Matrix {
     const float *at(int64_t i) const { return from + (order ? order[i] : i) * row; }
 };
 
+template <typename Kind>
 struct Panel {
-    alignas(64) float at[DEPTH * TILE_COLUMNS];
+    alignas(64) typename Kind::Number at[DEPTH / Kind::STEP * TILE_COLUMNS];
 };
 
 typedef float Eight __attribute__((vector_size(32)));
@@ -57,81 +59,150 @@ static inline void transpose(const float *const *rows, float *to, int64_t stride
     for (int i = 0; i < 8; i++) std::memcpy(to + i * stride, &t[i], 32);
 }
 
+// Numbers that hold so many terms of a sum; the last one's second term may be zero.
+template <typename Kind>
+static inline int64_t numbers_of(int64_t depth) {
+    return (depth + Kind::STEP - 1) / Kind::STEP;
+}
+
 // Rows [k0, k0 + depth) and columns [j0, j0 + columns) of b; missing columns are zero.
-static inline void pack(Panel &panel, const Matrix &b, int64_t k0, int64_t depth, int64_t j0, int64_t columns) {
-    if (columns < TILE_COLUMNS) std::memset(panel.at, 0, depth * TILE_COLUMNS * sizeof(float));
+template <typename Kind>
+static inline void pack(Panel<Kind> &panel, const Matrix &b, int64_t k0, int64_t depth, int64_t j0, int64_t columns) {
+    constexpr int64_t STEP = Kind::STEP;
+    const int64_t count = numbers_of<Kind>(depth);
     if (b.column == 1 && columns == TILE_COLUMNS) {
-        for (int64_t k = 0; k < depth; k++)
-            std::memcpy(panel.at + k * TILE_COLUMNS, b.at(k0 + k) + j0, TILE_COLUMNS * sizeof(float));
-        return;
-    }
-    if (b.row == 1 && columns == TILE_COLUMNS) {  // columns that lie one behind the other
-        int64_t k = 0;
-        for (; k + 8 <= depth; k += 8)
-            for (int64_t j = 0; j < TILE_COLUMNS; j += 8) {
-                const float *rows[8];
-                for (int64_t i = 0; i < 8; i++) rows[i] = b.from + (j0 + j + i) * b.column + k0 + k;
-                transpose(rows, panel.at + k * TILE_COLUMNS + j, TILE_COLUMNS);
+        for (int64_t n = 0; n < count; n++) {
+            const bool two = (n + 1) * STEP <= depth;
+            const float *first = b.at(k0 + n * STEP) + j0, *second = two ? b.at(k0 + n * STEP + STEP - 1) + j0 : nullptr;
+            for (int64_t j = 0; j < TILE_COLUMNS; j += LANES) {
+                const auto made = Kind::made(load(first + j), two ? load(second + j) : Vector{});
+                std::memcpy(panel.at + n * TILE_COLUMNS + j, &made, sizeof made);
             }
-        for (; k < depth; k++)
-            for (int64_t j = 0; j < TILE_COLUMNS; j++)
-                panel.at[k * TILE_COLUMNS + j] = b.from[(j0 + j) * b.column + k0 + k];
+        }
         return;
     }
-    for (int64_t k = 0; k < depth; k++)
+    if (columns < TILE_COLUMNS) std::memset(panel.at, 0, count * TILE_COLUMNS * sizeof(panel.at[0]));
+    int64_t n = 0;
+    if (b.row == 1 && columns == TILE_COLUMNS) {  // columns that lie one behind the other
+        typename Kind::Number lines[8][LANES];
+        const float *rows[8];
+        for (; (n + LANES) * STEP <= depth; n += LANES)
+            for (int64_t j = 0; j < TILE_COLUMNS; j += 8) {
+                for (int64_t i = 0; i < 8; i++) {
+                    const auto made = Kind::row(b.from + (j0 + j + i) * b.column + k0 + n * STEP);
+                    std::memcpy(lines[i], &made, sizeof made);
+                }
+                for (int64_t part = 0; part < LANES; part += 8) {
+                    for (int64_t i = 0; i < 8; i++) rows[i] = reinterpret_cast<const float *>(lines[i] + part);
+                    float *to = reinterpret_cast<float *>(panel.at + (n + part) * TILE_COLUMNS + j);
+                    transpose(rows, to, TILE_COLUMNS);
+                }
+            }
+    }
+    for (; n < count; n++) {
+        const bool two = (n + 1) * STEP <= depth;
+        const float *first = b.at(k0 + n * STEP), *second = two ? b.at(k0 + n * STEP + STEP - 1) : nullptr;
         for (int64_t j = 0; j < columns; j++)
-            panel.at[k * TILE_COLUMNS + j] = b.at(k0 + k)[(j0 + j) * b.column];
+            panel.at[n * TILE_COLUMNS + j] =
+                Kind::made(first[(j0 + j) * b.column], two ? second[(j0 + j) * b.column] : 0.0f);
+    }
 }
 
 // A tile of c, (TILE_ROWS, TILE_COLUMNS): a's rows, `stride` between the numbers of one, times a panel; added to what is
 // there or written over it.
+template <typename Kind>
 static inline void tile(
-    const float *const *a, int64_t stride, const float *panel, int64_t depth, float *c, int64_t c_row, bool add
+    const typename Kind::Number *const *a, int64_t stride, const typename Kind::Number *panel, int64_t count, float *c,
+    int64_t c_row, bool add
 ) {
     Vector s[TILE_ROWS][2];
     for (int64_t i = 0; i < TILE_ROWS; i++)
         for (int64_t v = 0; v < 2; v++) s[i][v] = add ? load(c + i * c_row + v * LANES) : Vector{};
-    const float *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
-    for (int64_t at = 0; at < depth * stride; at += stride) {
-        const Vector b0 = load(panel), b1 = load(panel + LANES);
+    const typename Kind::Number *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
+    for (int64_t at = 0; at < count * stride; at += stride) {
+        typename Kind::Numbers b0, b1, x;
+        std::memcpy(&b0, panel, sizeof b0);
+        std::memcpy(&b1, panel + LANES, sizeof b1);
         panel += TILE_COLUMNS;
-        Vector x;
-        x = all(a0[at]); s[0][0] += x * b0; s[0][1] += x * b1;
-        x = all(a1[at]); s[1][0] += x * b0; s[1][1] += x * b1;
-        x = all(a2[at]); s[2][0] += x * b0; s[2][1] += x * b1;
-        x = all(a3[at]); s[3][0] += x * b0; s[3][1] += x * b1;
-        x = all(a4[at]); s[4][0] += x * b0; s[4][1] += x * b1;
-        x = all(a5[at]); s[5][0] += x * b0; s[5][1] += x * b1;
+        x = Kind::spread(a0[at]); s[0][0] = Kind::add(s[0][0], x, b0); s[0][1] = Kind::add(s[0][1], x, b1);
+        x = Kind::spread(a1[at]); s[1][0] = Kind::add(s[1][0], x, b0); s[1][1] = Kind::add(s[1][1], x, b1);
+        x = Kind::spread(a2[at]); s[2][0] = Kind::add(s[2][0], x, b0); s[2][1] = Kind::add(s[2][1], x, b1);
+        x = Kind::spread(a3[at]); s[3][0] = Kind::add(s[3][0], x, b0); s[3][1] = Kind::add(s[3][1], x, b1);
+        x = Kind::spread(a4[at]); s[4][0] = Kind::add(s[4][0], x, b0); s[4][1] = Kind::add(s[4][1], x, b1);
+        x = Kind::spread(a5[at]); s[5][0] = Kind::add(s[5][0], x, b0); s[5][1] = Kind::add(s[5][1], x, b1);
     }
     for (int64_t i = 0; i < TILE_ROWS; i++)
         for (int64_t v = 0; v < 2; v++) store(c + i * c_row + v * LANES, s[i][v]);
 }
 
-// A block of a, whose columns lie apart, in strips of TILE_ROWS: (strip, depth, TILE_ROWS), missing rows zero.
-static inline void pack_strips(
-    std::vector<float> &strips, const Matrix &a, int64_t i0, int64_t rows, int64_t k0, int64_t depth
-) {
-    strips.resize(BLOCK_ROWS * DEPTH);
-    for (int64_t k = 0; k < depth; k++) {
-        const float *from = a.from + (a.depth_order ? a.depth_order[k0 + k] : k0 + k) * a.column;
-        for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-            float *to = strips.data() + i * depth + k * TILE_ROWS;
-            if (a.row == 1 && i + TILE_ROWS <= rows)
-                std::memcpy(to, from + i0 + i, TILE_ROWS * sizeof(float));
-            else
-                for (int64_t r = 0; r < TILE_ROWS; r++) to[r] = i + r < rows ? from[(i0 + i + r) * a.row] : 0.0f;
+// A block of a, packed: its rows one behind the other, `step` 1 between the numbers of a row; or, where a's columns lie
+// apart, in strips of TILE_ROWS rows, (strip, count, TILE_ROWS), missing rows zero.
+template <typename Kind>
+struct Block {
+    std::vector<typename Kind::Number> numbers;
+    bool strips = false;
+    int64_t count = 0;
+
+    const typename Kind::Number *row(int64_t strip, int64_t r) const {
+        return numbers.data() + (strips ? strip * count + r : (strip + r) * count);
+    }
+    int64_t step() const { return strips ? TILE_ROWS : 1; }
+
+    void pack(const Matrix &a, int64_t i0, int64_t rows, int64_t k0, int64_t depth) {
+        numbers.resize(BLOCK_ROWS * (DEPTH / Kind::STEP));
+        count = numbers_of<Kind>(depth);
+        strips = a.column != 1 || a.depth_order != nullptr;
+        strips ? pack_strips(a, i0, rows, k0, depth) : pack_rows(a, i0, rows, k0, depth);
+    }
+
+  private:
+    void pack_rows(const Matrix &a, int64_t i0, int64_t rows, int64_t k0, int64_t depth) {
+        for (int64_t i = 0; i < rows; i++) {
+            const float *from = a.at(i0 + i) + k0;
+            typename Kind::Number *to = numbers.data() + i * count;
+            int64_t n = 0;
+            for (; (n + LANES) * Kind::STEP <= depth; n += LANES) {
+                const auto made = Kind::row(from + n * Kind::STEP);
+                std::memcpy(to + n, &made, sizeof made);
+            }
+            for (; n < count; n++) {
+                const int64_t k = n * Kind::STEP, last = k + Kind::STEP - 1;
+                to[n] = Kind::made(from[k], last < depth ? from[last] : 0.0f);
+            }
         }
     }
-}
+
+    void pack_strips(const Matrix &a, int64_t i0, int64_t rows, int64_t k0, int64_t depth) {
+        const auto column = [&](int64_t k) {
+            return a.from + (a.depth_order ? a.depth_order[k0 + k] : k0 + k) * a.column + i0 * a.row;
+        };
+        typename Kind::Number line[BLOCK_ROWS + LANES];
+        const int64_t tall = (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+        std::fill(line + rows, line + tall, 0);
+        for (int64_t n = 0; n < count; n++) {
+            const bool two = (n + 1) * Kind::STEP <= depth;
+            const float *first = column(n * Kind::STEP), *second = two ? column(n * Kind::STEP + Kind::STEP - 1) : nullptr;
+            int64_t i = 0;
+            for (; a.row == 1 && i + LANES <= rows; i += LANES) {
+                const auto made = Kind::made(load(first + i), two ? load(second + i) : Vector{});
+                std::memcpy(line + i, &made, sizeof made);
+            }
+            for (; i < rows; i++) line[i] = Kind::made(first[i * a.row], two ? second[i * a.row] : 0.0f);
+            for (i = 0; i < tall; i += TILE_ROWS)
+                std::memcpy(numbers.data() + i * count + n * TILE_ROWS, line + i, TILE_ROWS * sizeof line[0]);
+        }
+    }
+};
 
 // c (rows, columns), its rows `c_row` apart, = a (rows, depth) · b (depth, columns), or that added to it.
+template <typename Kind = Exact>
 static inline void product(
     const Matrix &a, const Matrix &b, float *c, int64_t c_row, int64_t rows, int64_t columns, int64_t depth,
     bool add = false
 ) {
-    static thread_local std::vector<float> strips;
-    const bool apart = a.column != 1 || a.depth_order != nullptr;
-    Panel panel;
+    typedef typename Kind::Number Number;
+    static thread_local Block<Kind> packed;
+    Panel<Kind> panel;
     if (depth == 0 && !add)
         for (int64_t i = 0; i < rows; i++) std::memset(c + i * c_row, 0, columns * sizeof(float));
     const int64_t most = block_rows(rows);
@@ -139,22 +210,31 @@ static inline void product(
         for (int64_t k0 = 0; k0 < depth; k0 += DEPTH) {
             const int64_t here = std::min(DEPTH, depth - k0), block = std::min(most, rows - i0);
             const bool more = add || k0 > 0;
-            if (apart) pack_strips(strips, a, i0, block, k0, here);
+            bool as_it_lies = false;
+            if constexpr (std::is_same_v<Kind, Exact>) as_it_lies = a.column == 1 && a.depth_order == nullptr;
+            if (!as_it_lies) packed.pack(a, i0, block, k0, here);
             for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
                 const int64_t wide = std::min(TILE_COLUMNS, columns - j);
                 pack(panel, b, k0, here, j, wide);
                 for (int64_t i = 0; i < block; i += TILE_ROWS) {
-                    const int64_t high = std::min(TILE_ROWS, block - i);
-                    const float *starts[TILE_ROWS];
-                    for (int64_t r = 0; r < TILE_ROWS; r++)
-                        starts[r] = apart ? strips.data() + i * here + r : a.at(i0 + i + std::min(r, high - 1)) + k0;
+                    const int64_t high = std::min(TILE_ROWS, block - i), count = numbers_of<Kind>(here);
+                    const Number *starts[TILE_ROWS];
+                    for (int64_t r = 0; r < TILE_ROWS; r++) {
+                        if constexpr (std::is_same_v<Kind, Exact>)
+                            if (as_it_lies) {
+                                starts[r] = a.at(i0 + i + std::min(r, high - 1)) + k0;
+                                continue;
+                            }
+                        starts[r] = packed.row(i, packed.strips ? r : std::min(r, high - 1));
+                    }
+                    const int64_t step = as_it_lies ? 1 : packed.step();
                     float *to = c + (i0 + i) * c_row + j;
                     if (high == TILE_ROWS && wide == TILE_COLUMNS) {
-                        tile(starts, apart ? TILE_ROWS : 1, panel.at, here, to, c_row, more);
+                        tile<Kind>(starts, step, panel.at, count, to, c_row, more);
                         continue;
                     }
                     float edge[TILE_ROWS * TILE_COLUMNS];
-                    tile(starts, apart ? TILE_ROWS : 1, panel.at, here, edge, TILE_COLUMNS, false);
+                    tile<Kind>(starts, step, panel.at, count, edge, TILE_COLUMNS, false);
                     for (int64_t r = 0; r < high; r++)
                         for (int64_t w = 0; w < wide; w++)
                             to[r * c_row + w] = (more ? to[r * c_row + w] : 0.0f) + edge[r * TILE_COLUMNS + w];

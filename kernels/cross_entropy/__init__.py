@@ -15,7 +15,9 @@ from gristmill.kernels.dispatch import chosen, require
 __all__ = ["linear_cross_entropy_mean", "linear_log_probs"]
 
 
-def linear_cross_entropy_mean(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor) -> Tensor:
+def linear_cross_entropy_mean(
+    x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor, *, rounded: bool = False
+) -> Tensor:
     """Σ weight · cross-entropy of the logits x·wᵀ, a float32 scalar, differentiable in x and w, once.
 
     Args:
@@ -23,6 +25,7 @@ def linear_cross_entropy_mean(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weig
         w_VD: the head's matrix, (V, D).
         target_T: token ids; a negative one leaves its row out.
         weight_T: weight of each row; for a mean they sum to one.
+        rounded: whether products take their operands rounded to bfloat16, as in `linear`; for a CPU.
 
     Raises:
         TypeError: x and w differ in dtype or device.
@@ -32,10 +35,10 @@ def linear_cross_entropy_mean(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weig
     _check("linear_cross_entropy_mean", x_TD, w_VD, target_T)
     implementation = chosen("linear_cross_entropy_mean", x_TD, native.SOURCE)
     if implementation == "reference":
-        return linear_cross_entropy_mean_reference(x_TD, w_VD, target_T, weight_T)
+        return linear_cross_entropy_mean_reference(x_TD, w_VD, target_T, weight_T, rounded=rounded)
     if implementation == "compiled":
-        return native.linear_cross_entropy_mean(x_TD, w_VD, target_T, weight_T)
-    return LinearCrossEntropyMean.apply(x_TD, w_VD, target_T, weight_T, implementation)
+        return native.linear_cross_entropy_mean(x_TD, w_VD, target_T, weight_T, rounded)
+    return LinearCrossEntropyMean.apply(x_TD, w_VD, target_T, weight_T, implementation, rounded)
 
 
 def linear_log_probs(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: float = 1.0) -> Tensor:

@@ -8,6 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from gristmill.kernels.linear.reference import nearest
+
 CPU_LOGITS = 1 << 20  # of a chunk: it stays in the cache
 GPU_LOGITS = (1 << 25, 1 << 27)
 """At least and at most of a chunk: the head's gradient is read and written once a chunk."""
@@ -48,7 +50,11 @@ class LinearCrossEntropyMean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor, implementation: str) -> Tensor:
+    def forward(
+        ctx, x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor, implementation: str, rounded: bool
+    ) -> Tensor:
+        if rounded:
+            x_TD, w_VD = nearest(x_TD), nearest(w_VD)
         softmax = softmax_of(implementation)
         grad_x, grad_w = torch.empty_like(x_TD), torch.zeros_like(w_VD)
         total = torch.zeros((), dtype=torch.float32, device=x_TD.device)
@@ -58,6 +64,7 @@ class LinearCrossEntropyMean(torch.autograd.Function):
             logits = x @ w_VD.t()
             loss = softmax.softmax_slope_(logits, target.clamp_min(0), weight, 1.0)
             total += (loss * weight).sum()
+            logits = nearest(logits) if rounded else logits
             torch.mm(logits, w_VD, out=grad_x[rows])
             grad_w.addmm_(logits.t(), x)
             del logits  # before the next chunk's are made
@@ -74,7 +81,7 @@ class LinearCrossEntropyMean(torch.autograd.Function):
             )
         ctx.scaled = True
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x.mul_(grad), grad_w.mul_(grad), None, None, None
+        return grad_x.mul_(grad), grad_w.mul_(grad), None, None, None, None
 
 
 class LinearLogProbs(torch.autograd.Function):

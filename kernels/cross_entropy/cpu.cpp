@@ -6,12 +6,16 @@
 //     logits (v, r)  = Σ_d  w(v, d) · x(r, d)         w as it lies,       x in panels of its transpose
 //     grad_x (d, r) += Σ_v  w(v, d) · slope(v, r)     w in panels,        the slope as it lies
 //     grad_w (v, d) += Σ_r  slope(v, r) · x(r, d)     slope as it lies,   x in panels
-#include "vectors.h"
+//
+// `Kind` is Exact or Rounded. Rounded, w and the slope do not lie as they are read: numbers may be pairs of neighbours in
+// the sum, so each product has its own packed form of them, a block at a time.
+#include "operands.h"
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 namespace {
 
@@ -23,32 +27,53 @@ constexpr int64_t SPAN = 64 * TALL;            // columns of the head at a time 
 int64_t up_to(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
 struct Freed {
-    void operator()(float *at) const { ::operator delete[](at, std::align_val_t(64)); }
+    void operator()(void *at) const { ::operator delete[](at, std::align_val_t(64)); }
 };
-using Floats = std::unique_ptr<float[], Freed>;
+template <typename Number>
+using Many = std::unique_ptr<Number[], Freed>;
+using Floats = Many<float>;
 
-Floats floats(int64_t count) {
-    return Floats(static_cast<float *>(::operator new[](count * sizeof(float), std::align_val_t(64))));
+template <typename Number>
+Many<Number> many(int64_t count) {
+    return Many<Number>(static_cast<Number *>(::operator new[](count * sizeof(Number), std::align_val_t(64))));
 }
+
+Floats floats(int64_t count) { return many<float>(count); }
 
 struct Tile {
     Vector at[TALL][2];
 };
 
-// tile(i, j) = Σ_k a[i · row + k · step] · b[k · pitch + j]
+// tile(i, j) = Σ_k a[i · row + k · step] · b[k · pitch + j], over so many numbers
+template <typename Kind, typename Number = typename Kind::Number>
 inline __attribute__((always_inline)) Tile product(
-    const float *a, int64_t row, int64_t step, const float *b, int64_t pitch, int64_t depth
+    const Number *a, int64_t row, int64_t step, const Number *b, int64_t pitch, int64_t count
 ) {
     Tile tile{};
-    for (int64_t k = 0; k < depth; k++, a += step, b += pitch) {
-        const Vector left = load(b), right = load(b + LANES);
+    for (int64_t k = 0; k < count; k++, a += step, b += pitch) {
+        typename Kind::Numbers left, right;
+        std::memcpy(&left, b, sizeof left);
+        std::memcpy(&right, b + LANES, sizeof right);
 #pragma GCC unroll 6
         for (int64_t i = 0; i < TALL; i++) {
-            tile.at[i][0] += left * a[i * row];
-            tile.at[i][1] += right * a[i * row];
+            const typename Kind::Numbers x = Kind::spread(a[i * row]);
+            tile.at[i][0] = Kind::add(tile.at[i][0], left, x);
+            tile.at[i][1] = Kind::add(tile.at[i][1], right, x);
         }
     }
     return tile;
+}
+
+// Numbers that hold so many terms of a sum.
+template <typename Kind>
+int64_t numbers_of(int64_t terms) {
+    return (terms + Kind::STEP - 1) / Kind::STEP;
+}
+
+// Neighbours in the sum, the second of which may be beyond the end.
+template <typename Kind>
+typename Kind::Number pair(const float *first, int64_t apart, bool whole) {
+    return Kind::made(*first, Kind::STEP == 2 && whole ? first[apart] : 0.0f);
 }
 
 inline void put(const Tile &tile, float *to, int64_t pitch) {
@@ -77,51 +102,92 @@ struct Head {
 };
 
 // Rows of x that are taken at once, and what is made of them.
+template <typename Kind>
 struct Chunk {
     int64_t first, rows, pitch;    // pitch: the rows filled up to whole tiles, with zeros
     int64_t slope_pitch;           // an odd number of lines of a cache, so that a column of them does not evict itself
-    const float *across, *along;   // x / temperature: panels of WIDE rows, column by column; of WIDE columns, row by row
+    // x / temperature: panels of WIDE rows, column by column; and of WIDE columns, row by row
+    const typename Kind::Number *across, *along;
     const float *highest, *scale;  // of each row: the largest logit, and weight / sum of the exponentials
 };
 
-void pack_across(const Head &head, int64_t first, int64_t rows, int64_t panel, float *to) {
-    to += panel * WIDE * head.width;
+template <typename Kind>
+void pack_across(const Head &head, int64_t first, int64_t rows, int64_t panel, typename Kind::Number *to) {
+    const int64_t count = numbers_of<Kind>(head.width);
+    to += panel * WIDE * count;
     for (int64_t j = 0; j < WIDE; j++) {
         const int64_t row = panel * WIDE + j;
         const float *x = head.x + (first + row) * head.width;
-        for (int64_t d = 0; d < head.width; d++) to[d * WIDE + j] = row < rows ? x[d] * head.inverse_temperature : 0.0f;
+        for (int64_t n = 0, d = 0; n < count; n++, d += Kind::STEP) {
+            if (row >= rows)
+                to[n * WIDE + j] = 0;
+            else if (Kind::STEP == 2 && d + 1 < head.width)
+                to[n * WIDE + j] = Kind::made(x[d] * head.inverse_temperature, x[d + 1] * head.inverse_temperature);
+            else
+                to[n * WIDE + j] = Kind::made(x[d] * head.inverse_temperature, 0.0f);
+        }
     }
 }
 
-void pack_along(const Head &head, int64_t first, int64_t rows, int64_t panel, float *to) {
-    to += panel * WIDE * rows;
-    const int64_t begin = panel * WIDE, columns = std::min(WIDE, head.width - begin);
-    for (int64_t row = 0; row < rows; row++, to += WIDE) {
-        const float *x = head.x + (first + row) * head.width + begin;
-        for (int64_t j = 0; j < WIDE; j++) to[j] = j < columns ? x[j] * head.inverse_temperature : 0.0f;
+template <typename Kind>
+void pack_along(const Head &head, int64_t first, int64_t rows, int64_t panel, typename Kind::Number *to) {
+    const int64_t begin = panel * WIDE, columns = std::min(WIDE, head.width - begin), count = numbers_of<Kind>(rows);
+    to += panel * WIDE * count;
+    for (int64_t n = 0; n < count; n++, to += WIDE) {
+        const float *x = head.x + (first + n * Kind::STEP) * head.width + begin;
+        const bool two = Kind::STEP == 2 && n * 2 + 1 < rows;
+        for (int64_t j = 0; j < WIDE; j += LANES) {
+            const int64_t left = std::max<int64_t>(0, columns - j);
+            const Vector one = load(x + j, left), other = two ? load(x + head.width + j, left) : Vector{};
+            const auto made = Kind::made(one * head.inverse_temperature, other * head.inverse_temperature);
+            std::memcpy(to + j, &made, sizeof made);
+        }
     }
 }
+
+// `count` rows of the head and so many columns of them, as the logits' product reads them: rows filled up to TALL.
+template <typename Kind>
+struct Rows {
+    const typename Kind::Number *at;
+    int64_t row;
+
+    Rows(const float *w, int64_t width, int64_t count, int64_t depth, typename Kind::Number *room)
+        : at(room), row(numbers_of<Kind>(depth)) {
+        if constexpr (std::is_same_v<Kind, Exact>)
+            if (count % TALL == 0) {
+                at = w;
+                row = width;
+                return;
+            }
+        for (int64_t i = 0; i < up_to(count, TALL); i++) {
+            const float *from = w + std::min(i, count - 1) * width;
+            int64_t n = 0;
+            for (; (n + LANES) * Kind::STEP <= depth; n += LANES) {
+                const auto made = Kind::row(from + n * Kind::STEP);
+                std::memcpy(room + i * row + n, &made, sizeof made);
+            }
+            for (; n < row; n++)
+                room[i * row + n] = pair<Kind>(from + n * Kind::STEP, 1, (n + 1) * Kind::STEP <= depth);
+        }
+    }
+};
 
 // Logits of `count` rows of the head from v on, (count filled up to TALL, pitch). A tile that would begin too late to
-// be full reads the last rows of the head again, whose logits nobody looks at.
-void logits(const Head &head, const Chunk &chunk, int64_t v, int64_t count, float *to) {
+// be full has the last row of the head again, whose logits nobody looks at.
+template <typename Kind>
+void logits(
+    const Head &head, const Chunk<Kind> &chunk, int64_t v, int64_t count, typename Kind::Number *room, float *to
+) {
     int64_t d = 0;
     do {  // once without any columns, too: then they are zero
         const int64_t depth = std::min(DEPTH, head.width - d);
+        const Rows<Kind> rows(head.w + v * head.width + d, head.width, count, depth, room);
         for (int64_t r = 0; r < chunk.pitch; r += WIDE) {
-            const float *x = chunk.across + r * head.width + d * WIDE;
+            const typename Kind::Number *x = chunk.across + r * numbers_of<Kind>(head.width) + d / Kind::STEP * WIDE;
             for (int64_t i = 0; i < count; i += TALL) {
-                const float *w = head.w + (v + i) * head.width + d;
                 float *place = to + i * chunk.pitch + r;
-                float last[TALL * DEPTH];
-                int64_t row = head.width;
-                if (i + TALL > count) {
-                    row = DEPTH;
-                    for (int64_t k = 0; k < TALL; k++)
-                        std::copy_n(w + std::min(k, count - i - 1) * head.width, depth, last + k * DEPTH);
-                    w = last;
-                }
-                const Tile tile = product(w, row, 1, x, WIDE, depth);
+                const Tile tile =
+                    product<Kind>(rows.at + i * rows.row, rows.row, 1, x, WIDE, numbers_of<Kind>(depth));
                 if (d == 0)
                     put(tile, place, chunk.pitch);
                 else
@@ -146,8 +212,10 @@ void statistics(const float *z, int64_t count, int64_t pitch, float *highest, fl
 }
 
 // weight · (softmax − onehot)
+template <typename Kind>
 void slopes(
-    const Chunk &chunk, const int64_t *target, const float *weight, const float *z, int64_t v, int64_t count, float *to
+    const Chunk<Kind> &chunk, const int64_t *target, const float *weight, const float *z, int64_t v, int64_t count,
+    float *to
 ) {
     for (int64_t i = 0; i < count; i++)
         for (int64_t r = 0; r < chunk.pitch; r += LANES) {
@@ -160,40 +228,86 @@ void slopes(
     }
 }
 
+// A block of slopes as the two products read them: over the head's rows (v), and over those of x (r).
+template <typename Kind>
+struct Slope {
+    const typename Kind::Number *over_v, *over_r;
+    int64_t v_row, r_row;
+
+    Slope(const Chunk<Kind> &chunk, const float *slope, int64_t count, typename Kind::Number *room) {
+        if constexpr (std::is_same_v<Kind, Exact>) {
+            over_v = over_r = slope;
+            v_row = r_row = chunk.slope_pitch;
+            return;
+        }
+        typename Kind::Number *down = room, *along = room + numbers_of<Kind>(BLOCK) * chunk.pitch;
+        over_v = down;
+        over_r = along;
+        v_row = chunk.pitch;
+        r_row = chunk.pitch / Kind::STEP | LANES;  // no power of two
+        for (int64_t n = 0; n < numbers_of<Kind>(count); n++) {
+            const float *first = slope + n * Kind::STEP * chunk.slope_pitch;
+            const bool two = (n + 1) * Kind::STEP <= count;
+            for (int64_t r = 0; r < chunk.pitch; r += LANES) {
+                const Vector other = two ? load(first + (Kind::STEP - 1) * chunk.slope_pitch + r) : Vector{};
+                const auto made = Kind::made(load(first + r), other);
+                std::memcpy(down + n * v_row + r, &made, sizeof made);
+            }
+        }
+        for (int64_t i = 0; i < up_to(count, TALL); i++)
+            for (int64_t n = 0; n < chunk.pitch / Kind::STEP; n += LANES) {
+                const auto made = Kind::row(slope + std::min(i, count - 1) * chunk.slope_pitch + n * Kind::STEP);
+                std::memcpy(along + i * r_row + n, &made, sizeof made);
+            }
+    }
+
+    static int64_t room(int64_t most) {
+        return numbers_of<Kind>(BLOCK) * most + BLOCK * (most / Kind::STEP + LANES);
+    }
+};
+
 // What a block of the head's rows adds to the gradient of x, transposed and of a part of the columns, (span, pitch).
+template <typename Kind>
 void add_to_grad_x(
-    const Head &head, const Chunk &chunk, const float *slope, int64_t v, int64_t count, int64_t d, int64_t span,
-    float *panels, float *grad_x
+    const Head &head, const Chunk<Kind> &chunk, const Slope<Kind> &slope, int64_t v, int64_t count, int64_t d,
+    int64_t span, typename Kind::Number *panels, float *grad_x
 ) {
-    for (int64_t i = 0; i < count; i++) {
-        const float *w = head.w + (v + i) * head.width + d;
-        float *panel = panels + i * TALL;
-        for (int64_t j = 0; j < span; j += TALL, panel += TALL * count)
-            if (j + TALL <= span)
-                std::memcpy(panel, w + j, TALL * sizeof(float));
-            else
-                for (int64_t k = 0; k < TALL; k++) panel[k] = j + k < span ? w[j + k] : 0.0f;
+    const int64_t numbers = numbers_of<Kind>(count);
+    for (int64_t n = 0; n < numbers; n++) {
+        const float *w = head.w + (v + n * Kind::STEP) * head.width + d;
+        const bool two = (n + 1) * Kind::STEP <= count;
+        typename Kind::Number *panel = panels + n * TALL, line[SPAN];
+        int64_t j = 0;
+        for (; j + LANES <= span; j += LANES) {
+            const auto made = Kind::made(load(w + j), two ? load(w + (Kind::STEP - 1) * head.width + j) : Vector{});
+            std::memcpy(line + j, &made, sizeof made);
+        }
+        for (; j < span; j++) line[j] = pair<Kind>(w + j, head.width, two);
+        std::fill(line + span, line + up_to(span, TALL), 0);
+        for (j = 0; j < span; j += TALL, panel += TALL * numbers) std::memcpy(panel, line + j, TALL * sizeof line[0]);
     }
     for (int64_t r = 0; r < chunk.pitch; r += WIDE)
         for (int64_t j = 0; j < span; j += TALL) {
-            const Tile tile = product(panels + j * count, 1, TALL, slope + r, chunk.slope_pitch, count);
+            const Tile tile = product<Kind>(panels + j * numbers, 1, TALL, slope.over_v + r, slope.v_row, numbers);
             add(tile, grad_x + (d + j) * chunk.pitch + r, chunk.pitch);
         }
 }
 
 // What a chunk adds to the gradient of a block of the head's rows, of a part of the columns.
+template <typename Kind>
 void add_to_grad_w(
-    const Head &head, const Chunk &chunk, const float *slope, int64_t v, int64_t count, int64_t d, int64_t span,
-    float *grad_w
+    const Head &head, const Chunk<Kind> &chunk, const Slope<Kind> &slope, int64_t v, int64_t count, int64_t d,
+    int64_t span, float *grad_w
 ) {
+    const int64_t numbers = numbers_of<Kind>(chunk.rows);
     for (int64_t j = d; j < d + span; j += WIDE) {
         const int64_t columns = std::min(WIDE, head.width - j);
-        const float *x = chunk.along + j * chunk.rows;
+        const typename Kind::Number *x = chunk.along + j * numbers;
         for (int64_t i = 0; i < count; i += TALL) {
             float *place = grad_w + (v + i) * head.width + j;
             const int64_t rows = std::min(TALL, count - i);
             for (int64_t k = 0; k < rows; k++) __builtin_prefetch(place + k * head.width, 1);
-            const Tile tile = product(slope + i * chunk.slope_pitch, chunk.slope_pitch, 1, x, WIDE, chunk.rows);
+            const Tile tile = product<Kind>(slope.over_r + i * slope.r_row, slope.r_row, 1, x, WIDE, numbers);
             if (rows == TALL && columns == WIDE)
                 add(tile, place, head.width);
             else
@@ -214,16 +328,17 @@ struct Part {
 
 // The softmax of a part of the vocabulary: each row's largest logit, sum of exponentials and, where its target is in
 // this part, the target's logit. Logits stay in `held`, or are gone with their block where that is null.
+template <typename Kind>
 void softmax_part(
-    const Head &head, const Chunk &chunk, const Part &part, const int64_t *target, float *held, float *block,
-    float *highest, float *total, float *aimed
+    const Head &head, const Chunk<Kind> &chunk, const Part &part, const int64_t *target, float *held, float *block,
+    typename Kind::Number *room, float *highest, float *total, float *aimed
 ) {
     std::fill_n(highest, chunk.pitch, -INFINITY);
     std::fill_n(total, chunk.pitch, 0.0f);
     for (int64_t v = part.begin; v < part.end; v += BLOCK) {
         const int64_t count = std::min(BLOCK, part.end - v);
         float *z = held ? held + v * chunk.pitch : block;
-        logits(head, chunk, v, count, z);
+        logits<Kind>(head, chunk, v, count, room, z);
         statistics(z, count, chunk.pitch, highest, total);
         for (int64_t r = 0; r < chunk.rows; r++) {
             const int64_t row = target[chunk.first + r] - v;
@@ -233,18 +348,21 @@ void softmax_part(
 }
 
 // What a part of the vocabulary gives to grad_x, transposed, (width filled up to TALL, pitch), and its rows of grad_w.
+template <typename Kind>
 void gradient_part(
-    const Head &head, const Chunk &chunk, const Part &part, const int64_t *target, const float *weight,
-    const float *held, float *block, float *panels, float *grad_x, float *grad_w
+    const Head &head, const Chunk<Kind> &chunk, const Part &part, const int64_t *target, const float *weight,
+    const float *held, float *block, typename Kind::Number *room, typename Kind::Number *panels, float *grad_x,
+    float *grad_w
 ) {
     std::fill_n(grad_x, up_to(head.width, TALL) * chunk.pitch, 0.0f);
     for (int64_t v = part.begin; v < part.end; v += BLOCK) {
         const int64_t count = std::min(BLOCK, part.end - v);
-        slopes(chunk, target, weight, held + v * chunk.pitch, v, count, block);
+        slopes<Kind>(chunk, target, weight, held + v * chunk.pitch, v, count, block);
+        const Slope<Kind> slope(chunk, block, count, room);
         for (int64_t d = 0; d < head.width; d += SPAN) {
             const int64_t span = std::min(SPAN, head.width - d);
-            add_to_grad_x(head, chunk, block, v, count, d, span, panels, grad_x);
-            add_to_grad_w(head, chunk, block, v, count, d, span, grad_w);
+            add_to_grad_x<Kind>(head, chunk, slope, v, count, d, span, panels, grad_x);
+            add_to_grad_w<Kind>(head, chunk, slope, v, count, d, span, grad_w);
         }
     }
 }
@@ -259,37 +377,40 @@ struct Softmax {
     }
 };
 
-}  // namespace
-
-// The loss of each row, −log softmax(x·wᵀ / temperature) at its target; and the gradients of Σ weight · loss, that of w
-// added to what is there, unless `held` is null. `most` rows, a whole number of tiles, are taken at once, and their
-// logits stay in `held`, (vocab filled up to TALL, most). Each thread takes a part of the vocabulary.
-extern "C" void cross_entropy(
-    const float *x, const float *w, const int64_t *target, const float *weight, int64_t rows, int64_t width,
-    int64_t vocab, double inverse_temperature, int64_t most, float *held, float *loss, float *grad_x, float *grad_w,
-    int64_t threads
+// What `cross_entropy` says below, with products of this kind.
+template <typename Kind>
+void losses(
+    const Head &head, const int64_t *target, const float *weight, int64_t rows, int64_t most, float *held, float *loss,
+    float *grad_x, float *grad_w, int64_t threads
 ) {
-    const Head head{x, w, width, vocab, static_cast<float>(inverse_temperature)};
-    const int64_t panels = up_to(width, WIDE) / WIDE, transposed = held ? up_to(width, TALL) * most : 0;
-    const Floats across = floats(most * width), along = floats(most * panels * WIDE);
+    typedef typename Kind::Number Number;
+    const int64_t width = head.width, vocab = head.vocab, transposed = held ? up_to(width, TALL) * most : 0;
+    const int64_t panels = up_to(width, WIDE) / WIDE;
+    const Many<Number> across = many<Number>(most * numbers_of<Kind>(width));
+    const Many<Number> along = many<Number>(numbers_of<Kind>(most) * panels * WIDE);
     const Floats part_highest = floats(threads * most), part_total = floats(threads * most);
     const Floats aimed = floats(most), part_grad_x = floats(threads * transposed);
 #pragma omp parallel num_threads(threads)
     {
-        const Floats block = floats(BLOCK * (most + WIDE)), spans = floats(BLOCK * SPAN);
+        const Floats block = floats(BLOCK * (most + WIDE));
+        const Many<Number> spans = many<Number>(numbers_of<Kind>(BLOCK) * SPAN);
+        const Many<Number> room = many<Number>(std::max(Slope<Kind>::room(most), BLOCK * DEPTH / Kind::STEP));
         const Floats highest = floats(most), scale = floats(most);  // in each thread, which saves waiting
         for (int64_t first = 0; first < rows; first += most) {
             const int64_t count = std::min(most, rows - first), pitch = up_to(count, WIDE);
-            const Chunk chunk{first, count, pitch, pitch | WIDE, across.get(), along.get(), highest.get(), scale.get()};
+            const Chunk<Kind> chunk{
+                first, count, pitch, pitch | WIDE, across.get(), along.get(), highest.get(), scale.get()
+            };
 #pragma omp for schedule(static) nowait
-            for (int64_t panel = 0; panel < pitch / WIDE; panel++) pack_across(head, first, count, panel, across.get());
+            for (int64_t panel = 0; panel < pitch / WIDE; panel++)
+                pack_across<Kind>(head, first, count, panel, across.get());
 #pragma omp for schedule(static)
-            for (int64_t panel = 0; panel < panels; panel++) pack_along(head, first, count, panel, along.get());
+            for (int64_t panel = 0; panel < panels; panel++) pack_along<Kind>(head, first, count, panel, along.get());
 #pragma omp for schedule(static, 1)
             for (int64_t part = 0; part < threads; part++)
-                softmax_part(
-                    head, chunk, {vocab, part, threads}, target, held, block.get(), &part_highest[part * most],
-                    &part_total[part * most], aimed.get()
+                softmax_part<Kind>(
+                    head, chunk, {vocab, part, threads}, target, held, block.get(), room.get(),
+                    &part_highest[part * most], &part_total[part * most], aimed.get()
                 );
             for (int64_t r = 0; r < pitch; r++) {
                 const Softmax found(part_highest.get(), part_total.get(), threads, most, r);
@@ -304,8 +425,8 @@ extern "C" void cross_entropy(
             if (!held) continue;
 #pragma omp for schedule(static, 1)
             for (int64_t part = 0; part < threads; part++)
-                gradient_part(
-                    head, chunk, {vocab, part, threads}, target, weight, held, block.get(), spans.get(),
+                gradient_part<Kind>(
+                    head, chunk, {vocab, part, threads}, target, weight, held, block.get(), room.get(), spans.get(),
                     &part_grad_x[part * transposed], grad_w
                 );
 #pragma omp for schedule(static) nowait
@@ -318,4 +439,21 @@ extern "C" void cross_entropy(
                 }
         }
     }
+}
+
+}  // namespace
+
+// The loss of each row, −log softmax(x·wᵀ / temperature) at its target; and the gradients of Σ weight · loss, that of w
+// added to what is there, unless `held` is null. `most` rows, a whole number of tiles, are taken at once, and their
+// logits stay in `held`, (vocab filled up to TALL, most). Each thread takes a part of the vocabulary. Products take
+// numbers as they are, or rounded to bfloat16.
+extern "C" void cross_entropy(
+    const float *x, const float *w, const int64_t *target, const float *weight, int64_t rows, int64_t width,
+    int64_t vocab, double inverse_temperature, int64_t most, int64_t rounded, float *held, float *loss, float *grad_x,
+    float *grad_w, int64_t threads
+) {
+    const Head head{x, w, width, vocab, static_cast<float>(inverse_temperature)};
+    (rounded ? losses<Rounded> : losses<Exact>)(
+        head, target, weight, rows, most, held, loss, grad_x, grad_w, threads
+    );
 }

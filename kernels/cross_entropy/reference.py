@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from gristmill.kernels.linear.reference import linear_reference
 
-def linear_cross_entropy_mean_reference(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor) -> Tensor:
+
+def linear_cross_entropy_mean_reference(
+    x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor, *, rounded: bool = False
+) -> Tensor:
     """Σ weight · cross-entropy of x·wᵀ; rows with a negative target count nothing."""
-    loss_T = F.cross_entropy((x_TD @ w_VD.T).float(), target_T.clamp_min(0), reduction="none")
+    logits_TV = linear_reference(x_TD, w_VD, rounded=rounded).float()
+    loss_T = F.cross_entropy(logits_TV, target_T.clamp_min(0), reduction="none")
     return (loss_T * weight_T * (target_T >= 0)).sum()
 
 

@@ -21,7 +21,14 @@ CHECKED = os.environ.get("GRISTMILL_KERNELS_CHECK") == "1"
 
 
 def moe_mlp(
-    x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, load_E: Tensor
+    x_TD: Tensor,
+    expert_TK: Tensor,
+    gate_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    load_E: Tensor,
+    *,
+    rounded: bool = False,
 ) -> Tensor:
     """Σₖ gateₖ · down(silu(a) · b) with (a, b) = gate_up·x of each chosen expert, (T, D), in x's dtype.
 
@@ -36,26 +43,28 @@ def moe_mlp(
         gate_up_E2FD: each expert's gate matrix above its up matrix, (E, 2F, D).
         down_EDF: each expert's down matrix, (E, D, F).
         load_E: how many rows each expert has, (E,): the counts of expert_TK.
+        rounded: whether products take their operands rounded to bfloat16, as in `linear`; on a CPU alone.
 
     Raises:
         TypeError: x and a stack differ in dtype, expert or load is not of integers, or gate is of integers.
-        ValueError: shapes or devices do not fit, or (on a CPU; on a GPU where GRISTMILL_KERNELS_CHECK=1) an expert is
+        ValueError: shapes or devices do not fit, rounding is asked for on a GPU, or (on a CPU; on a GPU where GRISTMILL_KERNELS_CHECK=1) an expert is
             out of range or the load is not that of expert_TK; on a GPU, there are 2³⁰ rows or more.
     """
     _check(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
     implementation = chosen("moe_mlp", x_TD, SOURCE)
     if implementation == "reference":
-        return moe_mlp_reference(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF)
+        return moe_mlp_reference(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, rounded=rounded)
     if implementation == "gpu":
+        require(not rounded, ValueError, "moe_mlp: rounded", rounded, "tensors in bfloat16 on a GPU")
         from gristmill.kernels.moe_mlp.gpu import TritonMoeMlp
 
         return TritonMoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
     if implementation == "compiled":
         graded = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_TK, gate_up_E2FD, down_EDF))
-        if not graded and expert_TK.numel() < FEW_ROWS * len(down_EDF):
+        if not graded and not rounded and expert_TK.numel() < FEW_ROWS * len(down_EDF):
             return few_rows(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF)
-        return NativeMoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF)
-    return MoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
+        return NativeMoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, rounded)
+    return MoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E, rounded)
 
 
 def _check(x: Tensor, expert: Tensor, gate: Tensor, gate_up: Tensor, down: Tensor, load: Tensor) -> None:

@@ -32,6 +32,100 @@ void sum_choices(const float *y, const int64_t *place, float *out, int64_t t, in
     }
 }
 
+template <typename Kind>
+void forward_in(
+    const float *x, const float *gate, const float *gate_up, const float *down, const int64_t *order,
+    const int64_t *token, const int64_t *place, const int64_t *bounds, float *pre, float *y, float *out,
+    int64_t tokens, int64_t choices, int64_t experts, int64_t width, int64_t hidden, int64_t threads
+) {
+    std::vector<Task> tasks;
+    for (int64_t e = 0; e < experts; e++)
+        for (int64_t begin = bounds[e], most = block_rows(bounds[e + 1] - begin); begin < bounds[e + 1]; begin += most)
+            tasks.push_back({e, begin, std::min(begin + most, bounds[e + 1])});
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> h;
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < tasks.size(); i++) {
+            const auto [e, begin, end] = tasks[i];
+            const int64_t rows = end - begin;
+            float *ab = pre + begin * 2 * hidden;
+            product<Kind>(
+                {x, width, 1, token + begin}, {gate_up + e * 2 * hidden * width, 1, width}, ab, 2 * hidden, rows,
+                2 * hidden, width
+            );
+            h.resize(rows * hidden);
+            for (int64_t r = 0; r < rows; r++)
+                activate(ab + r * 2 * hidden, gate[order[begin + r]], h.data() + r * hidden, hidden);
+            product<Kind>(
+                {h.data(), hidden}, {down + e * width * hidden, 1, hidden}, y + begin * width, width, rows, width,
+                hidden
+            );
+        }
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) sum_choices(y, place, out, t, choices, width);
+    }
+}
+
+template <typename Kind>
+void backward_in(
+    const float *grad, const float *x, const float *gate, const float *gate_up, const float *down,
+    const int64_t *order, const int64_t *token, const int64_t *place, const int64_t *bounds, const float *pre,
+    float *grad_rows, float *grad_x, float *grad_gate, float *grad_gate_up, float *grad_down, int64_t tokens,
+    int64_t choices, int64_t experts, int64_t width, int64_t hidden, int64_t threads
+) {
+    std::vector<int64_t> longest(experts);  // first: the last to be done is short
+    std::iota(longest.begin(), longest.end(), 0);
+    std::stable_sort(longest.begin(), longest.end(), [&](int64_t a, int64_t b) {
+        return bounds[a + 1] - bounds[a] > bounds[b + 1] - bounds[b];
+    });
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> h, slope;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < experts; i++) {
+            const int64_t e = longest[i], first = bounds[e], last = bounds[e + 1];
+            const Matrix up_e{gate_up + e * 2 * hidden * width, width}, down_e{down + e * width * hidden, hidden};
+            float *grad_up_e = grad_gate_up + e * 2 * hidden * width, *grad_down_e = grad_down + e * width * hidden;
+            if (first == last) {
+                std::fill(grad_up_e, grad_up_e + 2 * hidden * width, 0.0f);
+                std::fill(grad_down_e, grad_down_e + width * hidden, 0.0f);
+            }
+            for (int64_t begin = first; begin < last; begin += PASS_ROWS) {
+                const int64_t rows = std::min(PASS_ROWS, last - begin);
+                const int64_t *from = token + begin;
+                h.resize(rows * hidden);
+                slope.resize(rows * 2 * hidden);
+                product<Kind>({grad, width, 1, from}, down_e, h.data(), hidden, rows, hidden, width);
+                for (int64_t r = 0; r < rows; r++) {
+                    const float *a = pre + (begin + r) * 2 * hidden, weight = gate[order[begin + r]];
+                    float *to = slope.data() + r * 2 * hidden;
+                    Vector of_gate{};
+                    for (int64_t f = 0; f < hidden; f += LANES) {
+                        const int64_t left = hidden - f;
+                        const Vector va = load(a + f, left), vb = load(a + hidden + f, left);
+                        float *at = h.data() + r * hidden + f;
+                        const Vector slope_h = load(at, left), s = sigmoid(va), silu = va * s;
+                        of_gate += slope_h * (silu * vb);
+                        store(to + f, weight * slope_h * vb * (s + silu * (1.0f - s)), left);
+                        store(to + hidden + f, weight * slope_h * silu, left);
+                        store(at, weight * silu * vb, left);
+                    }
+                    grad_gate[order[begin + r]] = sum(of_gate);
+                }
+                const bool more = begin > first;
+                const Matrix grad_of{grad, 1, width, nullptr, from}, slope_of{slope.data(), 1, 2 * hidden};
+                product<Kind>(grad_of, {h.data(), hidden}, grad_down_e, hidden, width, hidden, rows, more);
+                product<Kind>(slope_of, {x, width, 1, from}, grad_up_e, width, 2 * hidden, width, rows, more);
+                product<Kind>(
+                    {slope.data(), 2 * hidden}, up_e, grad_rows + begin * width, width, rows, width, 2 * hidden
+                );
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) sum_choices(grad_rows, place, grad_x, t, choices, width);
+    }
+}
 }  // namespace
 
 extern "C" {
@@ -55,39 +149,18 @@ void places(const int64_t *order, int64_t *token, int64_t *place, int64_t rows, 
     }
 }
 
-// pre (M, 2F) = x · gate_upᵀ; y (M, D) = (gate · silu(a) · b) · downᵀ; out (T, D) the sums of the tokens' rows.
+// pre (M, 2F) = x · gate_upᵀ; y (M, D) = (gate · silu(a) · b) · downᵀ; out (T, D) the sums of the tokens' rows. Products
+// take numbers as they are, or rounded to bfloat16.
 void forward(
     const float *x, const float *gate, const float *gate_up, const float *down, const int64_t *order,
     const int64_t *token, const int64_t *place, const int64_t *bounds, float *pre, float *y, float *out,
-    int64_t tokens, int64_t choices, int64_t experts, int64_t width, int64_t hidden, int64_t threads
+    int64_t tokens, int64_t choices, int64_t experts, int64_t width, int64_t hidden, int64_t rounded,
+    int64_t threads
 ) {
-    std::vector<Task> tasks;
-    for (int64_t e = 0; e < experts; e++)
-        for (int64_t begin = bounds[e], most = block_rows(bounds[e + 1] - begin); begin < bounds[e + 1]; begin += most)
-            tasks.push_back({e, begin, std::min(begin + most, bounds[e + 1])});
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> h;
-#pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < tasks.size(); i++) {
-            const auto [e, begin, end] = tasks[i];
-            const int64_t rows = end - begin;
-            float *ab = pre + begin * 2 * hidden;
-            product(
-                {x, width, 1, token + begin}, {gate_up + e * 2 * hidden * width, 1, width}, ab, 2 * hidden, rows,
-                2 * hidden, width
-            );
-            h.resize(rows * hidden);
-            for (int64_t r = 0; r < rows; r++)
-                activate(ab + r * 2 * hidden, gate[order[begin + r]], h.data() + r * hidden, hidden);
-            product(
-                {h.data(), hidden}, {down + e * width * hidden, 1, hidden}, y + begin * width, width, rows, width,
-                hidden
-            );
-        }
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) sum_choices(y, place, out, t, choices, width);
-    }
+    (rounded ? forward_in<Rounded> : forward_in<Exact>)(
+        x, gate, gate_up, down, order, token, place, bounds, pre, y, out, tokens, choices, experts, width, hidden,
+        threads
+    );
 }
 
 // The same for few rows an expert, whose matrices are read as they lie, and without what a backward pass needs; `expert`
@@ -135,58 +208,12 @@ void backward(
     const float *grad, const float *x, const float *gate, const float *gate_up, const float *down,
     const int64_t *order, const int64_t *token, const int64_t *place, const int64_t *bounds, const float *pre,
     float *grad_rows, float *grad_x, float *grad_gate, float *grad_gate_up, float *grad_down, int64_t tokens,
-    int64_t choices, int64_t experts, int64_t width, int64_t hidden, int64_t threads
+    int64_t choices, int64_t experts, int64_t width, int64_t hidden, int64_t rounded,
+    int64_t threads
 ) {
-    std::vector<int64_t> longest(experts);  // first: the last to be done is short
-    std::iota(longest.begin(), longest.end(), 0);
-    std::stable_sort(longest.begin(), longest.end(), [&](int64_t a, int64_t b) {
-        return bounds[a + 1] - bounds[a] > bounds[b + 1] - bounds[b];
-    });
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> h, slope;
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < experts; i++) {
-            const int64_t e = longest[i], first = bounds[e], last = bounds[e + 1];
-            const Matrix up_e{gate_up + e * 2 * hidden * width, width}, down_e{down + e * width * hidden, hidden};
-            float *grad_up_e = grad_gate_up + e * 2 * hidden * width, *grad_down_e = grad_down + e * width * hidden;
-            if (first == last) {
-                std::fill(grad_up_e, grad_up_e + 2 * hidden * width, 0.0f);
-                std::fill(grad_down_e, grad_down_e + width * hidden, 0.0f);
-            }
-            for (int64_t begin = first; begin < last; begin += PASS_ROWS) {
-                const int64_t rows = std::min(PASS_ROWS, last - begin);
-                const int64_t *from = token + begin;
-                h.resize(rows * hidden);
-                slope.resize(rows * 2 * hidden);
-                product({grad, width, 1, from}, down_e, h.data(), hidden, rows, hidden, width);
-                for (int64_t r = 0; r < rows; r++) {
-                    const float *a = pre + (begin + r) * 2 * hidden, weight = gate[order[begin + r]];
-                    float *to = slope.data() + r * 2 * hidden;
-                    Vector of_gate{};
-                    for (int64_t f = 0; f < hidden; f += LANES) {
-                        const int64_t left = hidden - f;
-                        const Vector va = load(a + f, left), vb = load(a + hidden + f, left);
-                        float *at = h.data() + r * hidden + f;
-                        const Vector slope_h = load(at, left), s = sigmoid(va), silu = va * s;
-                        of_gate += slope_h * (silu * vb);
-                        store(to + f, weight * slope_h * vb * (s + silu * (1.0f - s)), left);
-                        store(to + hidden + f, weight * slope_h * silu, left);
-                        store(at, weight * silu * vb, left);
-                    }
-                    grad_gate[order[begin + r]] = sum(of_gate);
-                }
-                const bool more = begin > first;
-                const Matrix grad_of{grad, 1, width, nullptr, from}, slope_of{slope.data(), 1, 2 * hidden};
-                product(grad_of, {h.data(), hidden}, grad_down_e, hidden, width, hidden, rows, more);
-                product(slope_of, {x, width, 1, from}, grad_up_e, width, 2 * hidden, width, rows, more);
-                product(
-                    {slope.data(), 2 * hidden}, up_e, grad_rows + begin * width, width, rows, width, 2 * hidden
-                );
-            }
-        }
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) sum_choices(grad_rows, place, grad_x, t, choices, width);
-    }
+    (rounded ? backward_in<Rounded> : backward_in<Exact>)(
+        grad, x, gate, gate_up, down, order, token, place, bounds, pre, grad_rows, grad_x, grad_gate, grad_gate_up,
+        grad_down, tokens, choices, experts, width, hidden, threads
+    );
 }
 }

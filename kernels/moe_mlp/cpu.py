@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gristmill.kernels.linear.reference import nearest
 from gristmill.kernels.moe_mlp.layout import places, rows_by_expert
 
 
@@ -30,7 +31,9 @@ class MoeMlp(torch.autograd.Function):
         gate_up_E2FD: Tensor,
         down_EDF: Tensor,
         load_E: Tensor,
+        rounded: bool,
     ) -> Tensor:
+        operand = nearest if rounded else _as_it_is
         order_M = rows_by_expert(expert_TK)
         token_M, gate_M1 = _by_row(order_M, gate_TK, x_TD.dtype)
         ctx.bounds = bounds = [0, *load_E.cumsum(0).tolist()]
@@ -42,10 +45,11 @@ class MoeMlp(torch.autograd.Function):
                 continue
             rows, here = slice(begin, end), slice(end - begin)
             torch.index_select(x_TD, 0, token_M[rows], out=x_RD[here])
-            torch.mm(x_RD[here], gate_up_E2FD[e].t(), out=pre_M2F[rows])
+            torch.mm(operand(x_RD[here]), operand(gate_up_E2FD[e]).t(), out=pre_M2F[rows])
             a, b = pre_M2F[rows].chunk(2, -1)
             h = torch.ops.aten.silu.out(a, out=h_RF[here]).mul_(b).mul_(gate_M1[rows])
-            torch.mm(h, down_EDF[e].t(), out=y_MD[rows])
+            torch.mm(operand(h), operand(down_EDF[e]).t(), out=y_MD[rows])
+        ctx.operand = operand
         ctx.save_for_backward(x_TD, gate_TK, gate_up_E2FD, down_EDF, order_M, pre_M2F)
         return _summed(y_MD, places(order_M).view(gate_TK.shape))
 
@@ -53,6 +57,7 @@ class MoeMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor):
         x_TD, gate_TK, gate_up_E2FD, down_EDF, order_M, pre_M2F = ctx.saved_tensors
+        operand = ctx.operand
         token_M, gate_M1 = _by_row(order_M, gate_TK, x_TD.dtype)
         most, width, hidden = _longest(ctx.bounds), x_TD.shape[1], down_EDF.shape[2]
         grad_gate_up, grad_down = (torch.empty(w.shape, dtype=w.dtype) for w in (gate_up_E2FD, down_EDF))
@@ -65,17 +70,21 @@ class MoeMlp(torch.autograd.Function):
                 grad_down[e].zero_()
                 continue
             rows, here = slice(begin, end), slice(end - begin)
-            grad = torch.index_select(grad_TD, 0, token_M[rows], out=gathered_RD[here])
-            grad_h = torch.mm(grad, down_EDF[e], out=grad_h_RF[here])
+            grad = operand(torch.index_select(grad_TD, 0, token_M[rows], out=gathered_RD[here]))
+            grad_h = torch.mm(grad, operand(down_EDF[e]), out=grad_h_RF[here])
             h, slope = h_RF[here], slope_R2F[here]
             torch.sum(_swiglu_backward(pre_M2F[rows], gate_M1[rows], grad_h, h, slope), -1, out=grad_gate_M[rows])
-            torch.mm(grad.t(), h, out=grad_down[e])
-            x = torch.index_select(x_TD, 0, token_M[rows], out=gathered_RD[here])
+            torch.mm(grad.t(), operand(h), out=grad_down[e])
+            x, slope = operand(torch.index_select(x_TD, 0, token_M[rows], out=gathered_RD[here])), operand(slope)
             torch.mm(slope.t(), x, out=grad_gate_up[e])
-            torch.mm(slope, gate_up_E2FD[e], out=grad_x_MD[rows])
+            torch.mm(slope, operand(gate_up_E2FD[e]), out=grad_x_MD[rows])
         place_M = places(order_M)
         grad_gate_TK = grad_gate_M[place_M].view(gate_TK.shape).to(gate_TK.dtype)
-        return _summed(grad_x_MD, place_M.view(gate_TK.shape)), None, grad_gate_TK, grad_gate_up, grad_down, None
+        return _summed(grad_x_MD, place_M.view(gate_TK.shape)), None, grad_gate_TK, grad_gate_up, grad_down, None, None
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _longest(bounds: list[int]) -> int:

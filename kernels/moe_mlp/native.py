@@ -18,8 +18,9 @@ class NativeMoeMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
-    ) -> Tensor:
+        ctx: Any, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor,
+        rounded: bool,
+    ) -> Tensor:  # fmt: skip
         (tokens, width), (experts, _, hidden), chosen = x_TD.shape, down_EDF.shape, expert_TK.shape[1]
         rows, library = tokens * chosen, needed(SOURCE)
         x_TD, gate_up_E2FD, down_EDF = (t.contiguous() for t in (x_TD, gate_up_E2FD, down_EDF))
@@ -29,9 +30,9 @@ class NativeMoeMlp(torch.autograd.Function):
         sizes = (tokens, chosen, experts, width, hidden)
         pre_M2F, y_MD, out_TD = x_TD.new_empty(rows, 2 * hidden), x_TD.new_empty(rows, width), torch.empty_like(x_TD)
         where = (order_M, *_places(order_M, chosen), bounds_E)
-        library("forward", x_TD, gate, gate_up_E2FD, down_EDF, *where, pre_M2F, y_MD, out_TD, *sizes)
+        library("forward", x_TD, gate, gate_up_E2FD, down_EDF, *where, pre_M2F, y_MD, out_TD, *sizes, int(rounded))
         ctx.save_for_backward(x_TD, gate, gate_up_E2FD, down_EDF, order_M, bounds_E, pre_M2F)
-        ctx.sizes, ctx.gate_dtype = sizes, gate_TK.dtype
+        ctx.sizes, ctx.rounded, ctx.gate_dtype = sizes, int(rounded), gate_TK.dtype
         return out_TD
 
     @staticmethod
@@ -41,8 +42,9 @@ class NativeMoeMlp(torch.autograd.Function):
         where = (order_M, *_places(order_M, ctx.sizes[1]), bounds_E)
         grad_rows_MD = grad_TD.new_empty(len(order_M), grad_TD.shape[1])
         grad_x, grad_gate, grad_gate_up, grad_down = made = [torch.empty_like(t) for t in inputs]
-        needed(SOURCE)("backward", grad_TD.contiguous(), *inputs, *where, pre_M2F, grad_rows_MD, *made, *ctx.sizes)
-        return grad_x, None, grad_gate.to(ctx.gate_dtype), grad_gate_up, grad_down
+        given, how = (grad_TD.contiguous(), *inputs, *where, pre_M2F), (*ctx.sizes, ctx.rounded)
+        needed(SOURCE)("backward", *given, grad_rows_MD, *made, *how)
+        return grad_x, None, grad_gate.to(ctx.gate_dtype), grad_gate_up, grad_down, None
 
 
 def few_rows(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
