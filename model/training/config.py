@@ -414,7 +414,12 @@ class SFTConfig(Config):
     """Supervised fine-tuning on chains of thought, loss on the response only (R1 section 2.3.1)."""
 
     steps: int = Field(default=200, ge=1, title="Steps", description="Optimizer steps.")
-    sequence_length: int = Field(default=128, ge=8, title="Sequence", description="Tokens of a packed sequence.")
+    sequence_length: int = Field(
+        default=128,
+        ge=8,
+        title="Sequence",
+        description="Tokens of a packed sequence; chains that are longer are left out.",
+    )
     batch_sequences: int = Field(default=32, ge=1, title="Batch", description="Sequences a step, over all ranks.")
     precision: Precision = Field(
         default="float32",

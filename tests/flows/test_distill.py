@@ -193,6 +193,17 @@ def test_conversations_beyond_the_students_positions_are_refused(tmp_path: Path)
         Plain(store, HERE).run(r1, longer, until="distill")
 
 
+def test_chains_that_are_too_long_for_a_sequence_are_left_out(tmp_path: Path) -> None:
+    others, store = folder_of_others(tmp_path / "others", "llama"), Store(tmp_path / "store")
+    folders = ran(store, asked(others, "distill.training.sequence_length=64"))
+    manifest = store.manifest("distill", folders["distill"].name)
+    assert manifest is not None
+    metrics = manifest["metrics"]
+    learned = metrics["conversations"] + metrics["held_out_conversations"]
+    chains = sum(1 for _ in (folders["problems"] / "cold_start.jsonl").open(encoding="utf-8"))
+    assert 0 < metrics["left_out_too_long"] == chains - learned < chains
+
+
 def test_conversations_are_asked_for_in_the_form_of_r1(tmp_path: Path) -> None:
     assert asked(tmp_path).distill.student.chat_template == CHAT_TEMPLATE  # type: ignore[union-attr]
 
