@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gristmill.data.tokenizer import CHAT_TEMPLATE
 from gristmill.flows.cards import card_markdown
+from gristmill.flows.cli import app, guarded
 from gristmill.flows.errors import UsageError
 from gristmill.flows.execution import Execution
 from gristmill.flows.inspection import chat_folders
@@ -186,11 +187,30 @@ def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
         Plain(Store(tmp_path / "store"), HERE).run(r1, asked(others), until="student")
 
 
-def test_conversations_beyond_the_students_positions_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("remote", [False, True], ids=["disk", "s3"])
+def test_conversations_beyond_the_students_positions_are_refused_before_anything_runs(
+    remote: bool, s3: str, tmp_path: Path
+) -> None:
     others, store = folder_of_others(tmp_path / "others", "llama"), Store(tmp_path / "store")
-    longer = asked(others, "distill.training.sequence_length=513")
-    with jobs_here(), pytest.raises(UsageError, match="stage distill: sequence_length 513 is longer than the 512 pos"):
+    if remote:
+        fsspec.filesystem("s3").put(str(others), f"{s3}/models/", recursive=True)
+    longer = asked(f"{s3}/models/others" if remote else others, "distill.training.sequence_length=513")
+    message = "stage distill: sequence_length 513 is longer than the 512 positions of the model: choose at most 512 "
+    with pytest.raises(UsageError, match=message):
+        planned(store, longer)
+    with pytest.raises(UsageError, match=message):
         Plain(store, HERE).run(r1, longer, until="distill")
+    assert not store.manifests("problems")
+    Plan(store).run(r1, longer, until="student")  # and what does not distil is not refused
+
+
+def test_the_command_line_refuses_them_as_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = (
+        f"distill={{folder: '{folder_of_others(tmp_path / 'others', 'llama')}', training: {{sequence_length: 4096}}}}"
+    )
+    arguments = ["plan", "smoke", f"--store={tmp_path / 'store'}", f"--set={more}"]
+    assert guarded(lambda: app(arguments, standalone_mode=False)) == 2
+    assert "choose at most 512 tokens" in capsys.readouterr().err
 
 
 def test_chains_that_are_too_long_for_a_sequence_are_left_out(tmp_path: Path) -> None:
