@@ -130,8 +130,8 @@ def _refuse_leftovers(call: Call, out: Path) -> None:
     if stage.sources is None:
         return
     now = stage.sources(call.config)
-    for name, before in call.sources.items():
-        if name != tombstones.SOURCE and now.get(name) != before:
+    for name in sorted((call.sources.keys() | now.keys()) - {tombstones.SOURCE}):
+        if now.get(name) != call.sources.get(name):
             raise ValueError(f"source {name!r} changed while stage {stage.name} read it: run again when it is at rest")
 
 

@@ -80,8 +80,11 @@ def _described(config: StudentConfig) -> ModelConfig:
 def take_student(config: StudentConfig, out: Path, *, threads: int, progress: Progress) -> Metrics:
     """Leave the model in `out/model` in our form, in the type it has, and its tokenizer in `out/tokenizer`.
 
+    Of a remote folder the files that are in the key are fetched; what runs the stage refuses its result where one of
+    them has another ETag by then, or others have come.
+
     Raises:
         JobFailed: tensors are missing or misshapen, or the tokenizer has more tokens than the model.
     """
-    with fetched([config.folder]) as (here,):
+    with fetched([config.folder], only=student_files(config)) as (here,):
         return adopt(here, config.chat_template, out, threads=threads, progress=progress)

@@ -15,12 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from gristmill.data.tokenizer import CHAT_TEMPLATE
 from gristmill.flows.cards import card_markdown
 from gristmill.flows.cli import app, guarded
-from gristmill.flows.errors import UsageError
+from gristmill.flows.errors import StageFailed, UsageError
 from gristmill.flows.execution import Execution
 from gristmill.flows.inspection import chat_folders
 from gristmill.flows.plan import Plan, PlanResult
 from gristmill.flows.r1 import r1
 from gristmill.flows.recipe import Recipe, load_recipe
+from gristmill.flows.remote import Remote
 from gristmill.flows.runners import Plain
 from gristmill.flows.store import Store
 from gristmill.model.chat import Chat
@@ -157,6 +158,44 @@ def test_a_folder_on_s3_gives_the_same_model(s3: str, tmp_path: Path, bytes_of) 
         assert bytes_of(folders[0] / part) == bytes_of(folders[1] / part)
     fsspec.filesystem("s3").pipe_file(f"{s3}/models/others/tokenizer.json", b"{}")
     assert planned(store, there).named("student").call.key != other.key
+
+
+def test_of_a_folder_on_s3_only_the_models_files_are_fetched(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = folder_of_others(tmp_path / "others", "llama")
+    (others / "original").mkdir()
+    (others / "original" / "consolidated.safetensors").write_bytes(b"the same in another form")
+    fsspec.filesystem("s3").put(str(others), f"{s3}/models/", recursive=True)
+    asked_for: list[str] = []
+    get = Remote.get
+    monkeypatch.setattr(Remote, "get", lambda far, name, path: asked_for.append(name) or get(far, name, path))
+    recipe = asked(f"{s3}/models/others")
+    with jobs_here():
+        Plain(Store(tmp_path / "store"), HERE).run(r1, recipe, until="student")
+    assert sorted(asked_for) == list(planned(Store(tmp_path / "store"), recipe).named("student").call.sources)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("tokenizer_config.json", b"{}"), ("model-of-others.safetensors", b"one more")]
+)
+def test_a_folder_on_s3_that_changes_on_its_way_makes_no_student(
+    name: str, data: bytes, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind its last file: what was fetched is a sound model, of which nobody knows when it was one."""
+    others, store = folder_of_others(tmp_path / "others", "llama"), Store(tmp_path / "store")
+    fsspec.filesystem("s3").put(str(others), f"{s3}/models/", recursive=True)
+    get = Remote.get
+
+    def fetching(far: Remote, fetched: str, path: Path) -> None:
+        get(far, fetched, path)
+        if fetched == "tokenizer_config.json":
+            fsspec.filesystem("s3").pipe_file(f"{s3}/models/others/{name}", data)
+
+    monkeypatch.setattr(Remote, "get", fetching)
+    with jobs_here(), pytest.raises(StageFailed, match=f"source '{name}' changed while stage student read it"):
+        Plain(store, HERE).run(r1, asked(f"{s3}/models/others"), until="student")
+    assert store.manifests("student") == []
 
 
 @pytest.mark.parametrize(
