@@ -73,7 +73,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     apart = PackedConversations([chain["conversation"] for chain in held], **packed)
     held_out = HeldOutConversations(apart, config.batch_sequences // place.shares)  # a micro-batch fits
     prompts = first_questions(chat, questions_of(held), model.config.max_position_embeddings)
-    texts = TextSamples(model, prompts, layout, seed)
+    texts = TextSamples(model, prompts, layout, seed, out / "log")
     checks = Checks(config.evaluate_every, config.steps, held_out.loss, texts)
     history = train(model, batches, training, out, progress, checks.look, layout, checks.write)
     if rank == 0:
