@@ -249,7 +249,9 @@ class PretrainConfig(Config):
         description="Steps between models that are kept for good, in `kept/`; a multiple of checkpoint_every, 0 none.",
     )
     keep_best: bool = Field(
-        default=False, title="Keep the best", description="Keep the checkpoint with the least held-out loss as well."
+        default=False,
+        title="Keep the best",
+        description="Keep the latest checkpoint that no held-out check up to it was better than as well.",
     )
 
     @model_validator(mode="after")
