@@ -133,6 +133,7 @@ class Run:
             alive=self.alive,
             before_first=self.life.ask_for_silence,
             ema_decay=training.ema_decay,
+            show=self.life.show,
         )
         self.rank, self.ranks = self.engine.rank, self.engine.ranks
         self.owner = {**model.config.model_dump(mode="json"), "vocab_size": model.vocab_size}
