@@ -84,6 +84,7 @@ def compute(call: Call, store: Store, execution: Execution, watcher: Watcher) ->
         "attempts": max(1, len(attempts.rows)),
         "peak_bytes": returned["peak_bytes"],
         "failed_uploads": failed_uploads(out),
+        "notes": _notes(out),
         "code_version": code_version(),
     }
     manifest["ledger"] = ledger_line(manifest, execution, stage.services)
@@ -130,8 +131,8 @@ def _refuse_leftovers(call: Call, out: Path) -> None:
     if stage.sources is None:
         return
     now = stage.sources(call.config)
-    for name, before in call.sources.items():
-        if name != tombstones.SOURCE and now.get(name) != before:
+    for name in sorted((call.sources.keys() | now.keys()) - {tombstones.SOURCE}):
+        if now.get(name) != call.sources.get(name):
             raise ValueError(f"source {name!r} changed while stage {stage.name} read it: run again when it is at rest")
 
 
@@ -156,6 +157,12 @@ def _returned(out: Path) -> dict[str, Any] | None:
         return returned
     path.unlink()
     return None
+
+
+def _notes(out: Path) -> list[str]:
+    """What a stage has to say of how it ran, that is no part of its result: sentences in log/notes.json."""
+    path = out / "log" / "notes.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def _content_sizes(out: Path) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,8 +36,10 @@ def local_path(place: str) -> Path:
 
 
 @contextmanager
-def fetched(places: list[str]) -> Iterator[list[Path]]:
+def fetched(places: list[str], only: Collection[str] | None = None) -> Iterator[list[Path]]:
     """Local folders that hold what lies at these places; copies of remote ones are removed at the end.
+
+    Of a remote one all files are fetched, or `only` those of these names.
 
     Raises:
         UsageError: a remote place cannot be reached, or holds nothing.
@@ -45,17 +47,18 @@ def fetched(places: list[str]) -> Iterator[list[Path]]:
     """
     with tempfile.TemporaryDirectory(prefix="gristmill-") as temporary:
         yield [
-            _fetch(place.rstrip("/"), Path(temporary) / str(i)) if is_remote(place) else local_path(place)
+            _fetch(place.rstrip("/"), Path(temporary) / str(i), only) if is_remote(place) else local_path(place)
             for i, place in enumerate(places)
         ]
 
 
-def _fetch(uri: str, folder: Path) -> Path:
-    """Fetch all files below a URI; the folder that holds them, whose last name is that of the URI."""
+def _fetch(uri: str, folder: Path, only: Collection[str] | None) -> Path:
+    """Fetch the files below a URI; the folder that holds them, whose last name is that of the URI."""
     out, far = folder / uri.rsplit("/", 1)[-1], Remote(uri)
     if names := far.sizes(""):
         for name in names:
-            far.get(name, out / name)
+            if only is None or name in only:
+                far.get(name, out / name)
         return out
     unfinished = UNFINISHED.fullmatch(uri)
     far = Remote(f"{unfinished['stage']}.partial") if unfinished else far

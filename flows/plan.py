@@ -198,8 +198,21 @@ class Plan:
             else:
                 planned = self._planned(call)
             result.stages.append(planned)
+        self._check_configs(result)
         self._check_inputs(result)
         return result
+
+    def _check_configs(self, result: PlanResult) -> None:
+        """Refuse what would run where the configurations of its inputs' stages already tell that it cannot."""
+        for planned in result.stages:
+            check = planned.call.stage.check_configs
+            if check is None or not planned.runs:
+                continue
+            makers = {name: result.of(a).call.config for name, a in planned.call.inputs.items()}
+            try:
+                check(planned.call.config, makers)
+            except ValueError as error:
+                raise UsageError(f"stage {planned.name}: {error}") from error
 
     def _check_inputs(self, result: PlanResult) -> None:
         """Refuse what would run on inputs that do not belong together, where they lie here and are sound."""

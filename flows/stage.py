@@ -30,6 +30,8 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED = ("runs", "lock", "ledger")  # names of other things in a store
 Inputs = Mapping[str, Any]  # by name: a folder, or a list of folders
 InputCheck = Callable[[Any, Inputs], None]
+Configs = Mapping[str, BaseModel]  # of the stages that make the inputs, by the inputs' names
+ConfigCheck = Callable[[Any, Configs], None]
 SERVICES = ("workers", "threads", "ranks", "device", "layout", "progress")
 
 
@@ -124,9 +126,11 @@ class Stage:
         check: Callable[[Any], None] | None = None,
         estimate: Callable[[Any, Any], Estimate] | None = None,
         check_inputs: InputCheck | None = None,
+        check_configs: ConfigCheck | None = None,
     ) -> None:
         self.function, self.name, self.version, self.title = function, name, version, title
-        self.sources, self.check, self.estimate, self.check_inputs = sources, check, estimate, check_inputs
+        self.sources, self.check, self.estimate = sources, check, estimate
+        self.check_inputs, self.check_configs = check_inputs, check_configs
         if not NAME.fullmatch(name) or name in RESERVED:
             raise TypeError(f"stage {name!r}: a stage's name is lower case, with digits and _, and not {RESERVED}")
         if type(version) is not int or version < 1:
@@ -253,6 +257,7 @@ def stage(
     check: Callable[[Any], None] | None = None,
     estimate: Callable[[Any, Any], Estimate] | None = None,
     check_inputs: InputCheck | None = None,
+    check_configs: ConfigCheck | None = None,
 ) -> Callable[[Callable[..., dict[str, Any]]], Stage]:
     """Declare a stage around a plain function `(config, *inputs, out[, seed], *, services) -> metrics`.
 
@@ -266,6 +271,8 @@ def stage(
             an earlier run with another configuration took.
         check_inputs: `(config, inputs by name)`, refuses (ValueError) inputs that do not fit the configuration or each
             other: in the plan where they are there, otherwise as soon as they are, before the stage begins.
+        check_configs: `(config, the configurations of the stages that make its inputs, by the inputs' names)`, refuses
+            (ValueError) what these configurations alone tell cannot work: always in the plan, before anything runs.
 
     Raises:
         TypeError: the function is not of the contract's form; the message says what to change.
@@ -274,6 +281,6 @@ def stage(
     def declare(function: Callable[..., dict[str, Any]]) -> Stage:
         own = name or function.__name__
         words = title or own.replace("_", " ").capitalize()
-        return Stage(function, own, version, words, sources, check, estimate, check_inputs)
+        return Stage(function, own, version, words, sources, check, estimate, check_inputs, check_configs)
 
     return declare

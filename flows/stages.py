@@ -20,8 +20,8 @@ from gristmill.flows import estimates
 from gristmill.flows.fetched import is_remote, local_path
 from gristmill.flows.report import make_report
 from gristmill.flows.scaling import fit_ladder
-from gristmill.flows.stage import Inputs, stage
-from gristmill.flows.student import check_student, student_files, student_tags, take_student
+from gristmill.flows.stage import Configs, Inputs, stage
+from gristmill.flows.student import check_student, student_files, student_positions, student_tags, take_student
 from gristmill.model.config import StudentConfig
 from gristmill.model.evaluate import evaluate as evaluate_models
 from gristmill.model.extend import extend as extend_context
@@ -75,8 +75,9 @@ def _student_sources(config: StudentConfig) -> dict[str, str]:
     return {Path(file).name: held for file, held in _hashes([str(folder / n) for n in student_files(config)]).items()}
 
 
-def _check_distillation(config: SFTConfig, inputs: Inputs) -> None:
-    check_context(config, inputs["model"])
+def _check_distillation(config: SFTConfig, makers: Configs) -> None:
+    if isinstance(student := makers["model"], StudentConfig):
+        check_context(config, student_positions(student))
 
 
 def _check_pretraining(config: PretrainConfig, inputs: Inputs) -> None:
@@ -228,7 +229,7 @@ distill = stage(
     "distill",
     version=1,
     title="Distillation: fine-tuning of an adopted model",
-    check_inputs=_check_distillation,
+    check_configs=_check_distillation,
 )(fine_tune)
 evaluate = stage(
     "evaluate",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gristmill.flows.fetched import fetched, is_remote, local_path
 from gristmill.flows.remote import Remote
-from gristmill.model.config import StudentConfig
+from gristmill.model.config import ModelConfig, StudentConfig
 from gristmill.model.hub import adopt
 from gristmill.model.hugging_face.configs import from_hugging_face
 from gristmill.model.stage_types import Metrics, Progress
@@ -48,7 +48,7 @@ def check_student(config: StudentConfig) -> None:
     Raises:
         ValueError: which files it lacks, or what of its config.json this model has not.
     """
-    folder, names = config.folder.rstrip("/"), student_files(config)
+    names = student_files(config)
     lacking = [name for name in NEEDED if name not in names]
     if not any(name.endswith(WEIGHTS) for name in names):
         lacking.append("*.safetensors")
@@ -56,9 +56,23 @@ def check_student(config: StudentConfig) -> None:
         raise ValueError(
             f"distill.folder {config.folder!r} lacks {', '.join(lacking)}: name a model's folder as Hugging Face has it"
         )
+    _described(config)
+
+
+def student_positions(config: StudentConfig) -> int:
+    """The longest sequence, in tokens, that the folder's model is declared for.
+
+    Raises:
+        ValueError: as `check_student`, of its config.json.
+    """
+    return _described(config).max_position_embeddings
+
+
+def _described(config: StudentConfig) -> ModelConfig:
+    folder = config.folder.rstrip("/")
     data = Remote(folder).read(NEEDED[0]) if is_remote(folder) else (local_path(folder) / NEEDED[0]).read_bytes()
     try:
-        from_hugging_face(json.loads(data or b""))
+        return from_hugging_face(json.loads(data or b""))[0]
     except ValueError as error:
         raise ValueError(f"distill.folder {config.folder!r}: {error}") from error
 
@@ -66,8 +80,11 @@ def check_student(config: StudentConfig) -> None:
 def take_student(config: StudentConfig, out: Path, *, threads: int, progress: Progress) -> Metrics:
     """Leave the model in `out/model` in our form, in the type it has, and its tokenizer in `out/tokenizer`.
 
+    Of a remote folder the files that are in the key are fetched; what runs the stage refuses its result where one of
+    them has another ETag by then, or others have come.
+
     Raises:
         JobFailed: tensors are missing or misshapen, or the tokenizer has more tokens than the model.
     """
-    with fetched([config.folder]) as (here,):
+    with fetched([config.folder], only=student_files(config)) as (here,):
         return adopt(here, config.chat_template, out, threads=threads, progress=progress)

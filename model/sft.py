@@ -25,8 +25,10 @@ def fine_tune(
 ) -> Metrics:
     """Fine-tune `model` on `problems/cold_start.jsonl`, loss on the response only, and leave it in `out/model`.
 
+    Chains that are longer than a sequence are left out, and counted in the metric `left_out_too_long`.
+
     Raises:
-        JobFailed: the training process ended badly (NaN loss, a chain longer than a sequence, a signal).
+        JobFailed: the training process ended badly (NaN loss, no chain that fits into a sequence, a signal).
     """
     job = {
         "config": config.model_dump(mode="json"),

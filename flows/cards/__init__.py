@@ -32,6 +32,7 @@ def card_markdown(manifest: dict[str, Any], folder: Path) -> str:
     parts = [
         f"# {_escaped_title(stage)}",
         _summary(stage),
+        *map(text.cell, manifest.get("notes") or []),
         *_metrics({k: v for k, v in stage.metrics.items() if not shown_in_funnel(stage, k)}),
         *[part for extra in EXTRAS.get(stage.name, ()) for part in extra(stage)],
         *corpus_parts(stage),

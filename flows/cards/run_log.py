@@ -46,7 +46,7 @@ class RunLog:
 
     def __init__(self, folder: Path) -> None:
         log = folder / "log"
-        self._peak = log / "peak.json"
+        self._peak, self._notes = log / "peak.json", log / "notes.json"
         self._curves, self._timings, self._loads, self._samples = (
             GrowingRows(log / f"{name}.jsonl") for name in ("curves", "timings", "expert_load", "samples")
         )
@@ -63,6 +63,10 @@ class RunLog:
 
     def samples(self) -> list[Row]:
         return self._samples.look()
+
+    def notes(self) -> list[str]:
+        """What the stage has to say of how it runs."""
+        return json.loads(self._notes.read_text(encoding="utf-8")) if self._notes.exists() else []
 
     def peak(self) -> Row:
         """What utilisation is held against; nothing where it was not measured."""

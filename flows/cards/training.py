@@ -32,6 +32,7 @@ def live_card(name: str, title: str, log: RunLog) -> str | None:
     parts = [
         f"# {text.cell(title)}",
         f"**Running**: {rows[-1]['step'] + 1:,} steps are done.",
+        *map(text.cell, log.notes()),
         text.table(("latest", "value"), sorted(shown.items()), right=(1,)),
         *_pictures("Curves", f"Curves of {name}", figures.small_multiples(rows), 80),
         *_sections(rows, log.timings(), log.peak()),

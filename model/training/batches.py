@@ -163,6 +163,11 @@ class Conversation:
     prompt: list[int]
     response: list[int]
 
+    @property
+    def positions(self) -> int:
+        """What it takes of a sequence: its last token is a target alone."""
+        return len(self.prompt) + len(self.response) - 1
+
 
 class PackedConversations:
     """Conversations packed whole into sequences, loss on responses alone; the rest of a sequence is padding.
@@ -173,7 +178,7 @@ class PackedConversations:
 
     def __init__(self, conversations: list[Conversation], *, length: int, pad: int, device: torch.device) -> None:
         self.conversations, self.length, self.pad, self.device = conversations, length, pad, device
-        self.packs = pack_whole([len(c.prompt) + len(c.response) - 1 for c in conversations], length)
+        self.packs = pack_whole([c.positions for c in conversations], length)
 
     def at(self, places: np.ndarray) -> TrainingBatch:
         """The sequences at these places among `packs`."""

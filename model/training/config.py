@@ -249,7 +249,9 @@ class PretrainConfig(Config):
         description="Steps between models that are kept for good, in `kept/`; a multiple of checkpoint_every, 0 none.",
     )
     keep_best: bool = Field(
-        default=False, title="Keep the best", description="Keep the checkpoint with the least held-out loss as well."
+        default=False,
+        title="Keep the best",
+        description="Keep the latest checkpoint that no held-out check up to it was better than as well.",
     )
 
     @model_validator(mode="after")
@@ -414,7 +416,12 @@ class SFTConfig(Config):
     """Supervised fine-tuning on chains of thought, loss on the response only (R1 section 2.3.1)."""
 
     steps: int = Field(default=200, ge=1, title="Steps", description="Optimizer steps.")
-    sequence_length: int = Field(default=128, ge=8, title="Sequence", description="Tokens of a packed sequence.")
+    sequence_length: int = Field(
+        default=128,
+        ge=8,
+        title="Sequence",
+        description="Tokens of a packed sequence; chains that are longer are left out.",
+    )
     batch_sequences: int = Field(default=32, ge=1, title="Batch", description="Sequences a step, over all ranks.")
     precision: Precision = Field(
         default="float32",

@@ -92,15 +92,18 @@ class Engine:
         alive: Callable[[], None],
         before_first: Callable[[], None],
         ema_decay: float = 0.0,
+        show: Callable[[], None] = unwatched,
     ) -> None:
         """`alive` is called at every batch, so that a rank that hangs can be told from one that works.
 
-        `before_first` is called before work of a new kind or shape, whose kernels may be compiled for minutes first.
+        `before_first` is called before work of a new kind or shape, whose kernels may be compiled for minutes first;
+        `show` where that time is over, and a sign of life must not be left out for having come soon after another.
         """
         import deepspeed
 
         self.model, self.layout, self.clip, self.alive = model, layout, optimizer.gradient_clip, alive
         self.before_first, self._done_before = before_first, set[tuple[str, tuple[int, ...]]]()
+        self.show = show
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.place = Layout.of(self.ranks, layout)
         self.shares = self.place.shares
@@ -202,7 +205,9 @@ class Engine:
         for part in range(self.layout.micro_batches):
             if part:
                 self.engine.step()  # not at a boundary: DeepSpeed counts the micro-batch
+            self.alive() if self._done_before else self.show()
             batch = self._fetched(batches, step, first + part)
+            self._all_have_read(batch.target_BS.shape)
             self.alive_before("batch", batch.target_BS.shape)
             loss, parts = self.engine(self._own_positions(batch))
             self.engine.backward(loss)
@@ -215,6 +220,16 @@ class Engine:
             dist.all_reduce(values)
             values /= self.ranks
         return dict(zip(found[0], values.tolist(), strict=True))
+
+    def _all_have_read(self, shape: Sequence[int]) -> None:
+        """Before the first batch of a shape, which all ranks have in the same pass, wait until each has read its own.
+
+        Nothing is compiled for long in reading, so it has no more than the usual time; a rank that went on to the pass,
+        which may be long, would hide that another one hangs in a file.
+        """
+        if self.ranks > 1 and ("batch", tuple(shape)) not in self._done_before:
+            self.show()
+            dist.barrier()
 
     def alive_before(self, kind: str, shape: Sequence[int] = ()) -> None:
         """Show life, and where work of this kind and shape is done for the first time say that it may be long."""

@@ -83,7 +83,8 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     before = [kept("base", base), kept("yarn", model)]
     del base
     asked = training_of(config, model)
-    texts = TextSamples(model, beginnings(shards, tokenizer, longer.max_position_embeddings), layout, seed)
+    prompts = beginnings(shards, tokenizer, longer.max_position_embeddings)
+    texts = TextSamples(model, prompts, layout, seed, out / "log")
     metrics = train_on_mixture(model, config, asked, mixture, held_out, texts, layout, out, progress)
     del model  # a rank may hold a part of it alone
     checks = [*before, checked("extended", load_model(out / "model", device))]

@@ -6,6 +6,7 @@ Some of the questions are held out, with all their chains: their loss is checked
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,36 @@ from gristmill.model.training.precision import apply_precision
 from gristmill.model.training.text_samples import TextSamples, first_questions
 from gristmill.model.transformer import flops_per_token
 
+log = logging.getLogger("gristmill.fine_tuning")
+
 
 def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress) -> Metrics:
     """Fine-tune `job["model"]` on `cold_start.jsonl` of `job["problems"]`; the MTP module stays behind."""
     config, seed = SFTConfig.model_validate(job["config"]), int(job["seed"])
     chat = Chat(Path(job["tokenizer"]) / "tokenizer")
     with (Path(job["problems"]) / "cold_start.jsonl").open(encoding="utf-8") as file:
-        taught, held = held_apart([json.loads(line) for line in file], config.held_out_share, seed)
+        chains = with_conversations([json.loads(line) for line in file], chat)
+    fitting = that_fit(chains, config.sequence_length)
+    left_out = len(chains) - len(fitting)
+    taught, held = held_apart(fitting, config.held_out_share, seed)
     rank, ranks = start_distributed(device)
+    if left_out and rank == 0:
+        log.warning(
+            "%d of %d chains of thought are left out: longer than a sequence of %d tokens, the longest of %d",
+            left_out,
+            len(chains),
+            config.sequence_length,
+            max(chain["conversation"].positions for chain in chains),
+        )
     model = load_model(Path(job["model"]) / "model", device, mtp=False)
     products = apply_precision(model, config.precision)
     packed: dict[str, Any] = {"length": config.sequence_length, "pad": chat.pad, "device": device}
     batches = ConversationBatches(
-        conversations_of(taught, chat), sequences=config.batch_sequences, steps=config.steps, seed=seed, **packed
+        [chain["conversation"] for chain in taught],
+        sequences=config.batch_sequences,
+        steps=config.steps,
+        seed=seed,
+        **packed,
     )
     training = Training(
         steps=config.steps,
@@ -52,10 +70,10 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     layout = LayoutConfig.model_validate(job["layout"])
     place = Layout.of(ranks, layout)
     place.check(model.config, config.sequence_length, config.batch_sequences)
-    apart = PackedConversations(conversations_of(held, chat), **packed)
+    apart = PackedConversations([chain["conversation"] for chain in held], **packed)
     held_out = HeldOutConversations(apart, config.batch_sequences // place.shares)  # a micro-batch fits
     prompts = first_questions(chat, questions_of(held), model.config.max_position_embeddings)
-    texts = TextSamples(model, prompts, layout, seed)
+    texts = TextSamples(model, prompts, layout, seed, out / "log")
     checks = Checks(config.evaluate_every, config.steps, held_out.loss, texts)
     history = train(model, batches, training, out, progress, checks.look, layout, checks.write)
     if rank == 0:
@@ -69,11 +87,10 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     return {
         "conversations": len(taught),
         "held_out_conversations": len(held),
+        **({"left_out_too_long": left_out} if left_out else {}),
         "sequences": len(batches.packs),
         "padding": round(
-            1
-            - sum(len(c.prompt) + len(c.response) - 1 for c in batches.conversations)
-            / (len(batches.packs) * config.sequence_length),
+            1 - sum(c.positions for c in batches.conversations) / (len(batches.packs) * config.sequence_length),
             5,
         ),
         "epochs": round(config.steps * config.batch_sequences / len(batches.packs), 4),
@@ -104,6 +121,27 @@ def questions_of(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(row["question"] for row in rows))
 
 
-def conversations_of(rows: list[Row], chat: Chat) -> list[Conversation]:
-    """Each row's question and chain as tokens."""
-    return [Conversation(chat.prompt(r["question"]), chat.response(r["thought"], r["final"])) for r in rows]
+def with_conversations(rows: list[Row], chat: Chat) -> list[Row]:
+    """The rows, with each one's question and chain as tokens in `conversation`."""
+    return [
+        {**r, "conversation": Conversation(chat.prompt(r["question"]), chat.response(r["thought"], r["final"]))}
+        for r in rows
+    ]
+
+
+def that_fit(chains: list[Row], length: int) -> list[Row]:
+    """Those that go into a sequence of so many tokens whole: one that is cut would teach a thought without an end.
+
+    Raises:
+        ValueError: none does.
+    """
+    fitting = [chain for chain in chains if chain["conversation"].positions <= length]
+    if not chains:
+        raise ValueError("there is no chain of thought to learn from: give a cold_start.jsonl that holds some")
+    if not fitting:
+        shortest = min(chain["conversation"].positions for chain in chains)
+        raise ValueError(
+            f"none of {len(chains)} chains of thought fits into a sequence of sequence_length {length} tokens, and the "
+            f"shortest has {shortest}: choose at least {shortest}"
+        )
+    return fitting

@@ -48,13 +48,12 @@ def check_tokenizer(model: Path, tokenizer: Path) -> None:
     refuse_other_vocabulary(vocabulary_of(model), found.get_vocab_size(), "tokenizer")
 
 
-def check_context(config: SFTConfig, model: Path) -> None:
-    """Conversations of fine-tuning fit the positions of a model, in the folder of the stage that made it.
+def check_context(config: SFTConfig, limit: int) -> None:
+    """Conversations of fine-tuning fit the positions of a model, of which there are `limit`.
 
     Raises:
         ValueError: they are longer.
     """
-    limit = json.loads((model / "model" / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
     if config.sequence_length > limit:
         raise ValueError(
             f"sequence_length {config.sequence_length} is longer than the {limit} positions of the model: choose at "

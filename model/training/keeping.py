@@ -45,7 +45,7 @@ def write_from(
 
 
 class KeptModels:
-    """`kept/step-…` every so many steps and `kept/best`, by the curves' held-out loss; written by a thread.
+    """`kept/step-…` every so many steps and `kept/best`, by the curves' held-out bits a byte; written by a thread.
 
     What is begun must be awaited before the next checkpoint is published: killed in between, the run resumes from the
     checkpoint that was to be kept, and keeps it then. `before_waiting` is called where it is not written yet.
@@ -60,7 +60,7 @@ class KeptModels:
         return bool(self.every or self.best)
 
     def due(self, step: int, curves: list[dict[str, Any]]) -> list[str]:
-        """Under which names the checkpoint of a step is to be kept."""
+        """Under which names the checkpoint of a step is to be kept: the best where no check up to it was better."""
         names = []
         if self.every and step % self.every == 0 and not (self.folder / f"step-{step:08d}").exists():
             names.append(f"step-{step:08d}")

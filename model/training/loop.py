@@ -61,7 +61,7 @@ class Training:
     load_every: int = 0  # record the experts' load every so many steps; 0 never
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
     keep_every: int = 0  # steps between models that are kept in kept/; 0 none
-    keep_best: bool = False  # the checkpoint with the least held-out loss as well
+    keep_best: bool = False  # the latest checkpoint that no held-out check up to it was better than, as well
     ema_decay: float = 0.0  # of the average of the weights; 0 makes none
     precision: Precision = "float32"  # that was applied to the model: its speed is held against what that can do
 
@@ -133,6 +133,7 @@ class Run:
             alive=self.alive,
             before_first=self.life.ask_for_silence,
             ema_decay=training.ema_decay,
+            show=self.life.show,
         )
         self.rank, self.ranks = self.engine.rank, self.engine.ranks
         self.owner = {**model.config.model_dump(mode="json"), "vocab_size": model.vocab_size}

@@ -51,7 +51,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     )
     held_out = held_out_of(config, mixture, HELD_OUT_BATCH, device)
     prompts = beginnings(shards, tokenizer_of(Path(job["tokens"])), config.model.max_position_embeddings)
-    texts = TextSamples(model, prompts, layout, seed)
+    texts = TextSamples(model, prompts, layout, seed, out / "log")
     metrics = train_on_mixture(model, config, asked, mixture, held_out, texts, layout, out, progress)
     unigram = held_out.unigram_bits_per_byte(token_batches(config, mixture, "train", device), shards.vocab_size)
     dist.barrier()

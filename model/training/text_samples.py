@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from gristmill.model.chat import Chat
 from gristmill.model.generate import Sampling, sample
 from gristmill.model.training.batches import torch_seed
 from gristmill.model.training.config import LayoutConfig
+from gristmill.model.training.files import write_json
 from gristmill.model.transformer import Experts, Linear, Transformer
 
 Row = dict[str, Any]
@@ -62,17 +64,26 @@ def first_questions(chat: Chat, questions: list[str], limit: int) -> Prompts:
 class TextSamples:
     """What a model writes behind these prompts.
 
-    As training goes on only where a rank holds the whole model (elsewhere the log says that none is sampled), and so
-    for the log alone; what the finished model writes is the stage's own.
+    As training goes on only where a rank holds the whole model (elsewhere the log says once that none is sampled, and
+    `notes.json` in `folder`, the stage's log/, for its manifest and card), and so for the log alone; what the finished
+    model writes is the stage's own.
     """
 
-    def __init__(self, model: Transformer, prompts: Prompts, layout: LayoutConfig, seed: int) -> None:
+    def __init__(self, model: Transformer, prompts: Prompts, layout: LayoutConfig, seed: int, folder: Path) -> None:
         self.model, self.prompts = model, prompts
         self.seeds = [torch_seed(seed, "text", i) for i in range(len(prompts.tokens))]
         self.sampling = Sampling(prompts.new_tokens, TEMPERATURE)
         self.why_not = _why_not(layout)
-        if self.why_not and prompts.tokens and dist.get_rank() == 0:
-            log.warning("no text is sampled as training goes on: %s", self.why_not)
+        if dist.get_rank() == 0:
+            self._note(folder / "notes.json")
+
+    def _note(self, file: Path) -> None:
+        """Say where no text is to be expected; an earlier start in another layout may have said so too."""
+        file.unlink(missing_ok=True)
+        if self.why_not and self.prompts.tokens:
+            said = f"no text is sampled as training goes on: {self.why_not}; the finished model's is in samples.jsonl"
+            log.warning("%s", said)
+            write_json(file, [said])
 
     def rows(self, step: int) -> list[Row]:
         """As `rows_of` the model in training; none where no rank holds it whole."""

@@ -14,12 +14,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gristmill.data.tokenizer import CHAT_TEMPLATE
 from gristmill.flows.cards import card_markdown
-from gristmill.flows.errors import UsageError
+from gristmill.flows.cli import app, guarded
+from gristmill.flows.errors import StageFailed, UsageError
 from gristmill.flows.execution import Execution
 from gristmill.flows.inspection import chat_folders
 from gristmill.flows.plan import Plan, PlanResult
 from gristmill.flows.r1 import r1
 from gristmill.flows.recipe import Recipe, load_recipe
+from gristmill.flows.remote import Remote
 from gristmill.flows.runners import Plain
 from gristmill.flows.store import Store
 from gristmill.model.chat import Chat
@@ -158,6 +160,44 @@ def test_a_folder_on_s3_gives_the_same_model(s3: str, tmp_path: Path, bytes_of) 
     assert planned(store, there).named("student").call.key != other.key
 
 
+def test_of_a_folder_on_s3_only_the_models_files_are_fetched(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = folder_of_others(tmp_path / "others", "llama")
+    (others / "original").mkdir()
+    (others / "original" / "consolidated.safetensors").write_bytes(b"the same in another form")
+    fsspec.filesystem("s3").put(str(others), f"{s3}/models/", recursive=True)
+    asked_for: list[str] = []
+    get = Remote.get
+    monkeypatch.setattr(Remote, "get", lambda far, name, path: asked_for.append(name) or get(far, name, path))
+    recipe = asked(f"{s3}/models/others")
+    with jobs_here():
+        Plain(Store(tmp_path / "store"), HERE).run(r1, recipe, until="student")
+    assert sorted(asked_for) == list(planned(Store(tmp_path / "store"), recipe).named("student").call.sources)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("tokenizer_config.json", b"{}"), ("model-of-others.safetensors", b"one more")]
+)
+def test_a_folder_on_s3_that_changes_on_its_way_makes_no_student(
+    name: str, data: bytes, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind its last file: what was fetched is a sound model, of which nobody knows when it was one."""
+    others, store = folder_of_others(tmp_path / "others", "llama"), Store(tmp_path / "store")
+    fsspec.filesystem("s3").put(str(others), f"{s3}/models/", recursive=True)
+    get = Remote.get
+
+    def fetching(far: Remote, fetched: str, path: Path) -> None:
+        get(far, fetched, path)
+        if fetched == "tokenizer_config.json":
+            fsspec.filesystem("s3").pipe_file(f"{s3}/models/others/{name}", data)
+
+    monkeypatch.setattr(Remote, "get", fetching)
+    with jobs_here(), pytest.raises(StageFailed, match=f"source '{name}' changed while stage student read it"):
+        Plain(store, HERE).run(r1, asked(f"{s3}/models/others"), until="student")
+    assert store.manifests("student") == []
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -186,11 +226,41 @@ def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
         Plain(Store(tmp_path / "store"), HERE).run(r1, asked(others), until="student")
 
 
-def test_conversations_beyond_the_students_positions_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("remote", [False, True], ids=["disk", "s3"])
+def test_conversations_beyond_the_students_positions_are_refused_before_anything_runs(
+    remote: bool, s3: str, tmp_path: Path
+) -> None:
     others, store = folder_of_others(tmp_path / "others", "llama"), Store(tmp_path / "store")
-    longer = asked(others, "distill.training.sequence_length=513")
-    with jobs_here(), pytest.raises(UsageError, match="stage distill: sequence_length 513 is longer than the 512 pos"):
+    if remote:
+        fsspec.filesystem("s3").put(str(others), f"{s3}/models/", recursive=True)
+    longer = asked(f"{s3}/models/others" if remote else others, "distill.training.sequence_length=513")
+    message = "stage distill: sequence_length 513 is longer than the 512 positions of the model: choose at most 512 "
+    with pytest.raises(UsageError, match=message):
+        planned(store, longer)
+    with pytest.raises(UsageError, match=message):
         Plain(store, HERE).run(r1, longer, until="distill")
+    assert not store.manifests("problems")
+    Plan(store).run(r1, longer, until="student")  # and what does not distil is not refused
+
+
+def test_the_command_line_refuses_them_as_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = (
+        f"distill={{folder: '{folder_of_others(tmp_path / 'others', 'llama')}', training: {{sequence_length: 4096}}}}"
+    )
+    arguments = ["plan", "smoke", f"--store={tmp_path / 'store'}", f"--set={more}"]
+    assert guarded(lambda: app(arguments, standalone_mode=False)) == 2
+    assert "choose at most 512 tokens" in capsys.readouterr().err
+
+
+def test_chains_that_are_too_long_for_a_sequence_are_left_out(tmp_path: Path) -> None:
+    others, store = folder_of_others(tmp_path / "others", "llama"), Store(tmp_path / "store")
+    folders = ran(store, asked(others, "distill.training.sequence_length=64"))
+    manifest = store.manifest("distill", folders["distill"].name)
+    assert manifest is not None
+    metrics = manifest["metrics"]
+    learned = metrics["conversations"] + metrics["held_out_conversations"]
+    chains = sum(1 for _ in (folders["problems"] / "cold_start.jsonl").open(encoding="utf-8"))
+    assert 0 < metrics["left_out_too_long"] == chains - learned < chains
 
 
 def test_conversations_are_asked_for_in_the_form_of_r1(tmp_path: Path) -> None:

@@ -81,6 +81,13 @@ def test_a_running_stage_has_a_card(running: Path) -> None:
     assert "said �\\| after" in card
 
 
+def test_what_a_stage_has_to_say_of_how_it_runs_is_on_its_card(running: Path) -> None:
+    (running / "log" / "notes.json").write_text(json.dumps(["no text is sampled: for a reason"]), encoding="utf-8")
+    card = live_card("pretrain", "Pretraining", RunLog(running))
+    assert card is not None
+    assert "\nno text is sampled: for a reason\n" in card
+
+
 def test_a_stage_that_told_nothing_yet_has_none(tmp_path: Path) -> None:
     assert live_card("ingest", "Ingest", RunLog(tmp_path)) is None
     (tmp_path / "log").mkdir()

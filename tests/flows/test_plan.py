@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gristmill.flows.cards import card_markdown
 from gristmill.flows.errors import UsageError
 from gristmill.flows.execution import Execution
 from gristmill.flows.plan import Plan
@@ -170,6 +171,24 @@ def test_a_source_that_changes_while_it_is_read_makes_no_result(store: Store, tm
     with pytest.raises(RuntimeError, match="source 'mine' changed while stage copied read it"):
         go(store, pipeline=lambda recipe: copied(Source(path=str(file))))
     assert store.manifests("copied") == []
+
+
+def test_what_a_stage_says_of_how_it_ran_is_in_its_manifest_and_no_content(store: Store) -> None:
+    said: list[str] = ["it was dark"]
+
+    def told(config: Frozen, out: Path) -> dict[str, Any]:
+        (out / "log" / "notes.json").write_text(json.dumps(said))
+        return {}
+
+    noted = stage("noted", version=1)(told)
+    go(store, pipeline=lambda recipe: noted(Frozen()))
+    (first,) = store.manifests("noted")
+    assert first["notes"] == ["it was dark"]
+    assert "\nit was dark\n" in card_markdown(first, store.folder("noted", first["key"]))
+    said.clear()
+    go(store, pipeline=lambda recipe: noted(Frozen()), from_="noted")
+    (second,) = store.manifests("noted")
+    assert (second["notes"], second["content_hash"]) == ([], first["content_hash"])
 
 
 def test_drift_warns_and_strict_refuses(store: Store) -> None:

@@ -23,7 +23,7 @@ from gristmill.model.sft import fine_tune
 from gristmill.model.stage_types import Progress, silent
 from gristmill.model.training.batches import Conversation, PackedConversations
 from gristmill.model.training.config import LayoutConfig, ScheduleConfig, SFTConfig
-from gristmill.model.training.fine_tuning import conversations_of, held_apart, questions_of
+from gristmill.model.training.fine_tuning import held_apart, questions_of, with_conversations
 from gristmill.model.training.held_out import HeldOutConversations
 from gristmill.model.training.layout import Layout
 from gristmill.model.training.models import load_model, save_model
@@ -102,6 +102,42 @@ def test_at_least_one_question_is_held_out_of_two_or_more(questions: int, share:
     assert (len(taught), len(held)) == (questions - count, count)
 
 
+def test_chains_longer_than_a_sequence_are_left_out_and_counted(
+    given: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One whose thought is long, among those that fit: the run is that of these alone."""
+    chains, chat = rows(given["problems"] / "cold_start.jsonl"), Chat(given["tokenizer"] / "tokenizer")
+    longer = {**chains[0], "question": "Too long?", "thought": chains[0]["thought"] * 40}
+    limit = max(row["conversation"].positions for row in with_conversations(chains, chat))
+    (tmp_path / "problems").mkdir()
+    file = tmp_path / "problems" / "cold_start.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*chains[:9], longer, *chains[9:]]), encoding="utf-8")
+    config = CONFIG.model_copy(update={"steps": 2, "sequence_length": limit})  # the longest of the others just fits
+    told = tuned({**given, "problems": tmp_path / "problems"}, tmp_path / "some", config)
+    assert [record.message for record in caplog.records if record.name == "gristmill.fine_tuning"] == [
+        f"1 of 61 chains of thought are left out: longer than a sequence of {limit} tokens, the longest of "
+        f"{with_conversations([longer], chat)[0]['conversation'].positions}"
+    ]
+    caplog.clear()
+    assert told == tuned(given, tmp_path / "all", config) | {"left_out_too_long": 1}
+    assert not [record for record in caplog.records if record.name == "gristmill.fine_tuning"]
+    assert content(tmp_path / "some") == content(tmp_path / "all")
+
+
+def test_where_no_chain_fits_the_length_that_one_needs_is_named(given: dict[str, Path], tmp_path: Path) -> None:
+    chains = rows(given["problems"] / "cold_start.jsonl")
+    shortest = min(
+        row["conversation"].positions for row in with_conversations(chains, Chat(given["tokenizer"] / "tokenizer"))
+    )
+    short = CONFIG.model_copy(update={"sequence_length": shortest - 1})
+    message = rf"none of 60 chains .* sequence_length {shortest - 1} tokens, .*: choose at least {shortest}$"
+    with pytest.raises(ValueError, match=message):
+        tuned(given, tmp_path / "out", short)
+    (tmp_path / "cold_start.jsonl").touch()
+    with pytest.raises(ValueError, match=r"no chain of thought to learn from: give a cold_start\.jsonl"):
+        tuned({**given, "problems": tmp_path}, tmp_path / "other", CONFIG)
+
+
 def test_the_checked_loss_is_that_of_the_held_out_responses(
     given: dict[str, Path], run: tuple[dict[str, Any], Path]
 ) -> None:
@@ -114,7 +150,7 @@ def test_the_checked_loss_is_that_of_the_held_out_responses(
     assert (metrics["conversations"], metrics["held_out_conversations"]) == (len(taught), len(held))
     assert len(held) == 6
     nats = tokens = 0.0
-    for talk in conversations_of(held, chat):
+    for talk in (row["conversation"] for row in with_conversations(held, chat)):
         whole = torch.tensor([talk.prompt + talk.response])
         with torch.no_grad():
             logits_SV = model(Batch(whole[:, :-1], torch.arange(whole.shape[1] - 1)[None], None))[0]

@@ -106,10 +106,12 @@ def test_training_asks_for_silence_before_what_may_be_long(tmp_path: Path, monke
     noting("forward", model, "losses")
     noting("update", MuonAdamW, "step")
     noting("export", profile, "export_chrome_trace")
-    windows = Windows({})
+    windows, others = Windows({}), Windows({})
+    noting("read", windows, "step")
+    life.ask_for_silence()  # as the job's process does at its start
 
     def look(step: int, engine: Engine) -> dict[str, float]:
-        return {"held_out": engine.evaluate(windows.step(step, 0, 1))}
+        return {"held_out": engine.evaluate(others.step(step, 0, 1))}
 
     def write(step: int, before: Any) -> list[dict[str, Any]]:
         before()
@@ -120,6 +122,7 @@ def test_training_asks_for_silence_before_what_may_be_long(tmp_path: Path, monke
     layout = LayoutConfig(profile=(1,))
     train(model, windows, training, tmp_path, lambda *_, **__: life.show(), look, layout, write)
     assert asked["forward"] == [LONG_SECONDS, LONG_SECONDS, 0, 0, 0, 0]  # of training, and of a check
+    assert asked["read"] == [0, 0, 0]  # nothing is compiled for long there
     assert asked["update"] == [LONG_SECONDS, 0, 0]
     assert asked["export"] == [LONG_SECONDS]
     assert asked["text"] == [LONG_SECONDS, 0, 0]

@@ -42,6 +42,7 @@ from gristmill.model.training.config import (
     SFTConfig,
     TailConfig,
 )
+from gristmill.model.training.keeping import KeptModels
 from gristmill.model.training.models import load_model
 from gristmill.model.training.objective import Objective
 from gristmill.model.transformer import Transformer
@@ -251,6 +252,14 @@ def test_the_best_model_is_kept_where_it_is_not_the_last(tokens: Path, tmp_path:
     models = {p.name: (p / "model.safetensors").read_bytes() for p in kept.iterdir()}
     assert sorted(models) == ["best", *(f"step-{step:08d}" for step in (2, 4, 6, 8, 10))]
     assert [name for name, held in models.items() if name != "best" and held == models["best"]] == [f"step-{best:08d}"]
+
+
+def test_the_best_is_measured_against_checks_between_checkpoints_too(tmp_path: Path) -> None:
+    kept = KeptModels(tmp_path, 0, True, lambda: None)
+    curves = [
+        {"step": step - 1, "held_out_bpb": bpb} for step, bpb in ((2, 3.0), (4, 3.0), (6, 2.0), (8, 2.5), (10, 2.0))
+    ]
+    assert [kept.due(step, curves) for step in (4, 8, 10)] == [["best"], [], ["best"]]
 
 
 @pytest.mark.slow
