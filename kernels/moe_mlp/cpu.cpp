@@ -4,8 +4,8 @@
 #include <cstddef>
 #include <numeric>
 
-#include "dots.h"
 #include "gemm.h"
+#include "rows.h"
 
 namespace {
 
@@ -15,23 +15,6 @@ struct Task {
     int64_t expert, begin, end;
 };
 
-// h (F) = weight · silu(a) · b of a row of pre (2F).
-void activate(const float *pre, float weight, float *h, int64_t hidden) {
-    for (int64_t f = 0; f < hidden; f += LANES) {
-        const Vector left = load(pre + f, hidden - f), right = load(pre + hidden + f, hidden - f);
-        store(h + f, weight * (left * sigmoid(left)) * right, hidden - f);
-    }
-}
-
-// out[t] = the sum of y's rows at t's places, in the order of its choices.
-void sum_choices(const float *y, const int64_t *place, float *out, int64_t t, int64_t choices, int64_t width) {
-    for (int64_t j = 0; j < width; j += LANES) {
-        Vector total{};
-        for (int64_t k = 0; k < choices; k++) total += load(y + place[t * choices + k] * width + j, width - j);
-        store(out + t * width + j, total, width - j);
-    }
-}
-
 }  // namespace
 
 extern "C" {
@@ -40,19 +23,12 @@ extern "C" {
 void sort_choices(
     const int64_t *expert, int64_t *order, int64_t *bounds, int64_t rows, int64_t experts, int64_t
 ) {
-    std::fill(bounds, bounds + experts + 1, 0);
-    for (int64_t i = 0; i < rows; i++) bounds[expert[i] + 1]++;
-    std::partial_sum(bounds, bounds + experts + 1, bounds);
-    std::vector<int64_t> next(bounds, bounds + experts);
-    for (int64_t i = 0; i < rows; i++) order[next[expert[i]]++] = i;
+    moe::sort_choices(expert, order, bounds, rows, experts);
 }
 
 // Of an order: the token of each row and the place of each choice (M).
 void places(const int64_t *order, int64_t *token, int64_t *place, int64_t rows, int64_t choices, int64_t) {
-    for (int64_t i = 0; i < rows; i++) {
-        token[i] = order[i] / choices;
-        place[order[i]] = i;
-    }
+    moe::places(order, token, place, rows, choices);
 }
 
 // pre (M, 2F) = x · gate_upᵀ; y (M, D) = (gate · silu(a) · b) · downᵀ; out (T, D) the sums of the tokens' rows.
@@ -79,14 +55,14 @@ void forward(
             );
             h.resize(rows * hidden);
             for (int64_t r = 0; r < rows; r++)
-                activate(ab + r * 2 * hidden, gate[order[begin + r]], h.data() + r * hidden, hidden);
+                moe::activate(ab + r * 2 * hidden, gate[order[begin + r]], h.data() + r * hidden, hidden);
             product(
                 {h.data(), hidden}, {down + e * width * hidden, 1, hidden}, y + begin * width, width, rows, width,
                 hidden
             );
         }
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) sum_choices(y, place, out, t, choices, width);
+        for (int64_t t = 0; t < tokens; t++) moe::sum_choices(y, place, out, t, choices, width);
     }
 }
 
@@ -98,35 +74,31 @@ void few(
 ) {
     const int64_t rows = tokens * choices;
     std::vector<int64_t> order(rows), bounds(experts + 1), token(rows), place(rows);
-    sort_choices(expert, order.data(), bounds.data(), rows, experts, 1);
-    places(order.data(), token.data(), place.data(), rows, choices, 1);
+    moe::sort_choices(expert, order.data(), bounds.data(), rows, experts);
+    moe::places(order.data(), token.data(), place.data(), rows, choices);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> pre, h;
+        moe::Room room;
+        std::vector<float> weight;
         std::vector<const float *> from;
         std::vector<float *> to;
 #pragma omp for schedule(dynamic)
         for (int64_t e = 0; e < experts; e++) {
             const int64_t begin = bounds[e], here = bounds[e + 1] - begin;
             if (here == 0) continue;
-            pre.resize(here * 2 * hidden);
-            h.resize(here * hidden);
             from.resize(here);
             to.resize(here);
+            weight.resize(here);
             for (int64_t r = 0; r < here; r++) {
                 from[r] = x + token[begin + r] * width;
-                to[r] = pre.data() + r * 2 * hidden;
-            }
-            dots(from.data(), here, gate_up + e * 2 * hidden * width, width, 2 * hidden, width, to.data());
-            for (int64_t r = 0; r < here; r++) {
-                activate(to[r], gate[order[begin + r]], h.data() + r * hidden, hidden);
-                from[r] = h.data() + r * hidden;
                 to[r] = y + (begin + r) * width;
+                weight[r] = gate[order[begin + r]];
             }
-            dots(from.data(), here, down + e * width * hidden, hidden, width, hidden, to.data());
+            const float *up_e = gate_up + e * 2 * hidden * width, *down_e = down + e * width * hidden;
+            moe::few_rows(from.data(), weight.data(), up_e, down_e, to.data(), here, width, hidden, room);
         }
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) sum_choices(y, place.data(), out, t, choices, width);
+        for (int64_t t = 0; t < tokens; t++) moe::sum_choices(y, place.data(), out, t, choices, width);
     }
 }
 
@@ -186,7 +158,7 @@ void backward(
             }
         }
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) sum_choices(grad_rows, place, grad_x, t, choices, width);
+        for (int64_t t = 0; t < tokens; t++) moe::sum_choices(grad_rows, place, grad_x, t, choices, width);
     }
 }
 }
