@@ -1,0 +1,39 @@
+// The place of the highest of each row's numbers and the logarithm of its share under a softmax: two passes over a row.
+#include <cmath>
+
+#include "dots.h"
+
+namespace {
+
+constexpr int64_t SHARED = 1 << 15;  // numbers from which on a second thread is worth its start
+
+// The first that is not a number, which counts as the highest; where there is none, `otherwise`.
+int64_t first_unordered(const float *row, int64_t columns, int64_t otherwise) {
+    for (int64_t c = 0; c < columns; c++)
+        if (row[c] != row[c]) return c;
+    return otherwise;
+}
+
+}  // namespace
+
+extern "C" void likeliest(
+    const float *logits, int64_t *token, float *log_p, int64_t rows, int64_t columns, int64_t threads
+) {
+#pragma omp parallel for schedule(static) num_threads(rows * columns < SHARED ? 1 : threads)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *row = logits + r * columns;
+        Vector most = all(row[0]);
+        const int64_t whole = columns / LANES * LANES;
+        for (int64_t c = 0; c < whole; c += LANES) most = larger(load(row + c), most);
+        float high = largest(most);
+        for (int64_t c = whole; c < columns; c++) high = row[c] > high ? row[c] : high;
+        Vector sums{};
+        for (int64_t c = 0; c < whole; c += LANES) sums += exponential_of_low(load(row + c) - high);
+        float sum = total(sums);
+        for (int64_t c = whole; c < columns; c++) sum += std::exp(row[c] - high);
+        int64_t at = 0;
+        while (at < columns && row[at] != high) at++;
+        token[r] = sum == sum ? at : first_unordered(row, columns, at);
+        log_p[r] = -std::log(sum);
+    }
+}
