@@ -230,7 +230,7 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, model: Transformer) -> None:
         self.model, self.config = model.eval(), model.config
-        self.embedding = model.embed_tokens.weight
+        self.embedding = model.embed_tokens.weight.detach()
         self.layers = [Layer(block) for block in model.layers if isinstance(block, Block)]
         position = torch.arange(self.config.max_position_embeddings + 1, device=self.device)
         cos, sin = rotary_angles(self.config, position)
@@ -251,7 +251,6 @@ class Decoder:
         """An empty cache; one for the MTP module has one layer."""
         return SlotCache(self.config, slots, length, self.model.lm_head.weight, layers)
 
-    @torch.no_grad()
     def advance(self, token_BS: Tensor, start_B: Tensor, cache: SlotCache) -> Tensor:
         """The last block's output before the final norm for tokens that begin at these positions, (B, S, D).
 
@@ -259,7 +258,6 @@ class Decoder:
         """
         return self._advanced(token_BS, start_B, cache, logits=False)[0]
 
-    @torch.no_grad()
     def step(self, token_BS: Tensor, start_B: Tensor, cache: SlotCache) -> tuple[Tensor, Tensor]:
         """What `advance` gives, and the logits of the tokens that come next, (B, S, V)."""
         hidden_BSD, logits_BSV = self._advanced(token_BS, start_B, cache, logits=True)
@@ -269,13 +267,18 @@ class Decoder:
         self, token_BS: Tensor, start_B: Tensor, cache: SlotCache, *, logits: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The states, and the logits where they are wanted and come along."""
-        x_BSD = F.embedding(token_BS, self.embedding)
+        x_BSD = torch.embedding(self.embedding, token_BS)
         if self.whole is not None and runs(x_BSD, token_BS.numel()):
             return self.whole.through(x_BSD, start_B, cache.latent_LBSC, logits=logits)
-        step = Step(self.turn_SR, start_B, token_BS.shape[1])
+        return self._one_by_one(x_BSD, start_B, cache), None
+
+    @torch.no_grad()
+    def _one_by_one(self, x_BSD: Tensor, start_B: Tensor, cache: SlotCache) -> Tensor:
+        """All layers, operation by operation."""
+        step = Step(self.turn_SR, start_B, x_BSD.shape[1])
         for layer, cache_BSC in zip(self.layers, cache.latent_LBSC, strict=True):
             x_BSD = layer(x_BSD, step, cache_BSC)
-        return x_BSD, None
+        return x_BSD
 
     def portions(self, length: int, cache: SlotCache) -> Iterator[slice]:
         """Positions of prompts of this length, in order, so few at a time that `PROMPT_SCORES` holds their scores.
@@ -292,7 +295,6 @@ class Decoder:
         """Of the next token, from what `advance` gives, (..., V)."""
         return self.model.lm_head(self.model.norm(hidden))
 
-    @torch.no_grad()
     def draft(self, hidden_BSD: Tensor, next_BS: Tensor, start_B: Tensor, asked_B: Tensor, cache: SlotCache) -> Tensor:
         """Logits of the token after next behind one of each row's tokens, (B, V).
 
@@ -303,16 +305,24 @@ class Decoder:
         """
         if self.module is None:
             raise ValueError("the model has no MTP module to draft with: load it with its module, or use sample")
-        next_BSD = F.embedding(next_BS, self.embedding)
+        next_BSD = torch.embedding(self.embedding, next_BS)
         if self.whole_module is not None and runs(next_BSD, next_BS.numel()):
             x_BSD = joined(hidden_BSD, next_BSD, self.model.norm.weight, self.joining, self.config.rms_norm_eps)
             _, logits_BSV = self.whole_module.through(x_BSD, start_B, cache.latent_LBSC, asked_B)
             assert logits_BSV is not None
             return logits_BSV[:, 0]
-        x_BSD = self.module.joined(self.model.norm(hidden_BSD), next_BSD)
-        x_BSD = self.module_layer(x_BSD, Step(self.turn_SR, start_B, next_BS.shape[1]), cache.latent_LBSC[0])
+        return self._drafted_one_by_one(self.module, hidden_BSD, next_BSD, start_B, asked_B, cache)
+
+    @torch.no_grad()
+    def _drafted_one_by_one(
+        self, module: MultiTokenPrediction, hidden_BSD: Tensor, next_BSD: Tensor, start_B: Tensor, asked_B: Tensor,
+        cache: SlotCache,
+    ) -> Tensor:  # fmt: skip
+        """What `draft` gives, operation by operation."""
+        x_BSD = module.joined(self.model.norm(hidden_BSD), next_BSD)
+        x_BSD = self.module_layer(x_BSD, Step(self.turn_SR, start_B, x_BSD.shape[1]), cache.latent_LBSC[0])
         row_B = torch.arange(len(asked_B), device=asked_B.device)
-        return self.model.lm_head(self.module.norm(x_BSD[row_B, asked_B]))
+        return self.model.lm_head(module.norm(x_BSD[row_B, asked_B]))
 
 
 def padded_prompts(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -133,23 +133,18 @@ class DecoderLayers:
             ValueError: shapes do not fit, a place is not within the slots or past the angles, a token that is asked for
                 is not among its row's.
         """
-        (batch, length, width), wanted = x_BSD.shape, self.shape
-        layers, slots, places, cached = cache_LBPC.shape
-        fits = (layers, slots, cached, width) == (len(self.layers), batch, wanted.latent + wanted.turning, wanted.width)
-        fits = fits and cache_LBPC.stride(3) == 1 and cache_LBPC.stride(2) == cached and start_B.shape == (batch,)
+        (batch, length, width), n = x_BSD.shape, self.shape
+        (layers, slots, places, cached), (layer_stride, slot, *inside) = cache_LBPC.shape, cache_LBPC.stride()
+        fits = (layers, slots, cached, width) == (len(self.layers), batch, n.latent + n.turning, n.width)
+        fits = fits and inside == [cached, 1] and start_B.shape == (batch,)
         fits = fits and (asked_B is None or (layers == 1 and asked_B.shape == (batch,)))
-        require(
-            fits,
-            ValueError,
-            "decoder_layers: x, start and cache",
-            (x_BSD.shape, start_B.shape, cache_LBPC.shape),
-            wanted,
-        )
-        whole = start_B.dtype == torch.int64 and (asked_B is None or asked_B.dtype == torch.int64)
-        require(whole, TypeError, "decoder_layers: places", start_B.dtype, torch.int64)
-        require(
-            x_BSD.dtype == cache_LBPC.dtype == torch.float32, TypeError, "decoder_layers: x", x_BSD.dtype, "float32"
-        )
+        if not fits:
+            got = tuple(x_BSD.shape), tuple(start_B.shape), tuple(cache_LBPC.shape), cache_LBPC.stride()
+            raise ValueError(f"decoder_layers: x, start and cache are {got}; wanted those of {len(self.layers)} of {n}")
+        if start_B.dtype != torch.int64 or (asked_B is not None and asked_B.dtype != torch.int64):
+            raise TypeError(f"decoder_layers: places are {start_B.dtype}; wanted {torch.int64}")
+        if not x_BSD.dtype == cache_LBPC.dtype == torch.float32:
+            raise TypeError(f"decoder_layers: x is {x_BSD.dtype}, the cache {cache_LBPC.dtype}; wanted {torch.float32}")
         rows = length if asked_B is None else 1
         out_BSD = x_BSD = x_BSD.clone(memory_format=torch.contiguous_format)  # the source overwrites it
         if asked_B is not None:
@@ -158,11 +153,13 @@ class DecoderLayers:
         logits_BSV = x_BSD.new_empty(batch, rows, len(head_VD)) if logits else None
         failed = needed(SOURCE)(
             "layers", x_BSD, self._table, layers, self._sizes, *self._numbers, start_B.contiguous(), batch, length,
-            *self.turn_SR, cache_LBPC, cache_LBPC.stride(0), cache_LBPC.stride(1), min(places, len(self.turn_SR[0])),
+            *self.turn_SR, cache_LBPC, layer_stride, slot, min(places, len(self.turn_SR[0])),
             asked_B.contiguous() if asked_B is not None else None, out_BSD, norm_D, head_VD if logits else None,
             logits_BSV, len(head_VD),
         )  # fmt: skip
-        require(not failed, ValueError, "decoder_layers: places", (start_B.tolist(), length), f"within {places}")
+        if failed:
+            got = f"{start_B.tolist()} of {length} tokens, {None if asked_B is None else asked_B.tolist()} asked for"
+            raise ValueError(f"decoder_layers: places are {got}; wanted them within {places} and the rotary angles")
         return out_BSD, logits_BSV
 
 

@@ -22,17 +22,31 @@ extern "C" void likeliest(
 #pragma omp parallel for schedule(static) num_threads(rows * columns < SHARED ? 1 : threads)
     for (int64_t r = 0; r < rows; r++) {
         const float *row = logits + r * columns;
-        Vector most = all(row[0]);
         const int64_t whole = columns / LANES * LANES;
-        for (int64_t c = 0; c < whole; c += LANES) most = larger(load(row + c), most);
-        float high = largest(most);
-        for (int64_t c = whole; c < columns; c++) high = row[c] > high ? row[c] : high;
+        Vector most = all(row[0]);
+        Integers place{}, here{};
+        for (int64_t i = 0; i < LANES; i++) here[i] = i;
+        for (int64_t c = 0; c < whole; c += LANES, here += LANES) {
+            const Vector v = load(row + c);
+            place = v > most ? here : place;
+            most = larger(v, most);
+        }
+        int64_t at = 0;
+        float high = row[0];
+        for (int64_t i = 0; i < LANES && whole; i++)
+            if (most[i] > high || (most[i] == high && place[i] < at)) {
+                high = most[i];
+                at = place[i];
+            }
+        for (int64_t c = whole; c < columns; c++)
+            if (row[c] > high) {
+                high = row[c];
+                at = c;
+            }
         Vector sums{};
         for (int64_t c = 0; c < whole; c += LANES) sums += exponential_of_low(load(row + c) - high);
         float sum = total(sums);
         for (int64_t c = whole; c < columns; c++) sum += std::exp(row[c] - high);
-        int64_t at = 0;
-        while (at < columns && row[at] != high) at++;
         token[r] = sum == sum ? at : first_unordered(row, columns, at);
         log_p[r] = -std::log(sum);
     }
