@@ -13,7 +13,11 @@ of one and of all sequences, greedy and sampled. Keys of the last line:
     tokens_equal            share of the tokens that are the same on both sides (greedy; float32 sums differ in order)
     tokens_per_second       ours
     speculative_ratio       seconds without drafts over those with them, greedy, one sequence (goal: more than 1.3)
-    speculative             by batch and temperature: ratio, acceptance, and whether greedy tokens are the same
+    speculative             by batch and temperature: ratio, acceptance, tokens a second without drafts and with them,
+                            what a step with a draft takes of one without, and whether greedy tokens are the same
+    speculative_bound       (1 + acceptance) / (1 + d), greedy, one sequence, d being the weights that a draft reads
+                            over those that a plain step reads: the ratio if reading them took all the time and a second
+                            token in the model's own step took none
 """
 
 from __future__ import annotations
@@ -138,9 +142,27 @@ def drafted(model: Transformer, text: torch.Tensor, count: int, sampling: Sampli
             seconds["plain"].append(without)
             seconds["drafts"].append(with_)
             rates.append(found.rate)
-    ratio = statistics.median(seconds["plain"]) / statistics.median(seconds["drafts"])
-    row = {"ratio": round(ratio, 2), "acceptance": round(statistics.mean(rates), 3)}
+    plain_, drafts = (statistics.median(taken) for taken in seconds.values())
+    rate = statistics.mean(rates)
+    row = {
+        "ratio": round(plain_ / drafts, 2),
+        "acceptance": round(rate, 3),
+        "tokens_per_second": [round(count * asked.new / taken) for taken in (plain_, drafts)],
+        "step": round((1 + rate) * drafts / plain_, 2),
+    }
     return row if sampling.temperature else {**row, "tokens_equal": equal}
+
+
+def drafted_weights(model: Transformer) -> float:
+    """Weights that drafting a token reads, over those that a step of one token without a draft reads."""
+    c = model.config
+    share = c.num_experts_per_tok / c.n_routed_experts
+
+    def read(part: torch.nn.Module) -> float:
+        return sum(p.numel() * (share if ".experts." in name else 1) for name, p in part.named_parameters())
+
+    head = read(model.lm_head)
+    return (read(model.mtp[0]) + head) / (read(model.layers) + head)
 
 
 def with_drafts(asked: argparse.Namespace) -> dict[str, Any]:
@@ -152,7 +174,9 @@ def with_drafts(asked: argparse.Namespace) -> dict[str, Any]:
             name = f"{count} at temperature {temperature}"
             table[name] = drafted(model, text, count, Sampling(asked.new, temperature=temperature), asked)
             print(f"speculative, {name}: {table[name]}", flush=True)
-    return {"speculative_ratio": table["1 at temperature 0.0"]["ratio"], "speculative": table}
+    greedy = table["1 at temperature 0.0"]
+    bound = (1 + greedy["acceptance"]) / (1 + drafted_weights(model))
+    return {"speculative_ratio": greedy["ratio"], "speculative_bound": round(bound, 2), "speculative": table}
 
 
 def main() -> None:
