@@ -18,6 +18,9 @@ of one and of all sequences, greedy and sampled. Keys of the last line:
     speculative_bound       (1 + acceptance) / (1 + d), greedy, one sequence, d being the weights that a draft reads
                             over those that a plain step reads: the ratio if reading them took all the time and a second
                             token in the model's own step took none
+    second_draft            how often the module, chained to itself, is right about the token behind a right draft
+    step_by_layers          what a step with a draft takes of one without, one sequence, in models of the same width
+                            with so many layers and random weights
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from gristmill.model.generate import Sampling, sample
 from gristmill.model.hugging_face.conversion import export, of_model
 from gristmill.model.speculative import speculate
 from gristmill.model.training.models import load_model
-from gristmill.model.transformer import Transformer
+from gristmill.model.transformer import Batch, Transformer, rotary_angles
 
 VOCAB, NEVER, PAD = 8192, -1, 0
 
@@ -165,6 +168,41 @@ def drafted_weights(model: Transformer) -> float:
     return (read(model.mtp[0]) + head) / (read(model.layers) + head)
 
 
+@torch.no_grad()
+def second_draft(model: Transformer, text: torch.Tensor, asked: argparse.Namespace) -> float:
+    """Of greedy responses; the second pass reads the first one's states, and attends to its own at places before."""
+    given = text[: asked.sequences, : asked.prompt].tolist()
+    said = sample(model, given, [0] * len(given), Sampling(asked.new, temperature=0), eos=NEVER, pad=PAD)
+    token_BS = torch.tensor([prompt + response.tokens for prompt, response in zip(given, said, strict=True)])
+    position_BS = torch.arange(token_BS.shape[1]).expand_as(token_BS)
+    hidden_BSD, rotary = (
+        model.norm(model.hidden(Batch(token_BS, position_BS))),
+        rotary_angles(model.config, position_BS),
+    )
+    next_BS, right = token_BS.roll(-1, 1), []
+    for ahead in (2, 3):
+        hidden_BSD = model.mtp[0](hidden_BSD, model.embed_tokens(next_BS), rotary, None, None)
+        next_BS = model.lm_head(hidden_BSD).argmax(-1)
+        right.append((next_BS == token_BS.roll(-ahead, 1))[:, asked.prompt : -3])
+    return float(right[1][right[0]].float().mean())
+
+
+def step_by_layers(like: ModelConfig, asked: argparse.Namespace) -> dict[int, float]:
+    """Responses with drafts that are hardly ever right, so that seconds a step are what is compared."""
+    steps, greedy = {}, Sampling(asked.new, temperature=0)
+    for layers in (4, 8, 16, 32):
+        model = Transformer(like.model_copy(update={"num_hidden_layers": layers}), 1024)
+        model.initialise(0)
+        model.eval()
+        given, found = (model, [list(range(asked.prompt))], [0], greedy), []
+        for _ in range(asked.rounds + 1):
+            without, _ = timed(partial(sample, *given, eos=NEVER, pad=PAD))
+            with_, (_, rate) = timed(partial(speculate, *given, eos=NEVER, pad=PAD))
+            found.append((1 + rate.rate) * with_ / without)
+        steps[layers] = round(statistics.median(found[1:]), 2)
+    return steps
+
+
 def with_drafts(asked: argparse.Namespace) -> dict[str, Any]:
     """Our own decoding with and without the MTP module's drafts."""
     model, text = trained(asked.store)
@@ -176,7 +214,13 @@ def with_drafts(asked: argparse.Namespace) -> dict[str, Any]:
             print(f"speculative, {name}: {table[name]}", flush=True)
     greedy = table["1 at temperature 0.0"]
     bound = (1 + greedy["acceptance"]) / (1 + drafted_weights(model))
-    return {"speculative_ratio": greedy["ratio"], "speculative_bound": round(bound, 2), "speculative": table}
+    return {
+        "speculative_ratio": greedy["ratio"],
+        "speculative_bound": round(bound, 2),
+        "second_draft": round(second_draft(model, text, asked), 2),
+        "step_by_layers": step_by_layers(model.config, asked),
+        "speculative": table,
+    }
 
 
 def main() -> None:
