@@ -208,19 +208,25 @@ def layer_weights(layer: Layer) -> LayerWeights:
     attention = layer.attention
     assert isinstance(attention, LatentAttention)
     module, ffn = attention.module, layer.ffn
-    queries = (None, None)
-    if module.config.q_lora_rank is not None:
-        queries = module.q_a_layernorm.weight, module.q_b_proj.weight
-    mine = (
-        layer.attention_norm.weight, attention.weight, *queries, attention.norm.weight, attention.up_HXC.contiguous(),
-        module.o_proj.weight, layer.ffn_norm.weight,
-    )  # fmt: skip
-    if isinstance(ffn, SwiGLU):
-        return LayerWeights(*mine, ffn.gate_up_proj.weight, ffn.down_proj.weight)
-    experts, gate, shared = ffn.module.experts, ffn.module.gate, ffn.module.shared_experts
-    both = (None, None) if shared is None else (shared.gate_up_proj.weight, shared.down_proj.weight)
+    dense = isinstance(ffn, SwiGLU)
+    gate = None if dense else ffn.module.gate
+    shared = None if dense else ffn.module.shared_experts
+    latent = module.config.q_lora_rank is not None
     return LayerWeights(
-        *mine, experts.gate_up_proj, experts.down_proj, gate.weight, gate.e_score_correction_bias, *both
+        attention_norm_D=layer.attention_norm.weight,
+        first_XD=attention.weight,
+        query_norm_Q=module.q_a_layernorm.weight if latent else None,
+        query_up_XQ=module.q_b_proj.weight if latent else None,
+        latent_norm_C=attention.norm.weight,
+        up_HXC=attention.up_HXC,
+        out_DX=module.o_proj.weight,
+        ffn_norm_D=layer.ffn_norm.weight,
+        gate_up=ffn.gate_up_proj.weight if dense else ffn.module.experts.gate_up_proj,
+        down=ffn.down_proj.weight if dense else ffn.module.experts.down_proj,
+        gate_ED=gate.weight if gate is not None else None,
+        bias_E=gate.e_score_correction_bias if gate is not None else None,
+        shared_gate_up=shared.gate_up_proj.weight if shared is not None else None,
+        shared_down=shared.down_proj.weight if shared is not None else None,
     )
 
 
