@@ -13,7 +13,14 @@ of one and of all sequences, greedy and sampled. Keys of the last line:
     tokens_equal            share of the tokens that are the same on both sides (greedy; float32 sums differ in order)
     tokens_per_second       ours
     speculative_ratio       seconds without drafts over those with them, greedy, one sequence (goal: more than 1.3)
-    speculative             by batch and temperature: ratio, acceptance, and whether greedy tokens are the same
+    speculative             by batch and temperature: ratio, acceptance, tokens a second without drafts and with them,
+                            what a step with a draft takes of one without, and whether greedy tokens are the same
+    speculative_bound       (1 + acceptance) / (1 + d), greedy, one sequence, d being the weights that a draft reads
+                            over those that a plain step reads: the ratio if reading them took all the time and a second
+                            token in the model's own step took none
+    second_draft            how often the module, chained to itself, is right about the token behind a right draft
+    step_by_layers          what a step with a draft takes of one without, one sequence, in models of the same width
+                            with so many layers and random weights
 """
 
 from __future__ import annotations
@@ -37,7 +44,7 @@ from gristmill.model.generate import Sampling, sample
 from gristmill.model.hugging_face.conversion import export, of_model
 from gristmill.model.speculative import speculate
 from gristmill.model.training.models import load_model
-from gristmill.model.transformer import Transformer
+from gristmill.model.transformer import Batch, Transformer, rotary_angles
 
 VOCAB, NEVER, PAD = 8192, -1, 0
 
@@ -138,9 +145,62 @@ def drafted(model: Transformer, text: torch.Tensor, count: int, sampling: Sampli
             seconds["plain"].append(without)
             seconds["drafts"].append(with_)
             rates.append(found.rate)
-    ratio = statistics.median(seconds["plain"]) / statistics.median(seconds["drafts"])
-    row = {"ratio": round(ratio, 2), "acceptance": round(statistics.mean(rates), 3)}
+    plain_, drafts = (statistics.median(taken) for taken in seconds.values())
+    rate = statistics.mean(rates)
+    row = {
+        "ratio": round(plain_ / drafts, 2),
+        "acceptance": round(rate, 3),
+        "tokens_per_second": [round(count * asked.new / taken) for taken in (plain_, drafts)],
+        "step": round((1 + rate) * drafts / plain_, 2),
+    }
     return row if sampling.temperature else {**row, "tokens_equal": equal}
+
+
+def drafted_weights(model: Transformer) -> float:
+    """Weights that drafting a token reads, over those that a step of one token without a draft reads."""
+    c = model.config
+    share = c.num_experts_per_tok / c.n_routed_experts
+
+    def read(part: torch.nn.Module) -> float:
+        return sum(p.numel() * (share if ".experts." in name else 1) for name, p in part.named_parameters())
+
+    head = read(model.lm_head)
+    return (read(model.mtp[0]) + head) / (read(model.layers) + head)
+
+
+@torch.no_grad()
+def second_draft(model: Transformer, text: torch.Tensor, asked: argparse.Namespace) -> float:
+    """Of greedy responses; the second pass reads the first one's states, and attends to its own at places before."""
+    given = text[: asked.sequences, : asked.prompt].tolist()
+    said = sample(model, given, [0] * len(given), Sampling(asked.new, temperature=0), eos=NEVER, pad=PAD)
+    token_BS = torch.tensor([prompt + response.tokens for prompt, response in zip(given, said, strict=True)])
+    position_BS = torch.arange(token_BS.shape[1]).expand_as(token_BS)
+    hidden_BSD, rotary = (
+        model.norm(model.hidden(Batch(token_BS, position_BS))),
+        rotary_angles(model.config, position_BS),
+    )
+    next_BS, right = token_BS.roll(-1, 1), []
+    for ahead in (2, 3):
+        hidden_BSD = model.mtp[0](hidden_BSD, model.embed_tokens(next_BS), rotary, None, None)
+        next_BS = model.lm_head(hidden_BSD).argmax(-1)
+        right.append((next_BS == token_BS.roll(-ahead, 1))[:, asked.prompt : -3])
+    return float(right[1][right[0]].float().mean())
+
+
+def step_by_layers(like: ModelConfig, asked: argparse.Namespace) -> dict[int, float]:
+    """Responses with drafts that are hardly ever right, so that seconds a step are what is compared."""
+    steps, greedy = {}, Sampling(asked.new, temperature=0)
+    for layers in (4, 8, 16, 32):
+        model = Transformer(like.model_copy(update={"num_hidden_layers": layers}), 1024)
+        model.initialise(0)
+        model.eval()
+        given, found = (model, [list(range(asked.prompt))], [0], greedy), []
+        for _ in range(asked.rounds + 1):
+            without, _ = timed(partial(sample, *given, eos=NEVER, pad=PAD))
+            with_, (_, rate) = timed(partial(speculate, *given, eos=NEVER, pad=PAD))
+            found.append((1 + rate.rate) * with_ / without)
+        steps[layers] = round(statistics.median(found[1:]), 2)
+    return steps
 
 
 def with_drafts(asked: argparse.Namespace) -> dict[str, Any]:
@@ -152,7 +212,15 @@ def with_drafts(asked: argparse.Namespace) -> dict[str, Any]:
             name = f"{count} at temperature {temperature}"
             table[name] = drafted(model, text, count, Sampling(asked.new, temperature=temperature), asked)
             print(f"speculative, {name}: {table[name]}", flush=True)
-    return {"speculative_ratio": table["1 at temperature 0.0"]["ratio"], "speculative": table}
+    greedy = table["1 at temperature 0.0"]
+    bound = (1 + greedy["acceptance"]) / (1 + drafted_weights(model))
+    return {
+        "speculative_ratio": greedy["ratio"],
+        "speculative_bound": round(bound, 2),
+        "second_draft": round(second_draft(model, text, asked), 2),
+        "step_by_layers": step_by_layers(model.config, asked),
+        "speculative": table,
+    }
 
 
 def main() -> None:

@@ -45,9 +45,9 @@ class Compiled:
         self._library = library
         self._functions: dict[str, Any] = {}
 
-    def __call__(self, function: str, *arguments: Argument) -> None:
+    def __call__(self, function: str, *arguments: Argument) -> int:
         known = self._functions.get(function) or self._declared(function, arguments)
-        known(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], torch.get_num_threads())
+        return known(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], torch.get_num_threads())
 
     def _declared(self, function: str, arguments: tuple[Argument, ...]) -> Any:
         """The function, told once what its arguments are: else each call would convert them by hand."""
@@ -92,7 +92,7 @@ def _compiled(source: str) -> Compiled | None:
 def _built(source: Path, compiler: str) -> Path:
     """The library of a source, from the cache where these sources were compiled so for such a processor."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    made_of = [source, *sorted(HERE.glob("*.h")), *sorted(source.parent.glob("*.h"))]
+    made_of = [source, *sorted(HERE.rglob("*.h"))]
     parts = [*(path.read_bytes() for path in made_of), version.encode(), " ".join(FLAGS).encode(), _processor()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     name = f"{source.parent.name}-{source.stem}-{key}.so"

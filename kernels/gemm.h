@@ -195,10 +195,10 @@ struct Block {
 };
 
 // c (rows, columns), its rows `c_row` apart, = a (rows, depth) · b (depth, columns), or that added to it.
-template <typename Kind = Exact>
-static inline void product(
+template <typename Kind>
+static void product(
     const Matrix &a, const Matrix &b, float *c, int64_t c_row, int64_t rows, int64_t columns, int64_t depth,
-    bool add = false
+    bool add
 ) {
     typedef typename Kind::Number Number;
     static thread_local Block<Kind> packed;
@@ -242,3 +242,8 @@ static inline void product(
             }
         }
 }
+
+// The product of numbers as they are, or of those nearest to them in bfloat16.
+typedef void (*Product)(const Matrix &, const Matrix &, float *, int64_t, int64_t, int64_t, int64_t, bool);
+
+static inline Product product_of(int64_t rounded) { return rounded ? product<Rounded> : product<Exact>; }

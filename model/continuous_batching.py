@@ -71,6 +71,11 @@ class _Rows:
     def free(self) -> list[int]:
         return [row for row, response in enumerate(self.responses) if response is None]
 
+    def move_on(self) -> None:
+        """To the next position; a row that is over stays where it is, within its slot."""
+        alive = [response is not None for response in self.responses]
+        self.position_B = self.position_B + (1 if all(alive) else torch.tensor(alive, device=self.position_B.device))
+
     def select(self, kept: Tensor) -> None:
         self.token_B, self.position_B = self.token_B[kept], self.position_B[kept]
         self.seed_B, self.step_B = self.seed_B[kept], self.step_B[kept]
@@ -124,12 +129,11 @@ def stream(
             kept = torch.tensor(speaking, device=decoder.device)
             cache.keep(kept)
             rows.select(kept)
-        logits_BV = decoder.logits(decoder.advance(rows.token_B[:, None], rows.position_B, cache)[:, -1])
-        rows.token_B, log_p_B = choose(logits_BV, sampling, rows.seed_B, rows.step_B)
+        _, logits_B1V = decoder.step(rows.token_B[:, None], rows.position_B, cache)
+        rows.token_B, log_p_B = choose(logits_B1V[:, 0], sampling, rows.seed_B, rows.step_B)
         rows.step_B = rows.step_B + 1
         pieces = _pieces(rows, rows.token_B.tolist(), log_p_B.tolist(), sampling, eos)
-        alive_B = torch.tensor([response is not None for response in rows.responses], device=decoder.device)
-        rows.position_B = rows.position_B + alive_B  # a row that is over stays where it is, within its slot
+        rows.move_on()
         yield from pieces
 
 

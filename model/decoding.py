@@ -15,20 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gristmill.kernels.decoder_layers import DecoderLayers, LayerWeights, MtpWeights, Shape, joined, runs
 from gristmill.kernels.dispatch import runs_compiled
 from gristmill.kernels.linear import linear
 from gristmill.kernels.mla_decode import mla_decode
+from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.moe_mlp.native import SOURCE
+from gristmill.kernels.router import Choice
 from gristmill.model.config import ModelConfig
 from gristmill.model.transformer import (
+    LATENT_EPS,
     Block,
     GroupedQueryAttention,
+    Linear,
     MixtureOfExperts,
     MultiHeadLatentAttention,
     MultiTokenPrediction,
+    RMSNorm,
     SwiGLU,
     Transformer,
     rotary_angles,
+    score_scale,
 )
 
 DENSE_TOKENS = 64  # up to so many tokens, all experts at once are cheaper than sorting rows by expert,
@@ -172,20 +179,75 @@ class Layer:
         return x_BSD + self.ffn(self.ffn_norm(x_BSD))
 
 
+def one_call(
+    blocks: list[Layer], norm: RMSNorm, model: Transformer, turn_SR: tuple[Tensor, Tensor]
+) -> DecoderLayers | None:
+    """These layers and the head behind that norm as one operation; none where they are not such as it takes.
+
+    It takes float32 on a CPU, latent attention, and products as they are without a training precision.
+    """
+    c = model.config
+    plain = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
+    plain = plain and all(m.product is linear for m in model.modules() if isinstance(m, Linear))
+    plain = plain and all(mixture.experts.product is moe_mlp for mixture in model.mixtures())
+    if not plain or c.attention != "mla":
+        return None
+    choice = next((mixture.gate.choice for mixture in model.mixtures()), Choice(1))  # the same of all
+    shape = Shape(
+        width=c.hidden_size, heads=c.num_attention_heads, plain=c.qk_nope_head_dim, turning=c.qk_rope_head_dim,
+        value=c.v_head_dim, latent=c.kv_lora_rank, query_rank=c.q_lora_rank or 0, experts=c.n_routed_experts,
+        choice=choice, eps=c.rms_norm_eps, latent_eps=LATENT_EPS, scale=score_scale(c),
+    )  # fmt: skip
+    return DecoderLayers(
+        [layer_weights(block) for block in blocks], shape, turn_SR, (norm.weight, model.lm_head.weight)
+    )
+
+
+def layer_weights(layer: Layer) -> LayerWeights:
+    """Of a layer with latent attention."""
+    attention = layer.attention
+    assert isinstance(attention, LatentAttention)
+    module, ffn = attention.module, layer.ffn
+    dense = isinstance(ffn, SwiGLU)
+    gate = None if dense else ffn.module.gate
+    shared = None if dense else ffn.module.shared_experts
+    latent = module.config.q_lora_rank is not None
+    return LayerWeights(
+        attention_norm_D=layer.attention_norm.weight,
+        first_XD=attention.weight,
+        query_norm_Q=module.q_a_layernorm.weight if latent else None,
+        query_up_XQ=module.q_b_proj.weight if latent else None,
+        latent_norm_C=attention.norm.weight,
+        up_HXC=attention.up_HXC,
+        out_DX=module.o_proj.weight,
+        ffn_norm_D=layer.ffn_norm.weight,
+        gate_up=ffn.gate_up_proj.weight if dense else ffn.module.experts.gate_up_proj,
+        down=ffn.down_proj.weight if dense else ffn.module.experts.down_proj,
+        gate_ED=gate.weight if gate is not None else None,
+        bias_E=gate.e_score_correction_bias if gate is not None else None,
+        shared_gate_up=shared.gate_up_proj.weight if shared is not None else None,
+        shared_down=shared.down_proj.weight if shared is not None else None,
+    )
+
+
 class Decoder:
     """The model as it is now, made ready to decode; of later changes to its weights it sees only some: make it anew."""
 
     @torch.no_grad()
     def __init__(self, model: Transformer) -> None:
         self.model, self.config = model.eval(), model.config
+        self.embedding = model.embed_tokens.weight.detach()
         self.layers = [Layer(block) for block in model.layers if isinstance(block, Block)]
+        position = torch.arange(self.config.max_position_embeddings + 1, device=self.device)
+        cos, sin = rotary_angles(self.config, position)
+        self.turn_SR = cos, sin
+        self.whole = one_call(self.layers, model.norm, model, self.turn_SR)
         self.module: MultiTokenPrediction | None = None
         for module in model.mtp[:1]:
             assert isinstance(module, MultiTokenPrediction)
             self.module, self.module_layer = module, Layer(module.block)
-        position = torch.arange(self.config.max_position_embeddings + 1, device=self.device)
-        cos, sin = rotary_angles(self.config, position)
-        self.turn_SR = cos, sin
+            self.whole_module = one_call([self.module_layer], module.norm, model, self.turn_SR)
+            self.joining = MtpWeights(module.hnorm.weight, module.enorm.weight, module.eh_proj.weight)
 
     @property
     def device(self) -> torch.device:
@@ -195,14 +257,31 @@ class Decoder:
         """An empty cache; one for the MTP module has one layer."""
         return SlotCache(self.config, slots, length, self.model.lm_head.weight, layers)
 
-    @torch.no_grad()
     def advance(self, token_BS: Tensor, start_B: Tensor, cache: SlotCache) -> Tensor:
         """The last block's output before the final norm for tokens that begin at these positions, (B, S, D).
 
         Slot b keeps token s at place `start_B[b] + s`, which must be below its length.
         """
-        x_BSD: Tensor = self.model.embed_tokens(token_BS)
-        step = Step(self.turn_SR, start_B, token_BS.shape[1])
+        return self._advanced(token_BS, start_B, cache, logits=False)[0]
+
+    def step(self, token_BS: Tensor, start_B: Tensor, cache: SlotCache) -> tuple[Tensor, Tensor]:
+        """What `advance` gives, and the logits of the tokens that come next, (B, S, V)."""
+        hidden_BSD, logits_BSV = self._advanced(token_BS, start_B, cache, logits=True)
+        return hidden_BSD, self.logits(hidden_BSD) if logits_BSV is None else logits_BSV
+
+    def _advanced(
+        self, token_BS: Tensor, start_B: Tensor, cache: SlotCache, *, logits: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The states, and the logits where they are wanted and come along."""
+        x_BSD = torch.embedding(self.embedding, token_BS)
+        if self.whole is not None and runs(x_BSD, token_BS.numel()):
+            return self.whole.through(x_BSD, start_B, cache.latent_LBSC, logits=logits)
+        return self._one_by_one(x_BSD, start_B, cache), None
+
+    @torch.no_grad()
+    def _one_by_one(self, x_BSD: Tensor, start_B: Tensor, cache: SlotCache) -> Tensor:
+        """All layers, operation by operation."""
+        step = Step(self.turn_SR, start_B, x_BSD.shape[1])
         for layer, cache_BSC in zip(self.layers, cache.latent_LBSC, strict=True):
             x_BSD = layer(x_BSD, step, cache_BSC)
         return x_BSD
@@ -222,20 +301,34 @@ class Decoder:
         """Of the next token, from what `advance` gives, (..., V)."""
         return self.model.lm_head(self.model.norm(hidden))
 
-    @torch.no_grad()
-    def drafts(self, hidden_BSD: Tensor, next_BS: Tensor, start_B: Tensor, cache: SlotCache) -> Tensor:
-        """What the MTP module makes of `advance`'s states and the tokens behind them, after its norm, (B, S, D).
+    def draft(self, hidden_BSD: Tensor, next_BS: Tensor, start_B: Tensor, asked_B: Tensor, cache: SlotCache) -> Tensor:
+        """Logits of the token after next behind one of each row's tokens, (B, V).
 
-        `lm_head` makes of it the logits of the token after next.
+        The MTP module reads `advance`'s states and the tokens behind them; its cache keeps all of them.
 
         Raises:
             ValueError: the model has no MTP module.
         """
         if self.module is None:
             raise ValueError("the model has no MTP module to draft with: load it with its module, or use sample")
-        x_BSD = self.module.joined(self.model.norm(hidden_BSD), self.model.embed_tokens(next_BS))
-        step = Step(self.turn_SR, start_B, next_BS.shape[1])
-        return self.module.norm(self.module_layer(x_BSD, step, cache.latent_LBSC[0]))
+        next_BSD = torch.embedding(self.embedding, next_BS)
+        if self.whole_module is not None and runs(next_BSD, next_BS.numel()):
+            x_BSD = joined(hidden_BSD, next_BSD, self.model.norm.weight, self.joining, self.config.rms_norm_eps)
+            _, logits_BSV = self.whole_module.through(x_BSD, start_B, cache.latent_LBSC, asked_B)
+            assert logits_BSV is not None
+            return logits_BSV[:, 0]
+        return self._drafted_one_by_one(self.module, hidden_BSD, next_BSD, start_B, asked_B, cache)
+
+    @torch.no_grad()
+    def _drafted_one_by_one(
+        self, module: MultiTokenPrediction, hidden_BSD: Tensor, next_BSD: Tensor, start_B: Tensor, asked_B: Tensor,
+        cache: SlotCache,
+    ) -> Tensor:  # fmt: skip
+        """What `draft` gives, operation by operation."""
+        x_BSD = module.joined(self.model.norm(hidden_BSD), next_BSD)
+        x_BSD = self.module_layer(x_BSD, Step(self.turn_SR, start_B, x_BSD.shape[1]), cache.latent_LBSC[0])
+        row_B = torch.arange(len(asked_B), device=asked_B.device)
+        return self.model.lm_head(module.norm(x_BSD[row_B, asked_B]))
 
 
 def padded_prompts(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

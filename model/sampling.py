@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gristmill.kernels.likeliest import likeliest
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -45,7 +47,7 @@ class Sampling:
 def uniform(seed_B: Tensor, step: int | Tensor) -> Tensor:
     """Numbers in [0, 1), float64, a hash of (seed, step): SplitMix64 (Steele et al. 2014) in wrapping int64.
 
-    The step is one for all or (B,), int64.
+    The step is one for all or int64 of a shape that goes with the seeds'.
     """
     golden = 0x9E3779B97F4A7C15
     z = seed_B + (_signed((step + 1) * golden) if isinstance(step, int) else (step + 1) * _signed(golden))
@@ -67,11 +69,9 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 def choose(logits_BV: Tensor, sampling: Sampling, seed_B: Tensor, step_B: Tensor) -> tuple[Tensor, Tensor]:
     """The token at this step of each sample, and its log-probability at the temperature before any is left out."""
-    logits_BV = logits_BV.float()
     if sampling.temperature == 0:
-        token_B = logits_BV.argmax(-1)
-        return token_B, log_probability(logits_BV, token_B)
-    logits_BV = logits_BV / sampling.temperature
+        return likeliest(logits_BV)
+    logits_BV = logits_BV.float() / sampling.temperature
     u_B = uniform(seed_B, step_B)
     p_BV = logits_BV.softmax(-1)
     if sampling.cuts:

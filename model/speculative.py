@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gristmill.kernels.likeliest import likeliest
 from gristmill.model.continuous_batching import COMPACT_SHARE, check_length
 from gristmill.model.decoding import Decoder, padded_prompts
 from gristmill.model.generate import Sample
-from gristmill.model.sampling import Sampling, inverse_cdf, log_probability, probabilities, uniform
+from gristmill.model.sampling import Sampling, choose, inverse_cdf, log_probability, probabilities, uniform
 from gristmill.model.transformer import Transformer
 
 DRAFT, ACCEPT = 1 << 40, 1 << 41  # what a draw is for, beside its place
@@ -38,30 +39,34 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Whether each draft was accepted, the token in its place, and the one behind it, which holds if it was."""
+    """Whether each draft was accepted; the token in its place, and the one behind it, which holds if it was."""
 
     accepted_B: Tensor
     token_B2: Tensor
+    log_p_B2: Tensor
 
 
 def _greedy(logits_B2V: Tensor, draft_B: Tensor) -> _Verdict:
-    token_B2 = logits_B2V.argmax(-1)
-    return _Verdict(token_B2[:, 0] == draft_B, token_B2)
+    token_B2, log_p_B2 = likeliest(logits_B2V)
+    return _Verdict(token_B2[:, 0] == draft_B, token_B2, log_p_B2)
 
 
-def _sampled(
-    logits_B2V: Tensor, draft_B: Tensor, draft_BV: Tensor, sampling: Sampling, seed_B: Tensor, place_B: Tensor
-) -> _Verdict:
-    """Algorithm 1 of Leviathan et al.: the draft where u < p/q, otherwise a draw from max(p − q, 0)."""
-    own_BV, behind_BV = (probabilities(logits_BV, sampling) for logits_BV in logits_B2V.unbind(1))
+def _sampled(logits_B2V: Tensor, draft_B: Tensor, draft_BV: Tensor, sampling: Sampling, draw_B3: Tensor) -> _Verdict:
+    """Algorithm 1 of Leviathan et al.: the draft where u < p/q, otherwise a draw from max(p − q, 0).
+
+    The draws are those of acceptance, of the draft's place and of the one behind it.
+    """
+    weight_B2V = probabilities(logits_B2V.flatten(0, 1), sampling).view(logits_B2V.shape)
+    own_BV = weight_B2V[:, 0]
     p_B, q_B = (x_BV.gather(1, draft_B[:, None])[:, 0].double() for x_BV in (own_BV, draft_BV))
-    accepted_B = uniform(seed_B, place_B + ACCEPT) * q_B < p_B
+    accepted_B = draw_B3[:, 0] * q_B < p_B
     left_BV = (own_BV - draft_BV).clamp_min_(0)
     # nothing is left where p = q, which no replaced draft meets
     left_BV = torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, own_BV)
-    first_B = torch.where(accepted_B, draft_B, inverse_cdf(left_BV, uniform(seed_B, place_B)))
-    second_B = inverse_cdf(behind_BV, uniform(seed_B, place_B + 1))
-    return _Verdict(accepted_B, torch.stack((first_B, second_B), 1))
+    weight_B2V = torch.stack((left_BV, weight_B2V[:, 1]), 1)
+    token_B2 = inverse_cdf(weight_B2V.flatten(0, 1), draw_B3[:, 1:].flatten()).view(-1, 2)
+    token_B2[:, 0] = torch.where(accepted_B, draft_B, token_B2[:, 0])
+    return _Verdict(accepted_B, token_B2, log_probability(logits_B2V.float() / sampling.temperature, token_B2))
 
 
 class _Batch:
@@ -71,6 +76,7 @@ class _Batch:
         self, decoder: Decoder, prompts: list[list[int]], seeds: list[int], sampling: Sampling, pad: int
     ) -> None:
         self.decoder, self.sampling = decoder, sampling
+        self.purpose_4 = torch.tensor([DRAFT, ACCEPT, 0, 1], device=decoder.device)
         self.own = list(range(len(prompts)))  # which response a row is
         token_BS, self.position_B = padded_prompts(prompts, pad, decoder.device)
         self.seed_B, start_B = torch.tensor(seeds, device=decoder.device), torch.zeros_like(self.position_B)
@@ -79,52 +85,50 @@ class _Batch:
         end_B, row_B = self.position_B - 1, torch.arange(len(prompts), device=decoder.device)
         parts = list(decoder.portions(token_BS.shape[1], self.cache))
         hidden_BSD = torch.cat([decoder.advance(token_BS[:, p], start_B + p.start, self.cache) for p in parts], 1)
-        self.logits_BV = decoder.logits(hidden_BSD[row_B, end_B])
-        self.last_B, self.place_B = self._first(), torch.ones_like(start_B)
+        logits_BV = decoder.logits(hidden_BSD[row_B, end_B])
+        self.last_B, self.log_p_B = choose(logits_BV, sampling, self.seed_B, start_B)
+        self.place_B = torch.ones_like(start_B)
         next_BS = token_BS.roll(-1, 1).scatter(1, end_B[:, None], self.last_B[:, None])
-        made = [decoder.drafts(hidden_BSD[:, p], next_BS[:, p], start_B + p.start, self.drafter) for p in parts]
-        self.drafted_BD = torch.cat(made, 1)[row_B, end_B]
-
-    def _first(self) -> Tensor:
-        if self.sampling.temperature == 0:
-            return self.logits_BV.argmax(-1)
-        return inverse_cdf(probabilities(self.logits_BV, self.sampling), uniform(self.seed_B, 0))
+        self.draft_BV = torch.empty_like(logits_BV)
+        for p in parts:
+            asked_B = (end_B - p.start).clamp(0, p.stop - p.start - 1)
+            draft_BV = decoder.draft(hidden_BSD[:, p], next_BS[:, p], start_B + p.start, asked_B, self.drafter)
+            self.draft_BV = torch.where(((end_B >= p.start) & (end_B < p.stop))[:, None], draft_BV, self.draft_BV)
 
     def begun(self) -> tuple[list[list[int]], list[list[float]]]:
         """The first token of each row, and its log-probability."""
-        log_p_B = _log_p(self.logits_BV, self.last_B, self.sampling)
-        return self.last_B[:, None].tolist(), log_p_B[:, None].tolist()
+        return self.last_B[:, None].tolist(), self.log_p_B[:, None].tolist()
 
     def step(self) -> tuple[list[list[int]], list[list[float]], list[bool]]:
         """Two tokens of each row and their log-probabilities, and whether the draft was taken, so that both hold."""
-        draft_BV, draft_B = self._draft()
-        hidden_B2D = self.decoder.advance(torch.stack((self.last_B, draft_B), 1), self.position_B, self.cache)
-        logits_B2V = self.decoder.logits(hidden_B2D)
-        if draft_BV is None:
+        draft_BV, draft_B, draw_B3 = self._draft()
+        token_B2 = torch.stack((self.last_B, draft_B), 1)
+        hidden_B2D, logits_B2V = self.decoder.step(token_B2, self.position_B, self.cache)
+        if draft_BV is None or draw_B3 is None:
             verdict = _greedy(logits_B2V, draft_B)
         else:
-            verdict = _sampled(logits_B2V, draft_B, draft_BV, self.sampling, self.seed_B, self.place_B)
-        made_B2D = self.decoder.drafts(hidden_B2D, verdict.token_B2, self.position_B, self.drafter)
+            verdict = _sampled(logits_B2V, draft_B, draft_BV, self.sampling, draw_B3)
         self.taken_B = verdict.accepted_B.long()
-        row_B = torch.arange(len(self.taken_B), device=self.taken_B.device)
-        self.drafted_BD, self.last_B = made_B2D[row_B, self.taken_B], verdict.token_B2[row_B, self.taken_B]
-        log_p_B2 = _log_p(logits_B2V, verdict.token_B2, self.sampling)
-        return verdict.token_B2.tolist(), log_p_B2.tolist(), verdict.accepted_B.tolist()
+        self.draft_BV = self.decoder.draft(hidden_B2D, verdict.token_B2, self.position_B, self.taken_B, self.drafter)
+        self.last_B = verdict.token_B2.gather(1, self.taken_B[:, None])[:, 0]
+        return verdict.token_B2.tolist(), verdict.log_p_B2.tolist(), verdict.accepted_B.tolist()
 
-    def _draft(self) -> tuple[Tensor | None, Tensor]:
-        """A token for each row, and what it was drawn from; greedy, it was not drawn."""
-        logits_BV = self.decoder.model.lm_head(self.drafted_BD)
+    def _draft(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """A token for each row, what it was drawn from, and the draws behind it; greedy, there is none to draw."""
         if self.sampling.temperature == 0:
-            return None, logits_BV.argmax(-1)
-        draft_BV = probabilities(logits_BV, self.sampling)
-        return draft_BV, inverse_cdf(draft_BV, uniform(self.seed_B, self.place_B + DRAFT))
+            return None, self.draft_BV.argmax(-1), None
+        draft_BV = probabilities(self.draft_BV, self.sampling)
+        draw_B4 = uniform(self.seed_B[:, None], self.place_B[:, None] + self.purpose_4)
+        return draft_BV, inverse_cdf(draft_BV, draw_B4[:, 0]), draw_B4[:, 1:]
 
     def move_on(self, over: list[bool]) -> None:
         """Behind the step's tokens, whose draft's traces the next step writes over where it was not taken.
 
         A row whose response is over stays where it is, until there are enough of them to leave them out.
         """
-        moved_B = (1 + self.taken_B) * ~torch.tensor(over, device=self.taken_B.device)
+        moved_B = 1 + self.taken_B
+        if any(over):
+            moved_B = moved_B * ~torch.tensor(over, device=self.taken_B.device)
         self.position_B, self.place_B = self.position_B + moved_B, self.place_B + moved_B
         left = [row for row, is_over in enumerate(over) if not is_over]
         if not 0 < len(left) < COMPACT_SHARE * len(over):
@@ -133,13 +137,8 @@ class _Batch:
         self.cache.keep(kept)
         self.drafter.keep(kept)
         self.own = [self.own[row] for row in left]
-        self.seed_B, self.last_B, self.drafted_BD = self.seed_B[kept], self.last_B[kept], self.drafted_BD[kept]
+        self.seed_B, self.last_B, self.draft_BV = self.seed_B[kept], self.last_B[kept], self.draft_BV[kept]
         self.position_B, self.place_B = self.position_B[kept], self.place_B[kept]
-
-
-def _log_p(logits: Tensor, token: Tensor, sampling: Sampling) -> Tensor:
-    """At the sampling temperature, no token left out."""
-    return log_probability(logits.float() / (sampling.temperature or 1.0), token)
 
 
 @torch.no_grad()

@@ -4,23 +4,6 @@
 
 namespace {
 constexpr int64_t STRIP = 16 * TILE_COLUMNS;  // columns of a block
-
-template <typename Kind>
-void blocks(
-    const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row, int64_t b_column, float *c,
-    int64_t rows, int64_t columns, int64_t depth, int64_t threads
-) {
-    const int64_t across = (columns + STRIP - 1) / STRIP;
-    const int64_t high = block_rows(rows, across % threads == 0 ? 1 : threads), down = (rows + high - 1) / high;
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t block = 0; block < down * across; block++) {
-        const int64_t i = block % down * high, j = block / down * STRIP;
-        product<Kind>(
-            {a + i * a_row, a_row, a_column}, {b + j * b_column, b_row, b_column}, c + i * columns + j, columns,
-            std::min(high, rows - i), std::min(STRIP, columns - j), depth
-        );
-    }
-}
 }  // namespace
 
 // c (rows, columns), its rows side by side, = a · b, of their numbers as they are or rounded to bfloat16; strides of a and
@@ -29,9 +12,17 @@ extern "C" void multiply(
     const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row, int64_t b_column, float *c,
     int64_t rows, int64_t columns, int64_t depth, int64_t rounded, int64_t threads
 ) {
-    (rounded ? blocks<Rounded> : blocks<Exact>)(
-        a, a_row, a_column, b, b_row, b_column, c, rows, columns, depth, threads
-    );
+    const Product multiply_block = product_of(rounded);
+    const int64_t across = (columns + STRIP - 1) / STRIP;
+    const int64_t high = block_rows(rows, across % threads == 0 ? 1 : threads), down = (rows + high - 1) / high;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t block = 0; block < down * across; block++) {
+        const int64_t i = block % down * high, j = block / down * STRIP;
+        multiply_block(
+            {a + i * a_row, a_row, a_column}, {b + j * b_column, b_row, b_column}, c + i * columns + j, columns,
+            std::min(high, rows - i), std::min(STRIP, columns - j), depth, false
+        );
+    }
 }
 
 // y (rows, columns) = x (rows, depth) · wᵀ, w (columns, depth), for few rows.

@@ -4,8 +4,8 @@
 #include <cstddef>
 #include <numeric>
 
-#include "dots.h"
 #include "gemm.h"
+#include "rows.h"
 
 namespace {
 
@@ -15,29 +15,30 @@ struct Task {
     int64_t expert, begin, end;
 };
 
-// h (F) = weight · silu(a) · b of a row of pre (2F).
-void activate(const float *pre, float weight, float *h, int64_t hidden) {
-    for (int64_t f = 0; f < hidden; f += LANES) {
-        const Vector left = load(pre + f, hidden - f), right = load(pre + hidden + f, hidden - f);
-        store(h + f, weight * (left * sigmoid(left)) * right, hidden - f);
-    }
+}  // namespace
+
+extern "C" {
+
+// Sort the choices (T·K) by expert, those of one expert in their order: order (M), bounds (E + 1).
+void sort_choices(
+    const int64_t *expert, int64_t *order, int64_t *bounds, int64_t rows, int64_t experts, int64_t
+) {
+    moe::sort_choices(expert, order, bounds, rows, experts);
 }
 
-// out[t] = the sum of y's rows at t's places, in the order of its choices.
-void sum_choices(const float *y, const int64_t *place, float *out, int64_t t, int64_t choices, int64_t width) {
-    for (int64_t j = 0; j < width; j += LANES) {
-        Vector total{};
-        for (int64_t k = 0; k < choices; k++) total += load(y + place[t * choices + k] * width + j, width - j);
-        store(out + t * width + j, total, width - j);
-    }
+// Of an order: the token of each row and the place of each choice (M).
+void places(const int64_t *order, int64_t *token, int64_t *place, int64_t rows, int64_t choices, int64_t) {
+    moe::places(order, token, place, rows, choices);
 }
 
-template <typename Kind>
-void forward_in(
+// pre (M, 2F) = x · gate_upᵀ; y (M, D) = (gate · silu(a) · b) · downᵀ; out (T, D) the sums of the tokens' rows.
+void forward(
     const float *x, const float *gate, const float *gate_up, const float *down, const int64_t *order,
     const int64_t *token, const int64_t *place, const int64_t *bounds, float *pre, float *y, float *out,
-    int64_t tokens, int64_t choices, int64_t experts, int64_t width, int64_t hidden, int64_t threads
+    int64_t tokens, int64_t choices, int64_t experts, int64_t width, int64_t hidden, int64_t rounded,
+    int64_t threads
 ) {
+    const Product multiply = product_of(rounded);
     std::vector<Task> tasks;
     for (int64_t e = 0; e < experts; e++)
         for (int64_t begin = bounds[e], most = block_rows(bounds[e + 1] - begin); begin < bounds[e + 1]; begin += most)
@@ -50,30 +51,68 @@ void forward_in(
             const auto [e, begin, end] = tasks[i];
             const int64_t rows = end - begin;
             float *ab = pre + begin * 2 * hidden;
-            product<Kind>(
+            multiply(
                 {x, width, 1, token + begin}, {gate_up + e * 2 * hidden * width, 1, width}, ab, 2 * hidden, rows,
-                2 * hidden, width
+                2 * hidden, width, false
             );
             h.resize(rows * hidden);
             for (int64_t r = 0; r < rows; r++)
-                activate(ab + r * 2 * hidden, gate[order[begin + r]], h.data() + r * hidden, hidden);
-            product<Kind>(
+                moe::activate(ab + r * 2 * hidden, gate[order[begin + r]], h.data() + r * hidden, hidden);
+            multiply(
                 {h.data(), hidden}, {down + e * width * hidden, 1, hidden}, y + begin * width, width, rows, width,
-                hidden
+                hidden, false
             );
         }
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) sum_choices(y, place, out, t, choices, width);
+        for (int64_t t = 0; t < tokens; t++) moe::sum_choices(y, place, out, t, choices, width);
     }
 }
 
-template <typename Kind>
-void backward_in(
+// The same for few rows an expert, whose matrices are read as they lie, and without what a backward pass needs; `expert`
+// and `gate` are of the tokens' choices (T, K), y (M, D) is room.
+void few(
+    const float *x, const int64_t *expert, const float *gate, const float *gate_up, const float *down, float *y,
+    float *out, int64_t tokens, int64_t choices, int64_t experts, int64_t width, int64_t hidden, int64_t threads
+) {
+    const int64_t rows = tokens * choices;
+    std::vector<int64_t> order(rows), bounds(experts + 1), token(rows), place(rows);
+    moe::sort_choices(expert, order.data(), bounds.data(), rows, experts);
+    moe::places(order.data(), token.data(), place.data(), rows, choices);
+#pragma omp parallel num_threads(threads)
+    {
+        moe::Room room;
+        std::vector<float> weight;
+        std::vector<const float *> from;
+        std::vector<float *> to;
+#pragma omp for schedule(dynamic)
+        for (int64_t e = 0; e < experts; e++) {
+            const int64_t begin = bounds[e], here = bounds[e + 1] - begin;
+            if (here == 0) continue;
+            from.resize(here);
+            to.resize(here);
+            weight.resize(here);
+            for (int64_t r = 0; r < here; r++) {
+                from[r] = x + token[begin + r] * width;
+                to[r] = y + (begin + r) * width;
+                weight[r] = gate[order[begin + r]];
+            }
+            const float *up_e = gate_up + e * 2 * hidden * width, *down_e = down + e * width * hidden;
+            moe::few_rows(from.data(), weight.data(), up_e, down_e, to.data(), here, width, hidden, room);
+        }
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) moe::sum_choices(y, place.data(), out, t, choices, width);
+    }
+}
+
+// The gradients in x (T, D), by way of those of the rows (M, D); in gate (T, K), and in both stacks of matrices.
+void backward(
     const float *grad, const float *x, const float *gate, const float *gate_up, const float *down,
     const int64_t *order, const int64_t *token, const int64_t *place, const int64_t *bounds, const float *pre,
     float *grad_rows, float *grad_x, float *grad_gate, float *grad_gate_up, float *grad_down, int64_t tokens,
-    int64_t choices, int64_t experts, int64_t width, int64_t hidden, int64_t threads
+    int64_t choices, int64_t experts, int64_t width, int64_t hidden, int64_t rounded,
+    int64_t threads
 ) {
+    const Product multiply = product_of(rounded);
     std::vector<int64_t> longest(experts);  // first: the last to be done is short
     std::iota(longest.begin(), longest.end(), 0);
     std::stable_sort(longest.begin(), longest.end(), [&](int64_t a, int64_t b) {
@@ -96,7 +135,7 @@ void backward_in(
                 const int64_t *from = token + begin;
                 h.resize(rows * hidden);
                 slope.resize(rows * 2 * hidden);
-                product<Kind>({grad, width, 1, from}, down_e, h.data(), hidden, rows, hidden, width);
+                multiply({grad, width, 1, from}, down_e, h.data(), hidden, rows, hidden, width, false);
                 for (int64_t r = 0; r < rows; r++) {
                     const float *a = pre + (begin + r) * 2 * hidden, weight = gate[order[begin + r]];
                     float *to = slope.data() + r * 2 * hidden;
@@ -115,105 +154,16 @@ void backward_in(
                 }
                 const bool more = begin > first;
                 const Matrix grad_of{grad, 1, width, nullptr, from}, slope_of{slope.data(), 1, 2 * hidden};
-                product<Kind>(grad_of, {h.data(), hidden}, grad_down_e, hidden, width, hidden, rows, more);
-                product<Kind>(slope_of, {x, width, 1, from}, grad_up_e, width, 2 * hidden, width, rows, more);
-                product<Kind>(
-                    {slope.data(), 2 * hidden}, up_e, grad_rows + begin * width, width, rows, width, 2 * hidden
+                multiply(grad_of, {h.data(), hidden}, grad_down_e, hidden, width, hidden, rows, more);
+                multiply(slope_of, {x, width, 1, from}, grad_up_e, width, 2 * hidden, width, rows, more);
+                multiply(
+                    {slope.data(), 2 * hidden}, up_e, grad_rows + begin * width, width, rows, width, 2 * hidden,
+                    false
                 );
             }
         }
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) sum_choices(grad_rows, place, grad_x, t, choices, width);
+        for (int64_t t = 0; t < tokens; t++) moe::sum_choices(grad_rows, place, grad_x, t, choices, width);
     }
-}
-}  // namespace
-
-extern "C" {
-
-// Sort the choices (T·K) by expert, those of one expert in their order: order (M), bounds (E + 1).
-void sort_choices(
-    const int64_t *expert, int64_t *order, int64_t *bounds, int64_t rows, int64_t experts, int64_t
-) {
-    std::fill(bounds, bounds + experts + 1, 0);
-    for (int64_t i = 0; i < rows; i++) bounds[expert[i] + 1]++;
-    std::partial_sum(bounds, bounds + experts + 1, bounds);
-    std::vector<int64_t> next(bounds, bounds + experts);
-    for (int64_t i = 0; i < rows; i++) order[next[expert[i]]++] = i;
-}
-
-// Of an order: the token of each row and the place of each choice (M).
-void places(const int64_t *order, int64_t *token, int64_t *place, int64_t rows, int64_t choices, int64_t) {
-    for (int64_t i = 0; i < rows; i++) {
-        token[i] = order[i] / choices;
-        place[order[i]] = i;
-    }
-}
-
-// pre (M, 2F) = x · gate_upᵀ; y (M, D) = (gate · silu(a) · b) · downᵀ; out (T, D) the sums of the tokens' rows. Products
-// take numbers as they are, or rounded to bfloat16.
-void forward(
-    const float *x, const float *gate, const float *gate_up, const float *down, const int64_t *order,
-    const int64_t *token, const int64_t *place, const int64_t *bounds, float *pre, float *y, float *out,
-    int64_t tokens, int64_t choices, int64_t experts, int64_t width, int64_t hidden, int64_t rounded,
-    int64_t threads
-) {
-    (rounded ? forward_in<Rounded> : forward_in<Exact>)(
-        x, gate, gate_up, down, order, token, place, bounds, pre, y, out, tokens, choices, experts, width, hidden,
-        threads
-    );
-}
-
-// The same for few rows an expert, whose matrices are read as they lie, and without what a backward pass needs; `expert`
-// and `gate` are of the tokens' choices (T, K), y (M, D) is room.
-void few(
-    const float *x, const int64_t *expert, const float *gate, const float *gate_up, const float *down, float *y,
-    float *out, int64_t tokens, int64_t choices, int64_t experts, int64_t width, int64_t hidden, int64_t threads
-) {
-    const int64_t rows = tokens * choices;
-    std::vector<int64_t> order(rows), bounds(experts + 1), token(rows), place(rows);
-    sort_choices(expert, order.data(), bounds.data(), rows, experts, 1);
-    places(order.data(), token.data(), place.data(), rows, choices, 1);
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> pre, h;
-        std::vector<const float *> from;
-        std::vector<float *> to;
-#pragma omp for schedule(dynamic)
-        for (int64_t e = 0; e < experts; e++) {
-            const int64_t begin = bounds[e], here = bounds[e + 1] - begin;
-            if (here == 0) continue;
-            pre.resize(here * 2 * hidden);
-            h.resize(here * hidden);
-            from.resize(here);
-            to.resize(here);
-            for (int64_t r = 0; r < here; r++) {
-                from[r] = x + token[begin + r] * width;
-                to[r] = pre.data() + r * 2 * hidden;
-            }
-            dots(from.data(), here, gate_up + e * 2 * hidden * width, width, 2 * hidden, width, to.data());
-            for (int64_t r = 0; r < here; r++) {
-                activate(to[r], gate[order[begin + r]], h.data() + r * hidden, hidden);
-                from[r] = h.data() + r * hidden;
-                to[r] = y + (begin + r) * width;
-            }
-            dots(from.data(), here, down + e * width * hidden, hidden, width, hidden, to.data());
-        }
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) sum_choices(y, place.data(), out, t, choices, width);
-    }
-}
-
-// The gradients in x (T, D), by way of those of the rows (M, D); in gate (T, K), and in both stacks of matrices.
-void backward(
-    const float *grad, const float *x, const float *gate, const float *gate_up, const float *down,
-    const int64_t *order, const int64_t *token, const int64_t *place, const int64_t *bounds, const float *pre,
-    float *grad_rows, float *grad_x, float *grad_gate, float *grad_gate_up, float *grad_down, int64_t tokens,
-    int64_t choices, int64_t experts, int64_t width, int64_t hidden, int64_t rounded,
-    int64_t threads
-) {
-    (rounded ? backward_in<Rounded> : backward_in<Exact>)(
-        grad, x, gate, gate_up, down, order, token, place, bounds, pre, grad_rows, grad_x, grad_gate, grad_gate_up,
-        grad_down, tokens, choices, experts, width, hidden, threads
-    );
 }
 }

@@ -1,7 +1,5 @@
 // RMSNorm and rotary embedding, a pass over the rows each way. Rows of x may lie apart; results lie one behind the other.
-#include "vectors.h"
-
-#include <cmath>
+#include "row.h"
 
 namespace {
 
@@ -22,18 +20,6 @@ float summed(const float *a, const float *b, const float *c, int64_t size) {
     return sum(one + two) + rest;
 }
 
-float square(const float *a, int64_t size) {
-    Vector one{}, two{};
-    int64_t i = 0;
-    for (; i + 2 * LANES <= size; i += 2 * LANES) {
-        one += load(a + i) * load(a + i);
-        two += load(a + i + LANES) * load(a + i + LANES);
-    }
-    float rest = 0;
-    for (; i < size; i++) rest += a[i] * a[i];
-    return sum(one + two) + rest;
-}
-
 // The members of pair i are x[step · i] and x[step · i + apart].
 struct Pairs {
     int64_t step, apart;
@@ -49,10 +35,7 @@ extern "C" void rms_norm(
 ) {
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows * width, threads))
     for (int64_t row = 0; row < rows; row++) {
-        const float *__restrict from = x + row * x_row;
-        float *__restrict to = y + row * width;
-        const float by = 1.0f / std::sqrt(square(from, width) / width + static_cast<float>(eps));
-        for (int64_t i = 0; i < width; i++) to[i] = from[i] * by * weight[i];
+        const float by = norm_row(x + row * x_row, weight, y + row * width, width, eps);
         if (scale) scale[row] = by;
     }
 }

@@ -8,6 +8,8 @@ from itertools import product
 import pytest
 import torch
 
+from gristmill.kernels import report
+from gristmill.kernels.decoder_layers import runs
 from gristmill.model import decoding
 from gristmill.model.config import ModelConfig
 from gristmill.model.generate import Sampling, sample
@@ -63,6 +65,33 @@ def test_greedy_tokens_are_those_without_drafts(which: str, request) -> None:
         assert mine.log_probs == pytest.approx(theirs.log_probs, abs=1e-4)  # float32, two tokens in one product
     assert found.drafted > 0
     assert (found.accepted == found.drafted) == (which == "agreeing")
+
+
+def test_a_token_in_one_call_has_the_same_bits_with_a_draft_behind_it(agreeing: Transformer) -> None:
+    """Compiled, all layers at once give a token what they give it alone."""
+    if not runs(torch.zeros(1), 1):
+        pytest.skip("there is no C++ compiler")
+    before = report()["decoder_layers"]["compiled"]
+    greedy = Sampling(24, temperature=0)
+    plain = sample(agreeing, PROMPTS, [0, 0, 0], greedy, eos=-1, pad=PAD)
+    drafted, found = speculate(agreeing, PROMPTS, [0, 0, 0], greedy, eos=-1, pad=PAD)
+    assert [s.tokens for s in drafted] == [s.tokens for s in plain]
+    behind = slice(1, None)  # the first token's logits are the prompt's, which is read another way
+    assert [s.log_probs[behind] for s in drafted] == [s.log_probs[behind] for s in plain]
+    calls = 1 + 24 + 2 * (1 + 12)  # prompts and steps without drafts; with them, as many calls of the module
+    assert report()["decoder_layers"]["compiled"] - before == calls
+    assert found.rate == 1
+
+
+def test_operation_by_operation_the_tokens_are_the_same(
+    nearly_agreeing: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (nearly_agreeing, PROMPTS, [5, 6, 7], Sampling(20, temperature=0.9))
+    made, found = speculate(*given, eos=EOS, pad=PAD)
+    monkeypatch.setattr("gristmill.kernels.compiled.TORCH_ALONE", True)
+    plain, again = speculate(*given, eos=EOS, pad=PAD)
+    assert [s.tokens for s in made] == [s.tokens for s in plain]
+    assert found == again
 
 
 @pytest.mark.parametrize("which", ["model", "nearly_agreeing"])

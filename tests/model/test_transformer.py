@@ -77,8 +77,13 @@ def plain(token_BS: torch.Tensor) -> Batch:
     return Batch(token_BS, torch.arange(token_BS.shape[1]).expand_as(token_BS))
 
 
+@pytest.mark.parametrize("torch_alone", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cached_decoding_equals_the_full_forward(shape: str) -> None:
+def test_cached_decoding_equals_the_full_forward(
+    shape: str, torch_alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call where the layers compile, and operation by operation."""
+    monkeypatch.setattr("gristmill.kernels.compiled.TORCH_ALONE", torch_alone)
     config = SHAPES[shape]
     model = build(config)
     token_BS = torch.randint(0, 97, (3, 12), generator=torch.Generator().manual_seed(0))
