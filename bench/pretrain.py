@@ -1,13 +1,14 @@
 """Tokens a second of a whole training step, ours against `transformers`' DeepseekV3ForCausalLM. JSON at the end.
 
-    python -P bench/pretrain.py [--steps 50] [--rounds 3] [--shapes small wide] [--ours float32 bfloat16 fp8]
+    python -P bench/pretrain.py [--steps 50] [--rounds 3] [--shapes small wide] [--ours float32 bfloat16]
                                 [--theirs float32/grouped_mm float32/eager bfloat16/grouped_mm] [--device cpu]
 
 Both start from the same weights, read the same tokens in the same order and take the same AdamW steps (forward,
 backward, clipping, optimizer); what theirs does not have (MTP, balance loss, moving biases) is off in ours. Ours runs
-in the loop that the stage runs, its engine and its records included. Every run is a process of its own; sides take
-turns. `small` is the shape of 22 M parameters (width 256, 6 layers, 32 experts of which 4 are active), `wide` is four
-times as wide with as many layers: sixteen times the matrices. Keys of the last line:
+in the loop that the stage runs, its engine and its records included; in bfloat16 and fp8 its moments are bfloat16, as
+V3's are (section 3.3.3), while parameters and gradients are float32 on both sides. Every run is a process of its own;
+sides take turns. `small` is the shape of 22 M parameters (width 256, 6 layers, 32 experts of which 4 are active),
+`wide` is four times as wide with as many layers: sixteen times the matrices. Keys of the last line:
 
     ratio               ours over the fastest of theirs, the smaller of the shapes' (medians of the steps)
     ratio_same_dtype    the same with both in float32
@@ -115,7 +116,12 @@ def run_ours(folder: Path, device: str, precision: Precision = "float32") -> dic
             Training(
                 steps=len(tokens),
                 batch_sequences=BATCH,
-                optimizer=OptimizerConfig(muon_learning_rate=0.0, adam_learning_rate=RATE, gradient_clip=CLIP),
+                optimizer=OptimizerConfig(
+                    muon_learning_rate=0.0,
+                    adam_learning_rate=RATE,
+                    gradient_clip=CLIP,
+                    moments="float32" if precision == "float32" else "bfloat16",
+                ),
                 schedule=ScheduleConfig(warmup_steps=0, decay_fraction=0.0),
                 checkpoint_every=10**9,
             ),
@@ -242,7 +248,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--theirs", nargs="+", default=list(THEIRS), choices=THEIRS)
-    parser.add_argument("--ours", nargs="+", default=["float32"], choices=["float32", "bfloat16", "fp8"])
+    parser.add_argument("--ours", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "fp8"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)

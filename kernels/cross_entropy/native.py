@@ -54,9 +54,7 @@ def _run(
     return loss_T
 
 
-def linear_cross_entropy_mean(
-    x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor, rounded: bool
-) -> Tensor:
+def linear_cross_entropy_mean(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor, rounded: bool) -> Tensor:
     """Σ weight · loss; without gradients where nobody will ask for them."""
     weight_T = weight_T.float() * (target_T >= 0)
     target_T = target_T.clamp_min(0)

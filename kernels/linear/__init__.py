@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gristmill.kernels.blocks import empty
 from gristmill.kernels.compiled import needed
 from gristmill.kernels.dispatch import chosen, require
 from gristmill.kernels.linear.reference import linear_reference
@@ -74,7 +75,7 @@ class NativeLinear(torch.autograd.Function):
         x_NK = x.reshape(-1, x.shape[-1]).contiguous()
         ctx.save_for_backward(x_NK, w_MK)
         ctx.shape, ctx.rounded = x.shape, rounded
-        y_NM = x.new_empty(len(x_NK), len(w_MK))
+        y_NM = empty(len(x_NK), len(w_MK))
         multiply(x_NK, w_MK.t(), y_NM, rounded)
         return y_NM.view(*x.shape[:-1], -1)
 
@@ -85,10 +86,10 @@ class NativeLinear(torch.autograd.Function):
         grad_NM = grad.reshape(len(x_NK), len(w_MK)).contiguous()
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x_NK)
+            grad_x = empty(*x_NK.shape)
             multiply(grad_NM, w_MK, grad_x, ctx.rounded)
             grad_x = grad_x.view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            grad_w = torch.empty_like(w_MK)
+            grad_w = empty(*w_MK.shape)
             multiply(grad_NM.t(), x_NK, grad_w, ctx.rounded)
         return grad_x, grad_w, None

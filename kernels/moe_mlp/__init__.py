@@ -47,8 +47,9 @@ def moe_mlp(
 
     Raises:
         TypeError: x and a stack differ in dtype, expert or load is not of integers, or gate is of integers.
-        ValueError: shapes or devices do not fit, rounding is asked for on a GPU, or (on a CPU; on a GPU where GRISTMILL_KERNELS_CHECK=1) an expert is
-            out of range or the load is not that of expert_TK; on a GPU, there are 2³⁰ rows or more.
+        ValueError: shapes or devices do not fit, rounding is asked for on a GPU, or (on a CPU; on a GPU where
+            GRISTMILL_KERNELS_CHECK=1) an expert is out of range or the load is not that of expert_TK; on a GPU, there
+            are 2³⁰ rows or more.
     """
     _check(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
     implementation = chosen("moe_mlp", x_TD, SOURCE)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gristmill.kernels.blocks import empty
 from gristmill.kernels.compiled import needed
 
 SOURCE = "moe_mlp/cpu.cpp"
@@ -28,7 +29,7 @@ class NativeMoeMlp(torch.autograd.Function):
         order_M, bounds_E = (torch.empty(size, dtype=torch.int64) for size in (rows, experts + 1))
         library("sort_choices", expert_TK.long().contiguous(), order_M, bounds_E, rows, experts)
         sizes = (tokens, chosen, experts, width, hidden)
-        pre_M2F, y_MD, out_TD = x_TD.new_empty(rows, 2 * hidden), x_TD.new_empty(rows, width), torch.empty_like(x_TD)
+        pre_M2F, y_MD, out_TD = empty(rows, 2 * hidden), empty(rows, width), torch.empty_like(x_TD)
         where = (order_M, *_places(order_M, chosen), bounds_E)
         library("forward", x_TD, gate, gate_up_E2FD, down_EDF, *where, pre_M2F, y_MD, out_TD, *sizes, int(rounded))
         ctx.save_for_backward(x_TD, gate, gate_up_E2FD, down_EDF, order_M, bounds_E, pre_M2F)
@@ -40,8 +41,8 @@ class NativeMoeMlp(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor):
         *inputs, order_M, bounds_E, pre_M2F = ctx.saved_tensors
         where = (order_M, *_places(order_M, ctx.sizes[1]), bounds_E)
-        grad_rows_MD = grad_TD.new_empty(len(order_M), grad_TD.shape[1])
-        grad_x, grad_gate, grad_gate_up, grad_down = made = [torch.empty_like(t) for t in inputs]
+        grad_rows_MD = empty(len(order_M), grad_TD.shape[1])
+        grad_x, grad_gate, grad_gate_up, grad_down = made = [empty(*t.shape) for t in inputs]
         given, how = (grad_TD.contiguous(), *inputs, *where, pre_M2F), (*ctx.sizes, ctx.rounded)
         needed(SOURCE)("backward", *given, grad_rows_MD, *made, *how)
         return grad_x, None, grad_gate.to(ctx.gate_dtype), grad_gate_up, grad_down, None

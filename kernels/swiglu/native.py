@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gristmill.kernels.blocks import empty
 from gristmill.kernels.compiled import needed
 
 SOURCE = "swiglu/cpu.cpp"
@@ -21,7 +22,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def _activated(gate_up: Tensor) -> Tensor:
     *rows, both = gate_up.shape
-    y = torch.empty(*rows, both // 2)
+    y = empty(*rows, both // 2)
     needed(SOURCE)("swiglu", gate_up, y, gate_up.numel() // max(1, both), both // 2)
     return y
 
@@ -39,7 +40,7 @@ class NativeSwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         (gate_up,) = ctx.saved_tensors
-        hidden, grad_gate_up = grad.shape[-1], gate_up.new_empty(gate_up.shape)
+        hidden, grad_gate_up = grad.shape[-1], empty(*gate_up.shape)
         needed(SOURCE)(
             "swiglu_backward", gate_up, grad.contiguous(), grad_gate_up, grad.numel() // max(1, hidden), hidden
         )

@@ -17,6 +17,7 @@ import json
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from gristmill.model.training.files import sha256, sync_and_rename, sync_folder,
 
 FORMAT = 2
 KEPT = 2
+MOST_MAPPED = 128 << 20  # bytes read of a file before it is mapped anew: pages that were read count as memory
 MANIFEST, STATE = "manifest.json", "state.json"
 REQUIRED = ("step", "ranks", "owner", "files", "sha256")
 
@@ -238,6 +240,7 @@ class Checkpoint:
     ) -> None:
         self.folder, self._owner = folder, owner
         self._open: dict[str, Any] = {}
+        self._mapped: Counter[str] = Counter()
         try:
             self.manifest = _read_manifest(folder)
         except (OSError, ValueError) as error:
@@ -268,16 +271,21 @@ class Checkpoint:
         for file in self.manifest["files"]:
             if not file.endswith(".safetensors"):
                 continue
-            try:
-                self._open[file] = safe_open(str(self.folder / file), framework="pt")
-            except SafetensorError as error:
-                raise self._damaged(f"{file} cannot be read ({error})") from error
+            self._map(file)
             for key in self._open[file].keys():  # noqa: SIM118 (it is no dictionary)
                 name, _, first = key.rpartition("@")
                 kind, _, name = name.partition("/")
                 size = self._open[file].get_slice(key).get_shape()[0]
                 where.setdefault((kind, name), []).append((int(first), int(first) + size, file, key))
         return {name: sorted(stretches) for name, stretches in where.items()}
+
+    def _map(self, file: str) -> None:
+        """Map a file, anew where it was mapped: what was read of it until now may leave memory."""
+        try:
+            self._open[file] = safe_open(str(self.folder / file), framework="pt")
+        except SafetensorError as error:
+            raise self._damaged(f"{file} cannot be read ({error})") from error
+        self._mapped[file] = 0
 
     def state(self) -> dict[str, Any]:
         """What the run kept beside tensors."""
@@ -329,6 +337,9 @@ class Checkpoint:
                 upto = min(end, stop)
                 parts.append(self._open[file].get_slice(key)[at - first : upto - first])
                 at = upto
+                self._mapped[file] += parts[-1].nbytes
+                if self._mapped[file] >= MOST_MAPPED:
+                    self._map(file)
         if at < stop:
             raise self._damaged(f"{kind} {name} lacks the numbers from {at} to {stop}")
         return torch.cat(parts) if len(parts) != 1 else parts[0]

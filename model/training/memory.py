@@ -214,8 +214,11 @@ def _orthogonalising(shape: Shape, numbers: int) -> int:
 
 
 def _operand_bytes(precision: Precision, device: str) -> int:
-    """Of a weight's copy in a product's own type, which its backward pass needs; a CPU has the values in float32."""
-    if precision == "float32":
+    """Of a weight's copy in a product's own type, which its backward pass needs.
+
+    A CPU rounds to bfloat16 as it packs, and has E4M3's values in float32.
+    """
+    if precision == "float32" or (precision == "bfloat16" and device == "cpu"):
         return 0
     return FLOAT if device == "cpu" else 2 if precision == "bfloat16" else 1
 

@@ -78,6 +78,28 @@ def test_what_is_saved_is_a_copy(tmp_path: Path) -> None:
         assert bool((found.read("parameter", "w", 0, 1000) == 1).all())
 
 
+def test_what_was_read_of_a_file_leaves_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished model is written from a checkpoint in parts; without mapping anew all of it would stay mapped."""
+    monkeypatch.setattr("gristmill.model.training.checkpoints.MOST_MAPPED", 4 << 20)
+    tensor, writer = torch.arange(16 << 20, dtype=torch.float32), CheckpointWriter(tmp_path, OWNER)
+    writer.begin(1, {"parameter/w@0": tensor}, {})
+    writer.wait()
+    writer.publish()
+    writer.close()
+
+    def mapped() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile")) // 1024
+
+    with Checkpoint(tmp_path / "checkpoint-00000001") as found:
+        before, most = mapped(), 0
+        for start in range(0, 16 << 20, 1 << 20):
+            part = found.read("parameter", "w", start, start + (1 << 20))
+            assert part.equal(tensor[start : start + (1 << 20)])
+            most = max(most, mapped())
+    assert most - before < 24  # MiB, of 64: the file's last parts and one that is still held
+
+
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step, keep=3)

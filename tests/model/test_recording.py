@@ -268,7 +268,10 @@ def test_picture_of_the_load_has_layers_below_each_other() -> None:
 
 
 def test_peak_is_a_rate_that_this_machine_can_have() -> None:
-    peak = measured_peak(torch.device("cpu"), "bfloat16")
+    peak = measured_peak(torch.device("cpu"), "fp8")
     assert "float32" in peak.product  # a CPU takes these products in float32
+    half = measured_peak(torch.device("cpu"), "bfloat16")  # and these in what is faster there
+    assert half.product.split()[0] in ("float32", "bfloat16")
+    assert half.flops_per_second > 0.3 * peak.flops_per_second  # not by a product that nobody would take
     assert 1e7 < peak.flops_per_second < 1e14
     assert 50e6 < peak_memory(torch.device("cpu")) < 1e12
