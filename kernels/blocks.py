@@ -1,8 +1,8 @@
 """Large tensors on a CPU whose memory is kept for the next of their size, instead of going back to the system.
 
-Above 32 MiB glibc asks the system for memory at each allocation and gives it back at once, and the system hands it out
-page by page, zeroed: at widths where an expert stack's gradient has hundreds of megabytes, that took a third of a
-training step. A step asks for the same sizes again and again, so a block waits here from its tensor's end to the next.
+Above 32 MiB glibc asks the system for memory at each allocation and gives it back at once, and the system hands it
+out page by page, zeroed: a cost that shows where the gradient of a stack of experts has hundreds of megabytes. A step
+asks for the same sizes again and again, so a block waits here from its tensor's end to the next.
 """
 
 from __future__ import annotations

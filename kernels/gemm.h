@@ -59,12 +59,6 @@ static inline void transpose(const float *const *rows, float *to, int64_t stride
     for (int i = 0; i < 8; i++) std::memcpy(to + i * stride, &t[i], 32);
 }
 
-// Numbers that hold so many terms of a sum; the last one's second term may be zero.
-template <typename Kind>
-static inline int64_t numbers_of(int64_t depth) {
-    return (depth + Kind::STEP - 1) / Kind::STEP;
-}
-
 // Rows [k0, k0 + depth) and columns [j0, j0 + columns) of b; missing columns are zero.
 template <typename Kind>
 static inline void pack(Panel<Kind> &panel, const Matrix &b, int64_t k0, int64_t depth, int64_t j0, int64_t columns) {
@@ -152,26 +146,11 @@ struct Block {
         numbers.resize(BLOCK_ROWS * (DEPTH / Kind::STEP));
         count = numbers_of<Kind>(depth);
         strips = a.column != 1 || a.depth_order != nullptr;
-        strips ? pack_strips(a, i0, rows, k0, depth) : pack_rows(a, i0, rows, k0, depth);
+        if (strips) return pack_strips(a, i0, rows, k0, depth);
+        for (int64_t i = 0; i < rows; i++) pack_row<Kind>(a.at(i0 + i) + k0, depth, numbers.data() + i * count);
     }
 
   private:
-    void pack_rows(const Matrix &a, int64_t i0, int64_t rows, int64_t k0, int64_t depth) {
-        for (int64_t i = 0; i < rows; i++) {
-            const float *from = a.at(i0 + i) + k0;
-            typename Kind::Number *to = numbers.data() + i * count;
-            int64_t n = 0;
-            for (; (n + LANES) * Kind::STEP <= depth; n += LANES) {
-                const auto made = Kind::row(from + n * Kind::STEP);
-                std::memcpy(to + n, &made, sizeof made);
-            }
-            for (; n < count; n++) {
-                const int64_t k = n * Kind::STEP, last = k + Kind::STEP - 1;
-                to[n] = Kind::made(from[k], last < depth ? from[last] : 0.0f);
-            }
-        }
-    }
-
     void pack_strips(const Matrix &a, int64_t i0, int64_t rows, int64_t k0, int64_t depth) {
         const auto column = [&](int64_t k) {
             return a.from + (a.depth_order ? a.depth_order[k0 + k] : k0 + k) * a.column + i0 * a.row;

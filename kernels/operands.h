@@ -68,3 +68,24 @@ struct Rounded {
     static float made(float first, float) { return made(Vector{first}, Vector{})[0]; }
 };
 #endif
+
+// Numbers that hold so many terms of a sum; the last one's second term may be zero.
+template <typename Kind>
+static inline int64_t numbers_of(int64_t terms) {
+    return (terms + Kind::STEP - 1) / Kind::STEP;
+}
+
+// `depth` floats that lie side by side, as so many terms of a sum.
+template <typename Kind>
+static inline void pack_row(const float *from, int64_t depth, typename Kind::Number *to) {
+    const int64_t count = numbers_of<Kind>(depth);
+    int64_t n = 0;
+    for (; (n + LANES) * Kind::STEP <= depth; n += LANES) {
+        const auto made = Kind::row(from + n * Kind::STEP);
+        std::memcpy(to + n, &made, sizeof made);
+    }
+    for (; n < count; n++) {
+        const int64_t last = n * Kind::STEP + Kind::STEP - 1;
+        to[n] = Kind::made(from[n * Kind::STEP], last < depth ? from[last] : 0.0f);
+    }
+}

@@ -64,12 +64,6 @@ inline __attribute__((always_inline)) Tile product(
     return tile;
 }
 
-// Numbers that hold so many terms of a sum.
-template <typename Kind>
-int64_t numbers_of(int64_t terms) {
-    return (terms + Kind::STEP - 1) / Kind::STEP;
-}
-
 // Neighbours in the sum, the second of which may be beyond the end.
 template <typename Kind>
 typename Kind::Number pair(const float *first, int64_t apart, bool whole) {
@@ -159,16 +153,8 @@ struct Rows {
                 row = width;
                 return;
             }
-        for (int64_t i = 0; i < up_to(count, TALL); i++) {
-            const float *from = w + std::min(i, count - 1) * width;
-            int64_t n = 0;
-            for (; (n + LANES) * Kind::STEP <= depth; n += LANES) {
-                const auto made = Kind::row(from + n * Kind::STEP);
-                std::memcpy(room + i * row + n, &made, sizeof made);
-            }
-            for (; n < row; n++)
-                room[i * row + n] = pair<Kind>(from + n * Kind::STEP, 1, (n + 1) * Kind::STEP <= depth);
-        }
+        for (int64_t i = 0; i < up_to(count, TALL); i++)
+            pack_row<Kind>(w + std::min(i, count - 1) * width, depth, room + i * row);
     }
 };
 

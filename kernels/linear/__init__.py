@@ -32,7 +32,7 @@ def linear(x: Tensor, w_MK: Tensor, bias_M: Tensor | None = None, *, rounded: bo
         w_MK: a matrix as Hugging Face stores it, (out, in).
         bias_M: what is added to each row.
         rounded: whether the products of both passes take their operands rounded to bfloat16. Sums, results and
-            gradients are in x's dtype either way; on a CPU that multiplies bfloat16 numbers it is twice as fast.
+            gradients are in x's dtype either way; on a CPU that multiplies bfloat16 numbers it is faster.
 
     Raises:
         ValueError: the inner sizes differ, or w is no matrix.
