@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,24 @@ from gristmill.model.training import pretraining
 from gristmill.model.training.engine import start_distributed
 
 
+BESIDE_THE_STEPS = ("checkpoint", "keep", "removal")
+
+
 class Stopped(Exception):
     """A run was to end here."""
 
 
 def stopping_at(step: int | None) -> Progress:
-    """A progress that ends the run when so many steps are done."""
+    """A progress that ends the run when so many steps are done.
+
+    It waits at each step for what is written beside the steps: a checkpoint is published by the step after it is
+    written, and which one that is must not depend on how fast a disk is.
+    """
 
     def stop(done: int, total: int, **values: float) -> None:
+        for thread in threading.enumerate():
+            if thread.name in BESIDE_THE_STEPS:
+                thread.join()
         if done == step:
             raise Stopped
 
