@@ -3,6 +3,7 @@
 Medians of several runs, the sides in turn in one process. A peer is torch's own operation, and where they are installed
 Liger-Kernel's and the experts of `transformers`. In brackets is the share of what the device reaches in a large square
 product of that dtype, as measured first; memory is the most beyond the inputs (on a GPU: torch counts none of a CPU).
+On a CPU bfloat16 is that of operands: weights and results stay float32, which torch's side has its autocast for.
 Short kernels of a GPU are captured as graphs, and where memory sets the pace the share is also of a large copy's bytes.
 """
 
@@ -48,6 +49,7 @@ from gristmill.kernels.timing import (
 )
 from gristmill.kernels.tune import SEARCHES, tune
 
+ROUNDED = ("linear", "moe_mlp")  # what takes its operands in bfloat16 on a CPU
 SHARE_GOAL = 0.8  # of a large copy's bytes a second, for norm and rotation
 
 
@@ -84,26 +86,43 @@ def grouped(
     yield Case("grouped_gemm", shape, 3 * flops, both, {peer: (both_ways(theirs, x, w), goal)})
 
 
+def stored(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of tensors: on a CPU bfloat16 is that of a product's operands alone."""
+    return torch.float32 if device == "cpu" else dtype
+
+
+def cast_by_torch(function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
+    """It under autocast of a CPU; a result in float32, as the other side's is."""
+
+    def under(*arguments: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return function(*arguments).float()
+
+    return under
+
+
 def experts_mlp(
     device: str, dtype: torch.dtype, experts: int, tokens: int, active: int, width: int, hidden: int
 ) -> Iterator[Case]:
     """Against the experts of `transformers`, each of whose implementations is a peer."""
     expert = routed(tokens, experts, active).to(device)
     load = expert.flatten().bincount(minlength=experts)
-    x = torch.randn(tokens, width, device=device, dtype=dtype)
+    kept, rounded = stored(device, dtype), stored(device, dtype) != dtype
+    x = torch.randn(tokens, width, device=device, dtype=kept)
     gate = torch.rand(tokens, active, device=device)
-    gate_up = torch.empty(experts, 2 * hidden, width, device=device, dtype=dtype).normal_(0, width**-0.5)
-    down = torch.empty(experts, width, hidden, device=device, dtype=dtype).normal_(0, hidden**-0.5)
+    gate_up = torch.empty(experts, 2 * hidden, width, device=device, dtype=kept).normal_(0, width**-0.5)
+    down = torch.empty(experts, width, hidden, device=device, dtype=kept).normal_(0, hidden**-0.5)
     peers: dict[str, tuple[Work, float | None]] = {}
     if importlib.util.find_spec("transformers"):
         for name in ("grouped_mm", "eager"):
-            theirs = _transformers_experts(name, width, hidden, experts)
-            peers[f"transformers {name}"] = (both_ways(partial(theirs, expert), x, gate, gate_up, down), 1.3)
+            theirs = partial(_transformers_experts(name, width, hidden, experts), expert)
+            theirs = cast_by_torch(theirs, dtype) if rounded else theirs
+            peers[f"transformers {name}"] = (both_ways(theirs, x, gate, gate_up, down), 1.3)
     yield Case(
         "moe_mlp",
         f"{experts} × {width}×{hidden}, {tokens} tokens × {active}",
         3 * 6 * tokens * active * width * hidden,
-        both_ways(lambda a, g, u, d: moe_mlp(a, expert, g, u, d, load), x, gate, gate_up, down),
+        both_ways(lambda a, g, u, d: moe_mlp(a, expert, g, u, d, load, rounded=rounded), x, gate, gate_up, down),
         peers,
     )
 
@@ -262,10 +281,13 @@ def decoding(device: str, dtype: torch.dtype, batch: int, places: int, *model: i
 
 def linear_product(device: str, dtype: torch.dtype, rows: int, inner: int, outer: int) -> Iterator[Case]:
     """Against torch's own."""
-    x = torch.randn(rows, inner, device=device, dtype=dtype)
-    w = torch.empty(outer, inner, device=device, dtype=dtype).normal_(0, inner**-0.5)
-    peers: dict[str, tuple[Work, float | None]] = {"torch.nn.functional.linear": (both_ways(F.linear, x, w), None)}
-    yield Case("linear", f"{rows} × {inner} → {outer}", 6 * rows * inner * outer, both_ways(linear, x, w), peers)
+    kept, rounded = stored(device, dtype), stored(device, dtype) != dtype
+    x = torch.randn(rows, inner, device=device, dtype=kept)
+    w = torch.empty(outer, inner, device=device, dtype=kept).normal_(0, inner**-0.5)
+    theirs = cast_by_torch(F.linear, dtype) if rounded else F.linear
+    peers: dict[str, tuple[Work, float | None]] = {"torch.nn.functional.linear": (both_ways(theirs, x, w), None)}
+    ours = both_ways(partial(linear, rounded=rounded), x, w)
+    yield Case("linear", f"{rows} × {inner} → {outer}", 6 * rows * inner * outer, ours, peers)
 
 
 def router(
@@ -325,11 +347,15 @@ def fp8(device: str, _: torch.dtype) -> Iterator[Case]:
 
 
 def limit(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of a large square product."""
+    """Operations a second of a large square product; on a CPU in bfloat16 the faster of torch's and ours."""
     size = 8192 if device == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / seconds([lambda: a @ b], device)[0]
+    products: list[Work] = [lambda: a @ b]
+    if stored(device, dtype) != dtype:
+        x, w = a.float(), b.float()
+        products.append(lambda: linear(x, w, rounded=True))
+    return 2 * size**3 / min(seconds(products, device))
 
 
 def measured(
@@ -386,7 +412,8 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="find the sizes of tiles on this GPU first, for tiles.json")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     asked = parser.parse_args()
-    device, dtype = asked.device, torch.bfloat16 if asked.device == "cuda" else torch.float32
+    device = asked.device
+    dtypes = [torch.bfloat16] if device == "cuda" else [torch.float32, torch.bfloat16]
     if asked.tune:
         if device != "cuda":
             parser.error("--tune is of GPUs: there are no tiles to choose on a CPU")
@@ -405,12 +432,12 @@ def main() -> None:
     }
     shapes: dict[str, list[tuple[int, ...]]] = {
         "grouped_gemm": [(8, 1024, 4, 128, 128), (32, 2048, 4, 256, 256), (64, 2048, 4, 512, 512)],
-        "moe_mlp": [(32, 2048, 4, 256, 128), (64, 2048, 4, 512, 256)],
+        "moe_mlp": [(32, 2048, 4, 256, 128), (64, 2048, 4, 512, 256), (32, 2048, 4, 1024, 512)],
         "attention": [(8, 256, 8, 16, 16, 32), (8, 256, 8, 32, 32, 64), (1, 1024, 4, 128, 64, 128)],
         "decoding": [*((rows, 192, 8, 16, 16, 32, 64, 256, 32, 128) for rows in (1, 32)), (1, 4096, 8, 16, 16, 32, 64)],
         "cross_entropy": [(2048, 128, 1024), (2048, 256, 8192), (2048, 256, 32_768)],
         "between_products": [(1, 256), (2048, 256)],
-        "linear": [(2048, 256, 256), (2048, 512, 2048)],
+        "linear": [(2048, 256, 256), (2048, 512, 2048), (2048, 1024, 4096)],
         "router": [(2048, 256, 32, 4, 1, 1), (2048, 512, 64, 4, 8, 4)],
         "optim": [(320, 256)],
         "fp8_gemm": [()],
@@ -429,20 +456,25 @@ def main() -> None:
             "optim": [(320, 1024)],
             "fp8_gemm": [()],
         }
-    best, copied = limit(device, dtype), bandwidth(device) if device == "cuda" else None
     where = (
         torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
-    print(f"torch {torch.__version__}, {where}; a square product reaches {best / 1e12:.3g} TFLOP/s in {dtype}")
+    print(f"torch {torch.__version__}, {where}")
+    copied = bandwidth(device) if device == "cuda" else None
     if copied is not None:
         print(f"a copy moves {copied / 1e12:.3g} TB/s, read and written")
     rows: list[dict[str, Any]] = []
-    for op in makers if asked.op is None else [asked.op]:
-        for shape in shapes[op]:
-            for case in makers[op](device, dtype, *shape):
-                for row in measured(case, device, dtype, best, copied):
-                    print(said(row), flush=True)
-                    rows.append(row)
+    for dtype in dtypes:
+        best = limit(device, dtype)
+        print(f"a square product reaches {best / 1e12:.3g} TFLOP/s in {dtype}")
+        for op in makers if asked.op is None else [asked.op]:
+            if stored(device, dtype) != dtype and op not in ROUNDED:
+                continue
+            for shape in shapes[op]:
+                for case in makers[op](device, dtype, *shape):
+                    for row in measured(case, device, dtype, best, copied):
+                        print(said(row), flush=True)
+                        rows.append(row)
     if asked.json:
         print(json.dumps({"rows": rows}))
 
