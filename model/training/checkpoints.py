@@ -32,7 +32,7 @@ from gristmill.model.training.files import sha256, sync_and_rename, sync_folder,
 
 FORMAT = 2
 KEPT = 2
-MOST_MAPPED = 128 << 20  # bytes read of a file before it is mapped anew: pages that were read count as memory
+MOST_MAPPED = 32 << 20  # bytes read of a file before it is mapped anew: pages that were read count as memory
 MANIFEST, STATE = "manifest.json", "state.json"
 REQUIRED = ("step", "ranks", "owner", "files", "sha256")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PART_BYTES = 64 << 20
+PART_BYTES = 4 << 20  # of a file at once: what hashes a checkpoint must not make a run's peak of memory
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -37,10 +37,10 @@ def sync_folder(folder: Path) -> None:
 
 def sha256(path: Path, alive: Callable[[], None] | None = None) -> str:
     """Of a file's bytes, hexadecimal; `alive` is called at each part of it."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(PART_BYTES):
-            digest.update(part)
+    digest, room = hashlib.sha256(), memoryview(bytearray(PART_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(room):
+            digest.update(room[:count])
             if alive is not None:
                 alive()
     return digest.hexdigest()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from gristmill.model.training.checkpoints import (
     last_checkpoint,
     manifest_hash,
 )
+from gristmill.model.training.files import PART_BYTES, sha256
 
 OWNER = {"hidden_size": 32, "vocab_size": 64}
 
@@ -98,6 +101,18 @@ def test_what_was_read_of_a_file_leaves_memory(tmp_path: Path, monkeypatch: pyte
             assert part.equal(tensor[start : start + (1 << 20)])
             most = max(most, mapped())
     assert most - before < 24  # MiB, of 64: the file's last parts and one that is still held
+
+
+def test_hashing_a_file_holds_little_of_it(tmp_path: Path) -> None:
+    """A checkpoint is hashed beside the training whose memory is then at its most."""
+    content = bytes(range(256)) * (40 << 12)
+    (tmp_path / "large").write_bytes(content)
+    tracemalloc.start()
+    found = sha256(tmp_path / "large")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == hashlib.sha256(content).hexdigest()
+    assert most < 2 * PART_BYTES < len(content)
 
 
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
