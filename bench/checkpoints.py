@@ -30,12 +30,13 @@ from typing import Any
 import torch
 
 from gristmill.model.config import ModelConfig
+from gristmill.model.costs import parameter_counts
 from gristmill.model.stage_types import silent
 from gristmill.model.training.batches import TrainingBatch, torch_seed
 from gristmill.model.training.config import OptimizerConfig, ScheduleConfig
 from gristmill.model.training.engine import Engine, start_distributed
 from gristmill.model.training.loop import Row, Training, train
-from gristmill.model.transformer import Batch, Transformer, parameter_counts
+from gristmill.model.transformer import Batch, Transformer
 
 BATCH, LENGTH, VOCAB = 4, 256, 8192
 MODEL = ModelConfig(

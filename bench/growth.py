@@ -275,7 +275,7 @@ def grow_experts(asked: argparse.Namespace) -> dict[str, Any]:
 
 def grow_sequence(asked: argparse.Namespace) -> dict[str, Any]:
     """Longer sequences, as many tokens."""
-    from gristmill.model.transformer import flops_per_token
+    from gristmill.model.costs import flops_per_token
 
     sides = [
         Side(length=length, sequences=asked.tokens // length, threads=asked.threads, optimizer=asked.optimizer)

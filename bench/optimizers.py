@@ -37,12 +37,13 @@ import torch
 
 from gristmill.flows.cards import charts
 from gristmill.model.config import ModelConfig
+from gristmill.model.costs import parameter_counts
 from gristmill.model.stage_types import silent
 from gristmill.model.training.batches import TrainingBatch, numpy_generator
 from gristmill.model.training.config import OptimizerConfig, ScheduleConfig
 from gristmill.model.training.engine import Engine, start_distributed
 from gristmill.model.training.loop import Row, Training, train
-from gristmill.model.transformer import Batch, Transformer, parameter_counts
+from gristmill.model.transformer import Batch, Transformer
 
 BATCH, LENGTH, VOCAB = 8, 128, 256
 HELD_OUT, EVERY = 32, 10  # sequences of a check, and steps between checks

@@ -85,6 +85,7 @@ def run_ours(folder: Path, device: str, precision: Precision = "float32") -> dic
     import numpy as np
     import torch
 
+    from gristmill.model.costs import flops_per_token
     from gristmill.model.stage_types import silent
     from gristmill.model.training.batches import TrainingBatch
     from gristmill.model.training.config import OptimizerConfig, ScheduleConfig
@@ -92,7 +93,7 @@ def run_ours(folder: Path, device: str, precision: Precision = "float32") -> dic
     from gristmill.model.training.loop import Training, train
     from gristmill.model.training.models import load_model
     from gristmill.model.training.precision import apply_precision
-    from gristmill.model.transformer import Batch, flops_per_token
+    from gristmill.model.transformer import Batch
 
     tokens = torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int64)).to(device)
     position = torch.arange(LENGTH, device=device).expand(BATCH, -1)

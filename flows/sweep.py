@@ -47,7 +47,7 @@ def sweep_ladder(recipe: Recipe) -> Ladder:
     Raises:
         UsageError: a rung cannot be, or not be laid out over the ranks, or two rungs come to the same run.
     """
-    from gristmill.model.transformer import flops_per_token, parameter_counts
+    from gristmill.model.costs import flops_per_token, parameter_counts
 
     vocabulary = recipe.tokenize.vocab_size
 

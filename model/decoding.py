@@ -18,7 +18,6 @@ from torch import Tensor
 from gristmill.kernels.decoder_layers import DecoderLayers, LayerWeights, MtpWeights, Shape, joined, runs
 from gristmill.kernels.dispatch import runs_compiled
 from gristmill.kernels.linear import linear
-from gristmill.kernels.mla_decode import mla_decode
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.moe_mlp.native import SOURCE
 from gristmill.kernels.router import Choice
@@ -88,26 +87,14 @@ class _Attention(Protocol):
 
 
 class LatentAttention:
-    """`MultiHeadLatentAttention` in its absorbed form: scores and values are taken in the latent itself."""
+    """`MultiHeadLatentAttention` in its absorbed form."""
 
     def __init__(self, module: MultiHeadLatentAttention) -> None:
-        c = self.config = module.config
-        self.module, self.norm = module, module.kv_a_layernorm
-        first = module.q_proj if c.q_lora_rank is None else module.q_a_proj
-        self.sizes = [len(first.weight), len(module.kv_a_proj_with_mqa.weight)]
-        self.weight = torch.cat((first.weight, module.kv_a_proj_with_mqa.weight))
-        self.up_HXC = module.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1))
+        self.module, self.weight = module, module.reading()
 
     def __call__(self, x_BSD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:
-        c = self.config
-        query, kv_BSY = linear(x_BSD, self.weight).split(self.sizes, -1)
-        if c.q_lora_rank is not None:
-            query = linear(self.module.q_a_layernorm(query), self.module.q_b_proj.weight)
-        out = mla_decode(
-            query.unflatten(-1, (c.num_attention_heads, -1)), kv_BSY, cache_BSC, step.start_B, step.reach,
-            (step.cos_BSR, step.sin_BSR), self.norm.weight, self.norm.eps, self.up_HXC, self.module.scale,
-        )  # fmt: skip
-        return linear(out, self.module.o_proj.weight)
+        cache_BPC = cache_BSC[:, : step.reach]
+        return self.module.absorbed(x_BSD, self.weight, (step.cos_BSR, step.sin_BSR), step.start_B, cache_BPC)
 
 
 class GroupedAttention:
@@ -217,8 +204,8 @@ def layer_weights(layer: Layer) -> LayerWeights:
         first_XD=attention.weight,
         query_norm_Q=module.q_a_layernorm.weight if latent else None,
         query_up_XQ=module.q_b_proj.weight if latent else None,
-        latent_norm_C=attention.norm.weight,
-        up_HXC=attention.up_HXC,
+        latent_norm_C=module.kv_a_layernorm.weight,
+        up_HXC=module.kv_b_proj.weight.unflatten(0, (module.config.num_attention_heads, -1)),
         out_DX=module.o_proj.weight,
         ffn_norm_D=layer.ffn_norm.weight,
         gate_up=ffn.gate_up_proj.weight if dense else ffn.module.experts.gate_up_proj,

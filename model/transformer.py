@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.linear import linear
 from gristmill.kernels.mla_attention import attention, latent_attention
+from gristmill.kernels.mla_decode import mla_decode
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.norm_rope import rms_norm, rotate_halves
 from gristmill.kernels.router import Choice, route
@@ -156,6 +157,31 @@ class MultiHeadLatentAttention(nn.Module):
         kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.config.num_attention_heads, -1))
         out_BSHW = latent_attention(q_BSHQ, kv_BSHX, key_BSR, rotary, self.scale, first_BS=first_BS)
         return self.o_proj(out_BSHW.flatten(2))
+
+    def reading(self) -> Tensor:
+        """The matrices that read x as one, (Q + C + R, D): of queries or their latents, of latents and shared keys."""
+        first = self.q_proj if self.config.q_lora_rank is None else self.q_a_proj
+        return torch.cat((first.weight, self.kv_a_proj_with_mqa.weight))
+
+    def absorbed(
+        self, x_BSD: Tensor, reading_XD: Tensor, rotary: tuple[Tensor, Tensor], start_B: Tensor, cache_BPC: Tensor
+    ) -> Tensor:
+        """Decoding: `kv_b_proj` is absorbed into queries and outputs, and nothing is expanded (V2 section 2.1.2).
+
+        Scores and values are taken in the cache, C + R numbers a token, where the tokens of row b are put at the places
+        from `start_B[b]` on; of places behind them nothing is read.
+        """
+        c = self.config
+        assert cache_BPC.shape[-1] == c.kv_lora_rank + c.qk_rope_head_dim
+        query, kv_BSY = linear(x_BSD, reading_XD).tensor_split([len(reading_XD) - cache_BPC.shape[-1]], -1)
+        if c.q_lora_rank is not None:
+            query = linear(self.q_a_layernorm(query), self.q_b_proj.weight)
+        out_BSX = mla_decode(
+            query.unflatten(-1, (c.num_attention_heads, -1)), kv_BSY, cache_BPC, start_B, cache_BPC.shape[1], rotary,
+            self.kv_a_layernorm.weight, LATENT_EPS, self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1)),
+            self.scale,
+        )  # fmt: skip
+        return linear(out_BSX, self.o_proj.weight)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -428,30 +454,3 @@ class Transformer(nn.Module):
         weight_T = weight_BS.reshape(-1) * (target_T >= 0)
         weight_T = weight_T / weight_T.sum().clamp_min(1e-9)
         return self.head_loss(x_BSD.flatten(0, 1), self.lm_head.weight, target_T, weight_T)
-
-
-def parameter_counts(config: ModelConfig, vocab_size: int) -> tuple[int, int]:
-    """(all, active a token) parameters without the MTP module, counted on the meta device."""
-    with torch.device("meta"):
-        model = Transformer(config, vocab_size)
-    total = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("mtp."))
-    routed = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n and not n.startswith("mtp."))
-    return total, total - routed + math.ceil(routed * config.num_experts_per_tok / config.n_routed_experts)
-
-
-def flops_per_token(config: ModelConfig, vocab_size: int, length: int, mtp: bool) -> int:
-    """Floating-point operations of forward and backward of one token in a sequence of `length` (2 a product, ×3)."""
-    with torch.device("meta"):
-        model = Transformer(config, vocab_size)
-    share = config.num_experts_per_tok / config.n_routed_experts
-    products = 0.0
-    for name, p in model.named_parameters():
-        if p.ndim < 2 or name.startswith("embed_tokens") or (name.startswith("mtp.") and not mtp):
-            continue
-        products += p.numel() * (share if ".experts." in name else 1.0)
-    heads_width = config.head_width + (config.v_head_dim if config.attention == "mla" else config.head_width)
-    depth = len(model.mtp) if mtp else 0
-    products += (config.num_hidden_layers + depth) * config.num_attention_heads * heads_width * length / 2
-    head = model.lm_head.weight.numel()  # a tied one is the embedding, and left out above
-    products += head * (depth + config.tie_word_embeddings)
-    return int(6 * products)

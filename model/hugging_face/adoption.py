@@ -15,10 +15,10 @@ import torch
 from tokenizers import Tokenizer
 
 from gristmill.model.chat import Chat, token_name
+from gristmill.model.costs import parameter_counts
 from gristmill.model.hugging_face.conversion import import_folder, read_config
 from gristmill.model.hugging_face.folders import TensorFolder
 from gristmill.model.stage_types import Metrics, Progress
-from gristmill.model.transformer import parameter_counts
 
 
 def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress) -> Metrics:

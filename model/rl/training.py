@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gristmill.kernels.cross_entropy import linear_log_probs
 from gristmill.model.chat import Chat
+from gristmill.model.costs import flops_per_token
 from gristmill.model.generate import Sample, Sampling, sample, thought_tokens
 from gristmill.model.rl.config import MICRO_TOKENS, GRPOConfig
 from gristmill.model.rl.losses import group_advantages, policy_loss
@@ -31,7 +32,7 @@ from gristmill.model.training.loop import Row, write_rows
 from gristmill.model.training.models import load_model, own_tensors, save_model
 from gristmill.model.training.optimizers import MuonAdamW
 from gristmill.model.training.schedules import factor
-from gristmill.model.transformer import Batch, Transformer, flops_per_token
+from gristmill.model.transformer import Batch, Transformer
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gristmill.model.chat import Chat
+from gristmill.model.costs import flops_per_token
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import Conversation, ConversationBatches, PackedConversations, numpy_generator
 from gristmill.model.training.checks import Checks
@@ -25,7 +26,6 @@ from gristmill.model.training.loop import Row, Training, train, write_rows
 from gristmill.model.training.models import load_model
 from gristmill.model.training.precision import apply_precision
 from gristmill.model.training.text_samples import TextSamples, first_questions
-from gristmill.model.transformer import flops_per_token
 
 log = logging.getLogger("gristmill.fine_tuning")
 

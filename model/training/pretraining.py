@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from gristmill.data.mixture import Mixture
 from gristmill.data.shards import TokenShards
 from gristmill.model.batch_sizes import BatchSizes
+from gristmill.model.costs import flops_per_token, parameter_counts
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import TokenBatches, torch_seed
 from gristmill.model.training.checks import Checks
@@ -25,7 +26,7 @@ from gristmill.model.training.loop import History, Row, Training, train, write_r
 from gristmill.model.training.models import load_model
 from gristmill.model.training.precision import apply_precision
 from gristmill.model.training.text_samples import TextSamples, beginnings
-from gristmill.model.transformer import Transformer, flops_per_token, parameter_counts
+from gristmill.model.transformer import Transformer
 
 HELD_OUT_BATCH = 16
 

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gristmill.model.costs import flops_per_token
 from gristmill.model.training.config import Precision
 from gristmill.model.training.throughput import COUNTED, measured_peak, peak_memory
-from gristmill.model.transformer import Transformer, flops_per_token
+from gristmill.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter

@@ -14,7 +14,6 @@ from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training import pretraining
 from gristmill.model.training.engine import start_distributed
 
-
 BESIDE_THE_STEPS = ("checkpoint", "keep", "removal")
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gristmill.model.config import ModelConfig, RotaryScalingConfig
+from gristmill.model.costs import parameter_counts
 from gristmill.model.decoding import Decoder, padded_prompts
 from gristmill.model.hugging_face import conversion
 from gristmill.model.hugging_face.configs import FP8, from_hugging_face, to_hugging_face
@@ -18,7 +19,7 @@ from gristmill.model.hugging_face.folders import INDEX, TensorFolder
 from gristmill.model.hugging_face.fp8 import dequantised, quantised
 from gristmill.model.hugging_face.names import layout
 from gristmill.model.training.models import load_model
-from gristmill.model.transformer import Batch, Transformer, parameter_counts, rotary_angles
+from gristmill.model.transformer import Batch, Transformer, rotary_angles
 
 VOCAB = 96
 SMALL = ModelConfig(

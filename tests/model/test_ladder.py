@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gristmill.model.config import ModelConfig
+from gristmill.model.costs import flops_per_token, parameter_counts
 from gristmill.model.ladder import SweepConfig, ladder, rung, scaled_model
 from gristmill.model.training.config import PretrainConfig
-from gristmill.model.transformer import flops_per_token, parameter_counts
 
 VOCABULARY = 512
 V3 = ModelConfig(

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from gristmill.data.mix import MixConfig, mix
 from gristmill.data.stage_types import silent as quiet
 from gristmill.model.config import ModelConfig
+from gristmill.model.costs import flops_per_token
 from gristmill.model.pretrain import pretrain
 from gristmill.model.stage_types import silent
 from gristmill.model.training.config import LayoutConfig, PretrainConfig, ScheduleConfig
@@ -26,7 +27,7 @@ from gristmill.model.training.loop import evenness
 from gristmill.model.training.optimizers import Piece
 from gristmill.model.training.recording import load_picture
 from gristmill.model.training.throughput import measured_peak, peak_memory
-from gristmill.model.transformer import Transformer, flops_per_token
+from gristmill.model.transformer import Transformer
 from tests.model.in_process import jobs_here
 
 SMALL = ModelConfig(

@@ -11,17 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gristmill.model.config import ModelConfig, RotaryScalingConfig
+from gristmill.model.costs import parameter_counts
 from gristmill.model.decoding import Decoder
 from gristmill.model.training.batches import first_within, packed_inputs
-from gristmill.model.transformer import (
-    Batch,
-    Gate,
-    MixtureOfExperts,
-    Routing,
-    Transformer,
-    parameter_counts,
-    rotary_angles,
-)
+from gristmill.model.transformer import Batch, Gate, MixtureOfExperts, Routing, Transformer, rotary_angles
 
 # float32 sums of at most a few hundred terms of order one, in another order: a few hundred ulp of 1.2e-7.
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
