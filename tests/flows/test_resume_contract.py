@@ -19,6 +19,7 @@ from gristmill.flows.execution import Execution
 from gristmill.flows.plan import Plan
 from gristmill.flows.stage import stage
 from gristmill.flows.store import Store
+from gristmill.model.launch import JobFailed, JobHung, JobRefused
 from tests.flows.toys import Frozen, Heard, Parts, Toy, go, ran, toy
 
 TOYS = Path(__file__).with_name("toys.py")
@@ -191,3 +192,33 @@ def test_what_may_pass_is_tried_again_and_bad_input_is_not(tmp_path: Path, monke
     with pytest.raises(StageFailed, match="no text"):
         go(store, pipeline=lambda recipe: stage("bad", version=1)(bad)(Frozen()), execution=twice)
     assert len(tries) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "times"),
+    [
+        (OSError("the line was busy"), 3),
+        (JobFailed("rank 0 was ended by signal 9"), 3),
+        (JobHung("rank 1 showed no sign of life for 45 s"), 3),
+        (JobRefused("out of memory"), 1),
+    ],
+)
+def test_what_never_passes_is_tried_as_often_as_was_asked_and_no_more(
+    error: Exception, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runners, "LONGEST_PAUSE", 0.0)
+    store, heard, tries = Store(tmp_path / "store"), Heard(), []
+
+    def hopeless(config: Frozen, out: Path) -> dict[str, Any]:
+        tries.append(1)
+        raise error
+
+    declared, twice = stage("hopeless", version=1)(hopeless), Execution(workers=0, retries=2)
+    with pytest.raises(StageFailed, match=f"stage hopeless failed: {error}") as caught:
+        go(store, pipeline=lambda recipe: declared(Frozen()), execution=twice, watcher=heard)
+    assert caught.value.__cause__ is error
+    assert len(tries) == times
+    assert heard.said == [f"stage hopeless failed ({error}); trying again"] * (times - 1)
+    assert heard.states == [("hopeless", "running"), ("hopeless", "failed")]
+    assert store.runs()[-1]["stages"][0]["error"].startswith(f"stage hopeless failed: {error}")
+    assert store.manifests("hopeless") == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training import pretraining
+from gristmill.model.training.checkpoints import CheckpointWriter
 from gristmill.model.training.engine import start_distributed
 
 BESIDE_THE_STEPS = ("checkpoint", "keep", "removal")
@@ -48,3 +50,16 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
             pretraining.run(asked["job"], out / name, device, stopping_at(asked["stop_at"]))
         dist.barrier()
     return {}
+
+
+def run_into_a_save(job: dict[str, Any], out: Path, device: torch.device, progress: Progress) -> Metrics:
+    """The run `job["job"]`, which never publishes the checkpoint of step `job["unpublished"]`: it is to be killed."""
+    publish = CheckpointWriter.publish
+
+    def held(self: CheckpointWriter) -> None:
+        while self._step == job["unpublished"]:
+            time.sleep(0.01)
+        publish(self)
+
+    CheckpointWriter.publish = held
+    return pretraining.run(job["job"], out, device, progress)

@@ -137,24 +137,25 @@ def trained(
         pretrain(config, **corpus, out=out, seed=0, threads=1, ranks=1, device="cpu", layout=layout, progress=progress)
 
 
-def trained_by_two(corpus: dict[str, Path], out: Path, asked: dict[str, Asked]) -> Path:
-    """All these runs, each in the folder of its name."""
-    jobs = {
-        name: {
-            "job": {
-                **{kind: str(folder) for kind, folder in corpus.items()},
-                "config": each.config.model_dump(mode="json"),
-                "layout": each.layout.model_dump(mode="json"),
-                "seed": 0,
-            },
-            "stop_at": each.stop_at,
-        }
-        for name, each in asked.items()
-    }
+def described(corpus: dict[str, Path], asked: Asked) -> dict[str, Any]:
+    """The job of a run, as `pretrain` describes it."""
+    folders = {kind: str(folder) for kind, folder in corpus.items()}
+    told = {"config": asked.config.model_dump(mode="json"), "layout": asked.layout.model_dump(mode="json")}
+    return {**folders, **told, "seed": 0}
+
+
+def launched(entry: str, job: dict[str, Any], out: Path, layout: LayoutConfig = ONE) -> None:
+    """A job of two ranks by a function of several_runs.py."""
     here = str(Path(__file__).parent)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", f"{here}:{os.environ.get('PYTHONPATH', '')}")
-        launch("several_runs:run", {"runs": jobs}, out, threads=1, device="cpu", progress=silent, ranks=2, layout=ONE)
+        launch(f"several_runs:{entry}", job, out, threads=1, device="cpu", progress=silent, ranks=2, layout=layout)
+
+
+def trained_by_two(corpus: dict[str, Path], out: Path, asked: dict[str, Asked]) -> Path:
+    """All these runs, each in the folder of its name."""
+    jobs = {n: {"job": described(corpus, each), "stop_at": each.stop_at} for n, each in asked.items()}
+    launched("run", {"runs": jobs}, out)
     return out
 
 
@@ -231,12 +232,21 @@ def by_two(request: pytest.FixtureRequest) -> Callable[[str], Path]:
     return lambda name: request.getfixturevalue("two" if name in BY_DEFAULT else "more") / name
 
 
+def into_a_save(corpus: dict[str, Path], out: Path, layout: LayoutConfig) -> None:
+    """As `job`, but it goes no further than the save of step 8, with which it waits."""
+    launched("run_into_a_save", {"job": described(corpus, Asked(layout)), "unpublished": 8}, out, layout)
+
+
 def killed_job(corpus: dict[str, Path], out: Path, layout: LayoutConfig, when: str) -> None:
+    """Two ranks, of which the first is killed."""
     (out / "log").mkdir(parents=True)
     killer = killed_when(out, when)
-    with pytest.raises(JobFailed):
-        job(corpus, out, layout)
+    with pytest.raises(JobFailed, match="rank 0 was ended by signal 9"):
+        into_a_save(corpus, out, layout) if when == IN_A_SAVE else job(corpus, out, layout)
     killer.join()
+    if when == IN_A_SAVE:
+        left = sorted(path.name for path in (out / "work").glob("checkpoint-*"))
+        assert left == ["checkpoint-00000004", "checkpoint-00000008.tmp"]
 
 
 # Two ranks add two halves of a gradient that one adds in one go, and sums of some hundred float32 numbers in another
@@ -381,16 +391,16 @@ def steps_begun(out: Path) -> list[int]:
     return [json.loads(line)["from_step"] for line in (out / "log" / "starts.jsonl").read_text().splitlines()]
 
 
-def went_on_to_the_bit(out: Path, undisturbed: Path) -> None:
-    starts = steps_begun(out)
-    assert starts[0] == 0
-    assert starts[-1] >= 4
+def went_on_to_the_bit(out: Path, undisturbed: Path, when: str) -> None:
+    first, again = steps_begun(out)
+    assert first == 0
+    assert again == 4 if when == IN_A_SAVE else again >= 4
     assert equal(weights(out), weights(undisturbed))
     assert curve(out) == curve(undisturbed)
 
 
 def test_killed_it_goes_on_to_the_bit(by_two: ByTwo) -> None:
-    went_on_to_the_bit(by_two("killed"), by_two("zero2"))
+    went_on_to_the_bit(by_two("killed"), by_two("zero2"), IN_A_SAVE)
 
 
 @slow
@@ -403,7 +413,7 @@ def test_killed_under_other_stages_and_elsewhere_it_goes_on_to_the_bit(
     layout = zero(stage)
     killed_job(corpus, tmp_path / "out", layout, when)
     job(corpus, tmp_path / "out", layout)
-    went_on_to_the_bit(tmp_path / "out", by_two(f"zero{stage}"))
+    went_on_to_the_bit(tmp_path / "out", by_two(f"zero{stage}"), when)
 
 
 @pytest.fixture(scope="module")

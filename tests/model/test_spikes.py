@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gristmill.model.stage_types import silent
+from gristmill.model.training.batches import TrainingBatch
 from gristmill.model.training.config import OptimizerConfig, ScheduleConfig, SpikeConfig
 from gristmill.model.training.loop import Training, train
 from gristmill.model.training.models import load_model
@@ -22,7 +23,27 @@ STEPS = 40
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
-def run(out: Path, spoilt: dict[int, float], **how: Any) -> tuple[list[dict], list[dict]]:
+class Overflowing(Windows):
+    """Windows whose loss is as ever while a gradient of the head's is no number at some steps."""
+
+    def __init__(self, model: Transformer, wrong: dict[int, float]) -> None:
+        super().__init__({})
+        self.wrong, self.at = wrong, 0
+        model.lm_head.weight.register_hook(self._spoil)
+
+    def step(self, step: int, rank: int, ranks: int) -> TrainingBatch:
+        self.at = step
+        return super().step(step, rank, ranks)
+
+    def _spoil(self, gradient_VD: torch.Tensor) -> torch.Tensor:
+        spoilt_VD = gradient_VD.clone()
+        spoilt_VD[0, 0] = self.wrong.get(self.at, float(spoilt_VD[0, 0]))
+        return spoilt_VD
+
+
+def run(
+    out: Path, spoilt: dict[int, float], gradient: dict[int, float] | None = None, **how: Any
+) -> tuple[list[dict], list[dict]]:
     (out / "log").mkdir(parents=True, exist_ok=True)
     model = Transformer(MODEL, VOCAB)
     model.initialise(0)
@@ -34,7 +55,8 @@ def run(out: Path, spoilt: dict[int, float], **how: Any) -> tuple[list[dict], li
         checkpoint_every=8,
         spikes=SpikeConfig(threshold=4.0, **how),
     )
-    history = train(model, Windows(spoilt), asked, out, silent)
+    batches = Overflowing(model, gradient) if gradient else Windows(spoilt)
+    history = train(model, batches, asked, out, silent)
     return history.curves, history.spikes
 
 
@@ -70,6 +92,22 @@ def test_a_batch_that_spoils_the_loss_is_left_out(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for other in left[1:] for a, b in zip(other, left[0], strict=True))
     run(tmp_path / "undisturbed", {})
     assert not all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "undisturbed"), left[0], strict=True))
+
+
+def test_a_gradient_that_is_no_number_is_left_out_although_its_loss_is_one(tmp_path: Path) -> None:
+    """To the bit as a batch whose loss is none."""
+    run(tmp_path / "loss", {30: math.nan})
+    for name, wrong in (("nan", math.nan), ("inf", -math.inf)):
+        curves, (told,) = run(tmp_path / name, {}, {30: wrong})
+        assert (told["step"], told["why"], told["score"]) == (30, "gradient", None)
+        assert (told["documents"], told["policy"], told["grad_norm"]) == (["document 30"], "skip", name)
+        assert told["main_loss"] == curves[30]["main_loss"] == pytest.approx(curves[26]["main_loss"], rel=0.1)
+        assert [(row["step"], row["spike"]) for row in curves if "spike" in row] == [(30, "gradient")]
+        json.dumps([curves, told], allow_nan=False)
+        pairs = zip(weights(tmp_path / name), weights(tmp_path / "loss"), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(FloatingPointError, match=r"gradient is not finite .*at step 20 \(.*'grad_norm': inf"):
+        run(tmp_path / "stop", {}, {20: math.inf}, policy="stop")
 
 
 def test_rolled_back_it_goes_on_with_the_data_behind(tmp_path: Path) -> None:

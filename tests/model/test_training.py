@@ -9,12 +9,14 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,7 +24,7 @@ from safetensors.torch import load_file
 from gristmill.data.mix import MixConfig, mix
 from gristmill.data.mixture import Mixture
 from gristmill.data.problems import ProblemsConfig, make_problems
-from gristmill.data.shards import TokenShards
+from gristmill.data.shards import TokenShards, write_index, write_shard
 from gristmill.data.stage_types import silent as quiet
 from gristmill.model.batch_sizes import BatchSizes
 from gristmill.model.chat import Chat
@@ -32,7 +34,14 @@ from gristmill.model.launch import JobFailed
 from gristmill.model.pretrain import pretrain
 from gristmill.model.sft import fine_tune
 from gristmill.model.stage_types import Progress, silent
-from gristmill.model.training.batches import IGNORED, Conversation, ConversationBatches, TokenBatches, pack_whole
+from gristmill.model.training.batches import (
+    IGNORED,
+    Conversation,
+    ConversationBatches,
+    TokenBatches,
+    TrainingBatch,
+    pack_whole,
+)
 from gristmill.model.training.config import (
     BatchRampConfig,
     LayoutConfig,
@@ -40,6 +49,7 @@ from gristmill.model.training.config import (
     PretrainConfig,
     ScheduleConfig,
     SFTConfig,
+    SpikeConfig,
     TailConfig,
 )
 from gristmill.model.training.keeping import KeptModels
@@ -293,6 +303,55 @@ def test_nan_stops_the_stage_and_keeps_the_checkpoint(tokens: Path, tmp_path: Pa
     assert kept
     tensors = load_file(kept[-1] / "rank-00000.safetensors")
     assert all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
+
+
+EACH = 7  # token ids that one document has for itself
+
+
+def of_documents_apart(tokens: Path, folder: Path) -> Path:
+    """The folder of a tokenize stage with this tokenizer, whose documents share no token id but bos and eos.
+
+    Document i is of source a where it is even, and its id's hash is 1000 + i; the last four are held out.
+    """
+    listed = {}
+    for split, numbers in (("train", range(36)), ("held_out", range(36, 40))):
+        for source in range(2):
+            some = [i for i in numbers if i % 2 == source]
+            documents = [np.array([0, *(np.arange(10 + 3 * i) % EACH + 3 + EACH * i), 1]) for i in some]
+            entry = write_shard(
+                folder / "tokens", split, "ab"[source], 0, documents, [1000 + i for i in some], "uint16"
+            )
+            listed[split, "ab"[source]] = ([entry], 4 * entry.tokens)
+    write_index(folder / "tokens", 320, "0" * 64, listed)
+    shutil.copytree(tokens / "tokenizer", folder / "tokenizer")
+    return folder
+
+
+def test_a_step_that_is_left_out_names_the_documents_of_its_batch(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the token ids that the engine was given, each of which is one document's."""
+    read: dict[int, torch.Tensor] = {}
+    step_of = TokenBatches.step
+
+    def noted(self: TokenBatches, step: int, rank: int, ranks: int) -> TrainingBatch:
+        batch = step_of(self, step, rank, ranks)
+        read[step] = batch.inputs.token_BS
+        return batch
+
+    monkeypatch.setattr(TokenBatches, "step", noted)
+    still = OptimizerConfig(muon_learning_rate=0.0, adam_learning_rate=1e-5)
+    spikes = SpikeConfig(threshold=0.5, window=16, at_most=100)  # many a step behind the first sixteen exceeds it
+    config = CONFIG.model_copy(update={"steps": 24, "optimizer": still, "spikes": spikes})
+    metrics = trained(of_documents_apart(tokens, tmp_path / "tokens"), tmp_path / "out", config)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "spikes.jsonl").read_text().splitlines()]
+    assert 0 < len(rows) == metrics["steps_left_out"] < 8
+    for row in rows:
+        assert (row["why"], row["policy"]) == ("spike", "skip")
+        assert row["score"] > 0.5
+        token_BS = read[row["step"]]
+        held = {(token - 3) // EACH for token in token_BS[token_BS > 2].tolist()}
+        assert sorted(row["documents"]) == sorted(f"{'ab'[i % 2]}/{1000 + i:016x}" for i in held)
 
 
 def test_killed_while_its_work_is_removed_it_is_not_trained_again(
