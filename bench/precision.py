@@ -13,7 +13,7 @@ Keys of the last line:
     loss          of each precision and seed; of bfloat16 the mean of both runs
     noise         (second bfloat16's loss − first's) / first's, of each seed
     fp8_apart     (FP8's loss − bfloat16's) / bfloat16's, of each seed
-    fp8_apart_calm  its mean over the calm seeds, nothing where none is; the goal is at most 0.0025 either way
+    fp8_apart_calm  that of the calm seeds alone; the goal is at most 0.0025 either way, of each
     bfloat16_apart  the same as fp8_apart, of bfloat16 over float32
     seconds       of a step, the median, of each precision
 """
@@ -124,8 +124,8 @@ def compared(loss: dict[str, list[float]], again: list[float]) -> dict[str, Any]
         if ours in both and base in both:
             result[key] = apart(both[ours], both[base])
     if "fp8_apart" in result:
-        calm = [a for a, noise in zip(result["fp8_apart"], result["noise"], strict=True) if abs(noise) <= CALM]
-        result["fp8_apart_calm"] = round(statistics.fmean(calm), 6) if calm else None
+        of_seeds = zip(result["fp8_apart"], result["noise"], strict=True)
+        result["fp8_apart_calm"] = [apart for apart, noise in of_seeds if abs(noise) <= CALM]
     return result
 
 

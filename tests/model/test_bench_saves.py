@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from gristmill.model.config import ModelConfig
 from tests.model.test_bench_growth import bench
 
 
@@ -28,7 +31,35 @@ def test_what_the_model_says_of_the_released_shape() -> None:
     found = bench("convert").of_v3()
     assert found["import_own_model_mib"] < 1024  # of 671 B parameters
     stack = 256 * 4096 * 7168 * 2  # an expert stack of a block is one tensor of ours, and so a file
+    assert max(found["import_model_mib"], found["export_model_mib"]) < 24 * 1024  # pages of files included
     assert found["export_model_mib"] - found["export_own_model_mib"] == stack // 2**20
+
+
+def test_a_conversion_both_ways_stays_within_its_model_of_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the bench measures it, of a release whose widths are small and whose stacks of experts are not.
+
+    The model allows far less than a stack beyond what the libraries take, so that a conversion that held one is seen.
+    """
+    convert = bench("convert")
+
+    def shape(layers: int, experts: int, dense: int = 1) -> ModelConfig:
+        return ModelConfig(
+            hidden_size=1024, num_hidden_layers=layers, num_attention_heads=8, kv_lora_rank=128, qk_nope_head_dim=64,
+            qk_rope_head_dim=64, v_head_dim=64, first_k_dense_replace=dense, intermediate_size=1024,
+            n_routed_experts=experts, moe_intermediate_size=1024, num_nextn_predict_layers=0,
+        )  # fmt: skip
+
+    monkeypatch.setattr(convert, "shape", shape)
+    monkeypatch.setattr("sys.argv", ["convert.py", "--experts", "64", "--layers", "2", "--vocab", "256"])
+    convert.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    stack = 64 * 2 * 1024 * 1024 * 2 // convert.MIB
+    for way in ("import", "export"):
+        own, allowed = found[f"{way}_own_peak_mib"], found[f"{way}_own_peak_model_mib"]
+        assert 0 < own <= allowed < found["start_mib"] + stack // 2
+        assert found[f"{way}_peak_mib"] <= found[f"{way}_peak_model_mib"]
 
 
 def test_a_save_costs_its_copy_and_the_waits_until_the_next() -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -17,7 +18,8 @@ import torch.distributed
 from torch.distributed import run as torchrun
 
 from gristmill.model.failures import kills_for_memory
-from gristmill.model.launch import JobFailed, JobHung, JobRefused, command, launch
+from gristmill.model.launch import JobFailed, JobHung, JobRefused, _follow, command, launch
+from gristmill.model.signs_of_life import SignOfLife, SignsOfLife
 from gristmill.model.stage_types import silent
 from gristmill.model.training.config import LayoutConfig
 from gristmill.model.worker import TELL_SECONDS
@@ -130,6 +132,23 @@ def test_a_rank_that_hangs_or_dies_ends_the_job_on_all(
     thread.join()
     for pid in pids:
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_by_default_a_hang_is_noticed_within_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on with each look: a rank shows life once, just behind the first look, and never again."""
+    now, alive = [0.0], SignOfLife(tmp_path, 0)
+
+    def sleep(seconds: float) -> None:
+        if not now[0]:
+            alive.show()
+        now[0] += seconds
+
+    monkeypatch.setattr("gristmill.model.launch.time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr("gristmill.model.signs_of_life.time", SimpleNamespace(monotonic=lambda: now[0]))
+    working: Any = SimpleNamespace(poll=lambda: None if now[0] < 100 else 0)
+    with pytest.raises(JobHung, match="rank 0 showed no sign of life"):
+        _follow(working, tmp_path / "none", silent, SignsOfLife(tmp_path, LayoutConfig().hang_seconds, 1))
+    assert now[0] < 60
 
 
 @pytest.fixture

@@ -269,12 +269,12 @@ def test_ranks_learn_what_one_process_learns(stage: int, alone: Path, by_two: By
     assert apart(weights(out), weights(alone)) < WEIGHTS
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=slow), 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=slow), 2, 3])
 def test_zero_changes_no_bit(stage: int, by_two: ByTwo) -> None:
     """Two ranks and nothing clipped: a sum of two numbers has one order, so who adds them up does not matter.
 
-    Under ZeRO 3 the gradient of a matrix that is used twice (the MTP module's embedding and head) is added up over the
-    ranks at each use, and so in another order.
+    A matrix that is used twice (the MTP module's embedding and head) has its whole gradient before the ranks' are added
+    up, under ZeRO 3 too. What is clipped differs in its last bits: each stage sums the norm in another order.
     """
     assert equal(weights(by_two(f"zero{stage}")), weights(by_two("zero0")))
 
@@ -290,9 +290,17 @@ def test_buffers_are_no_larger_than_the_model(by_two: ByTwo) -> None:
 def test_muon_orthogonalises_whole_matrices_under_zero(
     stage: int, by_two: ByTwo, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
+    """As one process does: parts of matrices, orthogonalised each by itself, are other updates altogether.
+
+    Muon's update has the same size however small the gradient, so that rounding grows in the weights, about tenfold
+    (measured: 1.1e-6). It does not in the losses (2.4e-7), of which each is a mean over 256 positions.
+    """
     trained(corpus, tmp_path / "one", MUON)
-    # Muon's update has the same size however small the gradient, so rounding grows to about a thousandth of the loss.
-    assert curve(by_two(f"zero{stage}-muon")) == pytest.approx(curve(tmp_path / "one"), rel=5e-3)
+    one, two = tmp_path / "one", by_two(f"zero{stage}-muon")
+    assert curve(two) == pytest.approx(curve(one), rel=LOSS)
+    assert curve(two, "mtp_loss") == pytest.approx(curve(one, "mtp_loss"), rel=LOSS)
+    assert held_out(two) == pytest.approx(held_out(one), rel=LOSS)
+    assert apart(weights(two), weights(one)) < 10 * WEIGHTS
 
 
 @slow
@@ -374,10 +382,13 @@ def test_layouts_leave_out_the_same_steps(policy: str, by_two: ByTwo, corpus: di
     assert apart(*averages) < WEIGHTS
 
 
-def test_zero_and_muon_on_one_rank(corpus: dict[str, Path], tmp_path: Path) -> None:
-    trained(corpus, tmp_path / "plain", MUON)
-    trained(corpus, tmp_path / "zero", MUON, LayoutConfig(zero_stage=1))
-    assert curve(tmp_path / "zero") == pytest.approx(curve(tmp_path / "plain"), rel=5e-3)  # see above: Muon
+def test_zero_changes_no_bit_of_muon_on_one_rank(corpus: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing is clipped, and the matrices that ZeRO hands to Muon out of its flat buffers are those themselves."""
+    unclipped = MUON.model_copy(update={"optimizer": OptimizerConfig(gradient_clip=1e3)})
+    trained(corpus, tmp_path / "plain", unclipped)
+    trained(corpus, tmp_path / "zero", unclipped, LayoutConfig(zero_stage=1))
+    assert equal(weights(tmp_path / "zero"), weights(tmp_path / "plain"))
+    assert curve(tmp_path / "zero") == curve(tmp_path / "plain")
 
 
 @slow

@@ -165,6 +165,26 @@ def test_what_lies_beside_the_tensors_goes_along(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 5
 
 
+def test_a_tokenizers_files_and_how_to_sample_go_along_as_they_are(tmp_path: Path) -> None:
+    """There and back, byte by byte, spaces and unknown fields too; the ids of special tokens get into config.json."""
+    sampling = '{"eos_token_id": [5, 7],  "temperature": 0.6, "top_p": 0.95, "transformers_version": "4.33.1"}'
+    files = {
+        "generation_config.json": sampling.encode(),
+        "tokenizer.json": b'{"version": "1.0"}',
+        "tokenizer_config.json": b'{"chat_template": "{{ messages }}",\r\n "model_max_length": 131072}',
+        "special_tokens_map.json": b"{}\n",
+        "chat_template.jinja": "{% if not add_generation_prompt %}<｜Assistant｜>{% endif %}".encode(),
+    }
+    saved(tmp_path / "ours")
+    for name, held in files.items():
+        (tmp_path / "ours" / name).write_bytes(held)
+    assert gristmill("convert", tmp_path / "ours", tmp_path / "theirs")[0] == 0
+    assert gristmill("convert", tmp_path / "theirs", tmp_path / "again")[0] == 0
+    for folder in ("theirs", "again"):
+        assert {name: (tmp_path / folder / name).read_bytes() for name in files} == files
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["eos_token_id"] == [5, 7]
+
+
 def test_an_interrupted_conversion_looks_like_none_and_is_begun_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
