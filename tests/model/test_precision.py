@@ -135,30 +135,27 @@ def test_the_precision_is_part_of_what_is_made() -> None:
 def test_500_steps_in_fp8_end_within_a_quarter_of_a_percent_of_bfloat16() -> None:
     """V3 section 3.3: "the relative loss error remains consistently below 0.25 %".
 
-    Two runs in bfloat16 that differ by a millionth of their weights may end 1 % apart or 0.04 %, as the seed will: seeds
-    count whose noise, measured so, is a quarter of the limit at most, and each of them is asked: a mean would let two
-    that err either way pass. The bench prints all, with their signs.
+    Of a model this small the loss after 500 steps moves by 0.1 % at any rounding: two runs in bfloat16 that differ by a
+    millionth of their weights end that far apart at some seeds, and so does float32. Four seeds are therefore asked
+    together, by the mean of the sizes, in which errors either way add up. The bench prints all, with their signs.
     """
     script = Path(__file__).parents[2] / "bench" / "precision.py"
-    command = [sys.executable, "-P", str(script), "--precisions", "bfloat16", "fp8", "--seeds", "1", "2"]
+    command = [sys.executable, "-P", str(script), "--precisions", "bfloat16", "fp8"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["steps"] == 500
-    assert found["loss"]["bfloat16"][0] < 0.6 * 5.545  # of 256 bytes drawn evenly, in nats: it has learnt
-    assert found["fp8_apart_calm"], f"no seed is calm on this processor: {found}"
-    assert max(abs(apart) for apart in found["fp8_apart_calm"]) <= 0.0025, found
+    assert (found["steps"], found["seeds"]) == (500, [1, 2, 3, 4])
+    assert max(found["loss"]["bfloat16"]) < 0.6 * 5.545  # of 256 bytes drawn evenly, in nats: they have learnt
+    assert found["fp8_apart_mean"] <= 0.0025, found
 
 
-def test_seeds_that_noise_parts_do_not_count() -> None:
-    """As measured for two seeds, over the last 100 steps."""
+def test_losses_either_way_of_bfloat16s_add_up() -> None:
     script = Path(__file__).parents[2] / "bench" / "precision.py"
     bench = runpy.run_path(str(script))
     found = bench["compared"]({"bfloat16": [2.0, 2.0], "fp8": [1.99, 2.004]}, [1.978, 2.0008])
     assert found["noise"] == [-0.011, 0.0004]
     assert found["loss"]["bfloat16"] == [1.989, 2.0004]
     assert found["fp8_apart"] == [pytest.approx(0.000503, abs=1e-6), pytest.approx(0.0018, abs=1e-6)]
-    assert found["fp8_apart_calm"] == found["fp8_apart"][1:]
-    assert bench["compared"]({"bfloat16": [2.0], "fp8": [1.99]}, [1.978])["fp8_apart_calm"] == []
-    calm = bench["compared"]({"bfloat16": [2.0, 2.0], "fp8": [1.99, 2.01]}, [2.0, 2.0])["fp8_apart_calm"]
-    assert calm == [-0.005, 0.005]  # each is seen, which a mean would hide
+    found = bench["compared"]({"bfloat16": [2.0, 2.0], "fp8": [1.99, 2.01]}, [2.0, 2.0])
+    assert found["fp8_apart"] == [-0.005, 0.005]
+    assert found["fp8_apart_mean"] == 0.005
