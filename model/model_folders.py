@@ -195,13 +195,14 @@ def _written(out: Path) -> Iterator[Path]:
 
 
 def _copy_beside(source: Path, out: Path) -> None:
-    """Take over what lies beside the tensors; ids of special tokens that config.json alone has get their own file."""
+    """Take over what lies beside the tensors; ids of special tokens that config.json alone has go there too."""
     for name in BESIDE:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
-    ids = _token_ids(source)
-    if ids and not (out / BESIDE[0]).exists():
-        (out / BESIDE[0]).write_text(json.dumps(ids, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    own = out / BESIDE[0]
+    told = json.loads(own.read_text(encoding="utf-8")) if own.exists() else {}
+    if (both := told | _token_ids(source)) != told:
+        own.write_text(json.dumps(both, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _token_ids(folder: Path) -> dict[str, Any]:

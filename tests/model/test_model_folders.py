@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -155,11 +156,13 @@ def test_what_lies_beside_the_tensors_goes_along(tmp_path: Path) -> None:
     path = tmp_path / "theirs" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 5, "bos_token_id": 3}))
     (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
-    assert gristmill("convert", tmp_path / "theirs", tmp_path / "again")[0] == 0
-    assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == {
-        "bos_token_id": 3,
-        "eos_token_id": 5,
-    }
+    for sampling in ({"temperature": 0.6, "eos_token_id": 7}, None):  # what it says itself stays
+        beside = tmp_path / "theirs" / "generation_config.json"
+        beside.unlink() if sampling is None else beside.write_text(json.dumps(sampling))
+        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+        assert gristmill("convert", tmp_path / "theirs", tmp_path / "again")[0] == 0
+        expected = {"bos_token_id": 3, "eos_token_id": 5} | (sampling or {})
+        assert json.loads((tmp_path / "again" / "generation_config.json").read_text()) == expected
     assert gristmill("convert", tmp_path / "again", tmp_path / "back")[0] == 0
     assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 5
