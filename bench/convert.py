@@ -178,7 +178,7 @@ def mib(folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, default=24, help="routed experts of a layer; a multiple of 8, at least 16")
+    parser.add_argument("--experts", type=int, default=24, help="of a layer, routed; a multiple of 8, at least 16")
     parser.add_argument("--layers", type=int, default=2, help="the first is dense")
     parser.add_argument("--vocab", type=int, default=16_160, help="rows of the vocabulary")
     parser.add_argument("--keep", type=Path, help="work in this folder, and leave it")

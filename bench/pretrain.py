@@ -2,6 +2,7 @@
 
     python -P bench/pretrain.py [--steps 50] [--rounds 3] [--shapes small wide] [--ours float32 bfloat16]
                                 [--theirs float32/grouped_mm float32/eager bfloat16/grouped_mm] [--device cpu]
+                                [--profile]
 
 Both start from the same weights, read the same tokens in the same order and take the same AdamW steps (forward,
 backward, clipping, optimizer); what theirs does not have (MTP, balance loss, moving biases) is off in ours. Ours runs
@@ -80,15 +81,15 @@ def prepare(folder: Path, name: str, steps: int) -> None:
     np.save(folder / "tokens.npy", np.resize(token, count).reshape(-1, BATCH, LENGTH + 1))
 
 
-def run_ours(folder: Path, device: str, precision: Precision = "float32") -> dict[str, Any]:
-    """Our loop, as the stage runs it."""
+def run_ours(folder: Path, device: str, precision: Precision = "float32", profile: str = "") -> dict[str, Any]:
+    """Our loop, as the stage runs it; with its table of the last step's operators where a profile is asked for."""
     import numpy as np
     import torch
 
     from gristmill.model.costs import flops_per_token
     from gristmill.model.stage_types import silent
     from gristmill.model.training.batches import TrainingBatch
-    from gristmill.model.training.config import OptimizerConfig, ScheduleConfig
+    from gristmill.model.training.config import LayoutConfig, OptimizerConfig, ScheduleConfig
     from gristmill.model.training.engine import start_distributed
     from gristmill.model.training.loop import Training, train
     from gristmill.model.training.models import load_model
@@ -129,11 +130,14 @@ def run_ours(folder: Path, device: str, precision: Precision = "float32") -> dic
             ),
             Path(out),
             silent,
+            layout=LayoutConfig(profile=(len(tokens) - 1,) if profile else ()),
         )
+        tables = [path.read_text() for path in (Path(out) / "log").glob("profile-*.txt")]
         timings = (Path(out) / "log" / "timings.jsonl").read_text().splitlines()
     flops = flops_per_token(model.config, VOCAB, LENGTH, mtp=False)
     seconds = [json.loads(line)["seconds"] for line in timings]
-    return {"losses": [row["main_loss"] for row in history.curves], "seconds": seconds[WARM:], "flops": flops}
+    losses = [row["main_loss"] for row in history.curves]
+    return {"losses": losses, "seconds": seconds[WARM:], "flops": flops, "tables": tables}
 
 
 def run_theirs(folder: Path, device: str, dtype: str, experts: str) -> dict[str, Any]:
@@ -216,7 +220,8 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     """Both sides at one shape."""
     prepare(folder, name, arguments.steps)
     device = arguments.device
-    sides: dict[str, tuple[str, ...]] = {f"ours {precision}": ("run_ours", precision) for precision in arguments.ours}
+    profile = ["profile"] if arguments.profile else []
+    sides: dict[str, tuple[str, ...]] = {f"ours {one}": ("run_ours", one, *profile) for one in arguments.ours}
     sides |= {f"theirs {one}": ("run_theirs", *one.split("/")) for one in arguments.theirs}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     last: dict[str, dict[str, Any]] = {}
@@ -226,6 +231,7 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
             seconds[side] += last[side]["seconds"]
             rate = BATCH * LENGTH / statistics.median(last[side]["seconds"])
             print(f"{name:6s} {side:28s} {rate:8.0f} tokens/s {last[side]['peak_mib']:6d} MiB", flush=True)
+            print(*last[side].get("tables", []), sep="\n", end="", flush=True)
     rate = {side: BATCH * LENGTH / statistics.median(taken) for side, taken in seconds.items()}
     ours, theirs, same = (
         max((side for side in sides if side.startswith(which)), key=rate.__getitem__)
@@ -257,6 +263,7 @@ def main() -> int:
     parser.add_argument("--ours", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "fp8"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--profile", action="store_true", help="print our last step's costliest operators")
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
