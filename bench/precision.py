@@ -1,6 +1,7 @@
 """Loss over 500 steps in float32, bfloat16 and FP8 from equal weights on equal batches. JSON at the end.
 
-    python -P bench/precision.py [--steps 500] [--seeds 1 2 3 4] [--precisions float32 bfloat16 fp8] [--device cpu]
+    python -P bench/precision.py [--steps 500] [--seeds 1 2 3 4] [--precisions float32 bfloat16 fp8] [--rate 2e-4]
+                              [--device cpu]
 
 A mixture of experts whose widths are multiples of 128 reads the bytes of this Python's library, in the loop that the
 stages run, at about V3's own learning rate. A loss is the mean over the last 100 steps, which are the same batches for
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 BATCH, LENGTH, VOCAB, LAST = 8, 128, 256, 100
-ADAM_RATE, CLIP = 2e-4, 1.0  # V3: 2.2e-4. At twice as much, chance decides when a run learns to copy
+RATE, CLIP = 2e-4, 1.0  # V3: 2.2e-4. At twice as much, chance decides when a run learns to copy
 MOVED = 1e-6  # of a weight: some roundings of float32
 
 
@@ -43,7 +44,9 @@ def windows(steps: int, seed: int) -> Any:
     return text[start[..., None] + np.arange(LENGTH + 1)].astype(np.int64)
 
 
-def run(precision: str, steps: int, seed: int, device: str, moved: float = 0.0) -> tuple[list[float], list[float]]:
+def run(
+    precision: str, steps: int, seed: int, device: str, rate: float = RATE, moved: float = 0.0
+) -> tuple[list[float], list[float]]:
     """Losses and seconds of the steps, from weights that are `moved` by so much of themselves."""
     import torch
 
@@ -95,7 +98,7 @@ def run(precision: str, steps: int, seed: int, device: str, moved: float = 0.0) 
         training = Training(
             steps=steps,
             batch_sequences=BATCH,
-            optimizer=OptimizerConfig(muon_learning_rate=0.0, adam_learning_rate=ADAM_RATE, gradient_clip=CLIP),
+            optimizer=OptimizerConfig(muon_learning_rate=0.0, adam_learning_rate=rate, gradient_clip=CLIP),
             schedule=ScheduleConfig(),
             checkpoint_every=10**9,
         )
@@ -131,6 +134,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     precisions = ["float32", "bfloat16", "fp8"]
     parser.add_argument("--precisions", nargs="+", default=precisions, choices=precisions)
+    parser.add_argument("--rate", type=float, default=RATE, help="AdamW's learning rate")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     asked = parser.parse_args()
     if asked.device == "cpu":
@@ -143,17 +147,21 @@ def main() -> None:
     again: list[float] = []
     for seed in asked.seeds:
         for precision in asked.precisions:
-            losses, taken = run(precision, asked.steps, seed, asked.device)
+            losses, taken = run(precision, asked.steps, seed, asked.device, asked.rate)
             loss[precision].append(statistics.fmean(losses[-LAST:]))
             seconds[precision] += taken
             print(f"seed {seed} {precision:8s} {losses[0]:.4f} → {loss[precision][-1]:.5f}", flush=True)
             if precision == "bfloat16":
-                losses, taken = run(precision, asked.steps, seed, asked.device, MOVED)
+                losses, taken = run(precision, asked.steps, seed, asked.device, asked.rate, MOVED)
                 again.append(statistics.fmean(losses[-LAST:]))
                 print(f"seed {seed} {precision:8s} {losses[0]:.4f} → {again[-1]:.5f}, moved", flush=True)
     result = compared(loss, again)
     result["seconds"] = {precision: round(statistics.median(taken), 4) for precision, taken in seconds.items()}
-    print(json.dumps({**result, "steps": asked.steps, "seeds": asked.seeds, "python": sys.version.split()[0]}))
+    print(
+        json.dumps(
+            {**result, "steps": asked.steps, "seeds": asked.seeds, "rate": asked.rate, "python": sys.version.split()[0]}
+        )
+    )
 
 
 def _free_port() -> str:
