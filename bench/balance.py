@@ -102,7 +102,7 @@ def loads(recipe: Recipe, tokens: Path, mixture: Path, steps: int) -> np.ndarray
     from gristmill.data.shards import TokenShards
     from gristmill.model.training.batches import torch_seed
     from gristmill.model.training.config import LayoutConfig
-    from gristmill.model.training.engine import Engine, start_distributed, unwatched
+    from gristmill.model.training.engine import Engine, start_distributed
     from gristmill.model.training.inputs import check_mixture
     from gristmill.model.training.precision import apply_precision
     from gristmill.model.training.pretraining import token_batches, training_of
@@ -124,8 +124,6 @@ def loads(recipe: Recipe, tokens: Path, mixture: Path, steps: int) -> np.ndarray
         mtp_loss_weight=asked.mtp_loss_weight,
         batch_sequences=asked.batch_sequences,
         layout=LayoutConfig(),
-        alive=unwatched,
-        before_first=unwatched,
     )
     batches, found = token_batches(config, read, "train", device), []
     for step in range(steps):

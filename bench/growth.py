@@ -186,7 +186,7 @@ def measure(side: Side, steps: int) -> dict[str, list[float]]:
     import torch
 
     from gristmill.model.training.config import LayoutConfig, OptimizerConfig
-    from gristmill.model.training.engine import Engine, start_distributed, unwatched
+    from gristmill.model.training.engine import Engine, start_distributed
     from gristmill.model.transformer import Transformer
 
     torch.set_num_threads(side.threads)
@@ -200,8 +200,6 @@ def measure(side: Side, steps: int) -> dict[str, list[float]]:
         mtp_loss_weight=0.0,
         batch_sequences=side.sequences * side.ranks,
         layout=LayoutConfig(),
-        alive=unwatched,
-        before_first=unwatched,
     )
     batches = Packed(side.sequences, side.length)
     seconds: dict[str, list[float]] = {"accumulate": [], "update": []}

@@ -19,7 +19,7 @@ checkpoint_app = typer.Typer(
 Folder = Annotated[
     str,
     typer.Argument(
-        help="A folder with config.json and safetensors, or a checkpoint (work/checkpoint-…); one at s3://… is fetched."
+        help="A folder with config.json and safetensors, or a checkpoint (work/…, kept/…); one at s3://… is fetched."
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON in place of lines for people.")]
@@ -29,7 +29,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON in place of lines for
 def verify(folder: Folder, as_json: AsJson = False) -> None:
     """Read every tensor: is each there, of its shape, and finite? Exit code 1 if not.
 
-    Of a checkpoint of a training run (`work/checkpoint-…`): is every file as it was written?
+    Of a checkpoint of a training run (`work/checkpoint-…`, `kept/…`): is every file as it was written?
     """
     from gristmill.model.model_folders import verify as work
 

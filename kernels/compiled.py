@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gristmill.kernels.compiling import announce
+
 log = logging.getLogger("gristmill.kernels")
 HERE = Path(__file__).parent
 FLAGS = (
@@ -102,7 +104,9 @@ def _built(source: Path, compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as work:
             built = Path(work) / name
             command = [compiler, *FLAGS, f"-I{HERE}", str(source), "-o", str(built)]
+            announce()
             subprocess.run(command, check=True, capture_output=True, text=True)
+            announce()
             built.replace(folder / name)
     return folder / name
 

@@ -6,11 +6,21 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-LONG_SECONDS = 1800.0  # what tells nothing on its way, and may take long: kernels that are compiled, a profile's export
+LONG_SECONDS = 1800.0  # the most that a rank asks for: what a profile's export may take
+SLOWEST = 100e6  # bytes a second of a slow disk
+
+
+def unwatched() -> None:
+    """A sign of life where nobody waits for one."""
+
+
+def seconds_to_move(size: int) -> float:
+    """What reading or writing so many bytes in one go may take."""
+    return min(size / SLOWEST, LONG_SECONDS)
 
 
 class SignOfLife:
-    """A rank's own file. What is written in it is how many seconds of silence the rank asks for; mostly nothing."""
+    """A rank's own file. In it are the seconds that its next sign may be late for a reason; mostly none."""
 
     def __init__(self, log: Path, rank: int) -> None:
         self.path = log / f"alive-{rank:05d}"
@@ -19,8 +29,8 @@ class SignOfLife:
         """Say that this rank works."""
         self.path.write_text("", encoding="ascii")
 
-    def ask_for_silence(self, seconds: float = LONG_SECONDS) -> None:
-        """Say that this rank works, and that its next sign may be as far off as this."""
+    def ask_for(self, seconds: float) -> None:
+        """Say that this rank works, and that its next sign may be so much later than usual."""
         self.path.write_text(f"{seconds:g}", encoding="ascii")
 
     def end(self) -> None:
@@ -45,7 +55,7 @@ class SignsOfLife:
         """(the rank that stopped first, the seconds it had) where every rank has been silent for too long.
 
         Ranks wait for each other in sums, so one that hangs silences all, and is the one that stopped first; one that
-        writes a model while the others wait for it shows life for all, and so does one that asked for silence.
+        writes a model while the others wait for it shows life for all, and so does one that asked for time.
         """
         now, before = time.monotonic(), self._seen
         self._seen, allowed = {}, {}
@@ -73,13 +83,13 @@ class SignsOfLife:
 
 
 def allowed_silence(path: Path, seconds: float) -> float:
-    """Seconds that the rank of this file may be silent: those it asked for, and these at least.
+    """Seconds that the rank of this file may be silent: these, and those it asked for.
 
     Raises:
         FileNotFoundError: it was removed meanwhile.
     """
     asked = path.read_text(encoding="ascii")
-    return max(seconds, float(asked)) if asked else seconds
+    return seconds + float(asked) if asked else seconds
 
 
 def rank_of(name: str) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from gristmill.kernels import compiling
 from gristmill.model import failures
 from gristmill.model.launch import boot
 from gristmill.model.signs_of_life import SignOfLife
@@ -25,8 +26,7 @@ TELL_SECONDS = 0.2
 class Teller:
     """Progress as lines in a file, at most a few a second, from the first rank alone; and each rank's sign of life.
 
-    A call that tells nothing new is a sign of life and no more. Behind the last one what is left to do (a model to
-    write, say) tells little, and may be silent for long.
+    A call that tells nothing new is a sign of life and no more.
     """
 
     def __init__(self, log: Path, rank: int) -> None:
@@ -36,9 +36,7 @@ class Teller:
 
     def __call__(self, done: int, total: int, **values: float) -> None:
         now = time.monotonic()
-        if done == total:
-            self.life.ask_for_silence()
-        elif now - self.shown > TELL_SECONDS:
+        if now - self.shown > TELL_SECONDS:
             self.shown = now
             self.life.show()
         new = done != self.done or values
@@ -85,9 +83,11 @@ def main(described: Path) -> int:
     torch.use_deterministic_algorithms(True, warn_only=True)
     module, _, function = job["entry"].partition(":")
     tell = Teller(out / "log", rank)
-    tell.life.ask_for_silence()  # a model may be large to read
+    tell.life.show()
+    compiling.tell(tell.life.show)
     try:
         run = getattr(importlib.import_module(module), function)
+        tell.life.show()
         metrics = run(job["job"], out, chosen_device(job["device"]), tell)
     except (ValueError, RuntimeError, ArithmeticError, OSError, MemoryError) as error:
         # The first rank's error counts: those that waited for it fail of that, a moment later.

@@ -28,12 +28,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gristmill.model.signs_of_life import unwatched
 from gristmill.model.training.files import sha256, sync_and_rename, sync_folder, write_json
 
 FORMAT = 2
 KEPT = 2
 MOST_MAPPED = 32 << 20  # bytes read of a file before it is mapped anew: pages that were read count as memory
 MANIFEST, STATE = "manifest.json", "state.json"
+KEPT_FOLDER = "kept"  # beside work/: checkpoints that are kept for good
 REQUIRED = ("step", "ranks", "owner", "files", "sha256")
 
 
@@ -50,6 +52,7 @@ class CheckpointWriter:
 
     def __init__(self, work: Path, owner: dict[str, Any], *, rank: int = 0, ranks: int = 1, keep: int = KEPT) -> None:
         self.work, self.owner, self.rank, self.ranks, self.keep = work, owner, rank, ranks, keep
+        self.size = 0  # bytes that this rank saves
         self._step: int | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -75,6 +78,7 @@ class CheckpointWriter:
         began = time.perf_counter()
         copies = {key: tensor.detach().to("cpu", copy=not settled).reshape(-1) for key, tensor in tensors.items()}
         copied = time.perf_counter() - began
+        self.size = sum(copy.nbytes for copy in copies.values())
         told = json.dumps(state, sort_keys=True) if self.rank == 0 else None
         self._step, self._failure = step, None
         self._thread = threading.Thread(target=self._write, args=(copies, told), name="checkpoint", daemon=True)
@@ -100,15 +104,17 @@ class CheckpointWriter:
             self._thread.join()
         self.written()
 
-    def publish(self) -> None:
+    def publish(self) -> int | None:
         """Say that all ranks have written: the first makes the folder a checkpoint and removes old ones.
+
+        Returns the step of what this rank has made a checkpoint.
 
         Raises:
             OSError: the disk is full, or will not be written; what was published before stays.
         """
         step, self._step, self._thread = self._step, None, None
         if step is None or self.rank:
-            return
+            return None
         part, final = self._part(step), self.work / f"checkpoint-{step:08d}"
         names = [STATE, *(_file_of(rank) for rank in range(self.ranks))]
         files = {n: {"bytes": (part / n).stat().st_size, "sha256": self._hash(part / n)} for n in names}
@@ -121,12 +127,13 @@ class CheckpointWriter:
         part.rename(final)
         sync_folder(self.work)
         self._remove_surplus()
+        return step
 
     def _remove_surplus(self) -> None:
         """Remove old checkpoints by a thread: on some file systems that takes longer than the rest of a publication."""
         self.close()
         aside: list[Path] = []
-        for old in checkpoints(self.work)[: -self.keep]:
+        for old in [p for p in checkpoints(self.work) if p.parent == self.work][: -self.keep]:
             aside.append(old.with_suffix(".tmp"))  # half removed it must not count
             shutil.rmtree(aside[-1], ignore_errors=True)
             old.rename(aside[-1])
@@ -205,17 +212,19 @@ def _refuse_not_finite(tensors: dict[str, Tensor]) -> None:
 
 
 def checkpoints(work: Path) -> list[Path]:
-    """Published checkpoints, oldest first."""
-    return sorted(p for p in work.glob("checkpoint-*") if p.suffix != ".tmp" and (p / MANIFEST).exists())
+    """Published checkpoints of a run, oldest first: in its work/, and those beside it that are kept for good.
+
+    One that lies in both counts as that in work/.
+    """
+    kept = (work.parent / KEPT_FOLDER).glob("step-*")
+    published = [p for p in (*kept, *work.glob("checkpoint-*")) if p.suffix != ".tmp" and (p / MANIFEST).exists()]
+    of_step = {int(p.name.rpartition("-")[2]): p for p in published}
+    return [of_step[step] for step in sorted(of_step)]
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a published checkpoint; a stage's result has a manifest too."""
     return (folder / MANIFEST).exists() and (folder.name.startswith("checkpoint-") or (folder / STATE).exists())
-
-
-def _nothing() -> None:
-    """What is done at each file where nobody waits."""
 
 
 class Checkpoint:
@@ -236,7 +245,7 @@ class Checkpoint:
         *,
         owner: dict[str, Any] | None = None,
         trusted: bool = False,
-        alive: Callable[[], None] = _nothing,
+        alive: Callable[[], None] = unwatched,
     ) -> None:
         self.folder, self._owner = folder, owner
         self._open: dict[str, Any] = {}
@@ -260,7 +269,9 @@ class Checkpoint:
         self._open.clear()
 
     def _damaged(self, what: str) -> DamagedCheckpoint:
-        good = [p.name for p in checkpoints(self.folder.parent) if p != self.folder and _is_whole(p, self._owner)]
+        beside = self.folder.parent
+        work = beside.parent / "work" if beside.name == KEPT_FOLDER else beside
+        good = [p.name for p in checkpoints(work) if p != self.folder and _is_whole(p, self._owner)]
         after = f"the last good one is {good[-1]}: " if good else "there is no other: "
         ahead = "go on from there" if good else "begin from the start"
         return DamagedCheckpoint(f"{self.folder}: {what}; {after}remove {self.folder.name} to {ahead}")
@@ -393,11 +404,11 @@ def _is_whole(folder: Path, owner: dict[str, Any] | None) -> bool:
         manifest = _read_manifest(folder)
     except (OSError, ValueError):
         return False
-    return _difference(manifest["owner"], owner) is None and _first_wrong(folder, manifest["files"], _nothing) is None
+    return _difference(manifest["owner"], owner) is None and _first_wrong(folder, manifest["files"], unwatched) is None
 
 
 def last_checkpoint(
-    work: Path, owner: dict[str, Any], *, trusted: bool = False, alive: Callable[[], None] = _nothing
+    work: Path, owner: dict[str, Any], *, trusted: bool = False, alive: Callable[[], None] = unwatched
 ) -> Checkpoint | None:
     """The last published checkpoint, or none; as `Checkpoint`.
 

@@ -25,12 +25,9 @@ class Checks:
         """The numbers that a check adds to the step's row; all ranks call it."""
         return self.loss(engine) if self._due(step) else {}
 
-    def write(self, step: int, before: Callable[[], None]) -> list[Row]:
-        """What the model writes at a check, having called `before`; the first rank calls it."""
-        if not self._due(step):
-            return []
-        before()
-        return self.texts.rows(step)
+    def write(self, step: int) -> list[Row]:
+        """What the model writes at a check; the first rank calls it."""
+        return self.texts.rows(step) if self._due(step) else []
 
     def _due(self, step: int) -> bool:
         return (step + 1) % self.every == 0 or step + 1 == self.steps

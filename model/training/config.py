@@ -171,8 +171,8 @@ class LayoutConfig(Config):
         gt=0,
         title="Hang",
         description="Without a sign of life from any rank for so long the job is stopped, and tried again as often as "
-        "`retries` says; more than a micro-batch, an optimizer's step or the copy of a checkpoint takes. The first of "
-        "each shape, whose kernels may be compiled, text samples and the export of a profile have half an hour.",
+        "`retries` says; more than a micro-batch, an optimizer's step, the copy of a checkpoint, sampled texts or "
+        "the compilation of one kernel takes. Each 100 MB built or saved in one go have a second more.",
     )
     kept_checkpoints: int = Field(default=2, ge=1, title="Checkpoints", description="How many are kept to resume from.")
     profile: tuple[Annotated[int, Field(ge=0)], ...] = Field(
@@ -246,7 +246,7 @@ class PretrainConfig(Config):
         default=0,
         ge=0,
         title="Keep",
-        description="Steps between models that are kept for good, in `kept/`; a multiple of checkpoint_every, 0 none.",
+        description="Steps between checkpoints kept for good, in `kept/`; a multiple of checkpoint_every, 0 none.",
     )
     keep_best: bool = Field(
         default=False,
@@ -258,8 +258,8 @@ class PretrainConfig(Config):
     def _keeps(self) -> Self:
         if self.keep_every % self.checkpoint_every:
             raise ValueError(
-                f"keep_every {self.keep_every} is no multiple of checkpoint_every {self.checkpoint_every}: a kept "
-                f"model is made of a checkpoint"
+                f"keep_every {self.keep_every} is no multiple of checkpoint_every {self.checkpoint_every}: what is "
+                f"kept is a checkpoint"
             )
         if self.keep_best and self.checkpoint_every % self.evaluate_every:
             raise ValueError(

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gristmill.model.signs_of_life import unwatched
 from gristmill.model.training.batches import Batches, TrainingBatch
 from gristmill.model.training.checkpoints import Checkpoint
 from gristmill.model.training.config import LayoutConfig, OptimizerConfig
@@ -36,10 +37,6 @@ from gristmill.model.transformer import Transformer
 
 Row = dict[str, Any]
 LONGEST_WAIT = timedelta(days=1)
-
-
-def unwatched() -> None:
-    """An engine's sign of life where no launcher waits for one."""
 
 
 def backend_of(device: torch.device) -> str:
@@ -89,21 +86,13 @@ class Engine:
         mtp_loss_weight: float,
         batch_sequences: int,
         layout: LayoutConfig,
-        alive: Callable[[], None],
-        before_first: Callable[[], None],
+        alive: Callable[[], None] = unwatched,
         ema_decay: float = 0.0,
-        show: Callable[[], None] = unwatched,
     ) -> None:
-        """`alive` is called at every batch, so that a rank that hangs can be told from one that works.
-
-        `before_first` is called before work of a new kind or shape, whose kernels may be compiled for minutes first;
-        `show` where that time is over, and a sign of life must not be left out for having come soon after another.
-        """
+        """`alive` is called at every batch, so that a rank that hangs can be told from one that works."""
         import deepspeed
 
         self.model, self.layout, self.clip, self.alive = model, layout, optimizer.gradient_clip, alive
-        self.before_first, self._done_before = before_first, set[tuple[str, tuple[int, ...]]]()
-        self.show = show
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.place = Layout.of(self.ranks, layout)
         self.shares = self.place.shares
@@ -205,10 +194,9 @@ class Engine:
         for part in range(self.layout.micro_batches):
             if part:
                 self.engine.step()  # not at a boundary: DeepSpeed counts the micro-batch
-            self.alive() if self._done_before else self.show()
+            self.alive()
             batch = self._fetched(batches, step, first + part)
-            self._all_have_read(batch.target_BS.shape)
-            self.alive_before("batch", batch.target_BS.shape)
+            self.alive()
             loss, parts = self.engine(self._own_positions(batch))
             self.engine.backward(loss)
             found.append(parts)
@@ -220,22 +208,6 @@ class Engine:
             dist.all_reduce(values)
             values /= self.ranks
         return dict(zip(found[0], values.tolist(), strict=True))
-
-    def _all_have_read(self, shape: Sequence[int]) -> None:
-        """Before the first batch of a shape, which all ranks have in the same pass, wait until each has read its own.
-
-        Nothing is compiled for long in reading, so it has no more than the usual time; a rank that went on to the pass,
-        which may be long, would hide that another one hangs in a file.
-        """
-        if self.ranks > 1 and ("batch", tuple(shape)) not in self._done_before:
-            self.show()
-            dist.barrier()
-
-    def alive_before(self, kind: str, shape: Sequence[int] = ()) -> None:
-        """Show life, and where work of this kind and shape is done for the first time say that it may be long."""
-        work = kind, tuple(shape)
-        self.alive() if work in self._done_before else self.before_first()
-        self._done_before.add(work)
 
     def _fetched(self, batches: Batches, step: int, share: int) -> TrainingBatch:
         """A micro-batch, with what it adds to the step's tokens and wait noted."""
@@ -255,7 +227,7 @@ class Engine:
 
         It is dropped where it is not `admitted` and where its norm, in `norm` afterwards, is not finite.
         """
-        self.alive_before("step")
+        self.alive()
         self.norm, self._admitted, self._coefficient = None, admitted, None
         for squares in self._squares:
             squares.begin()
@@ -300,7 +272,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: TrainingBatch) -> float:
         """Mean cross-entropy of this rank's batch, which ranks that share its positions have too; all ranks call it."""
-        self.alive_before("evaluation", batch.target_BS.shape)
+        self.alive()
         self.engine.eval()
         _, parts = self.engine(self._own_positions(batch))
         self.engine.train()
@@ -387,7 +359,14 @@ class Engine:
             DamagedCheckpoint: it lacks numbers of a parameter.
         """
 
-        read = checkpoint.read
+        def read(kind: str, name: str, start: int, stop: int) -> Tensor:
+            self.alive()
+            return checkpoint.read(kind, name, start, stop)
+
+        def moment(kind: str, piece: Piece) -> Tensor | None:
+            self.alive()
+            return checkpoint.find(kind, piece.name, piece.start, piece.stop)
+
         average, steps = self.average, checkpoint.state()["optimizer_steps"]
         if average is not None:
             average.updates = steps
@@ -401,7 +380,7 @@ class Engine:
                 average.average[buffer].copy_(read("average", name, 0, buffer.numel()).view_as(buffer))
         self._spread()
         for optimizer in self._optimizers():
-            optimizer.load_moments(lambda kind, p: checkpoint.find(kind, p.name, p.start, p.stop), steps)
+            optimizer.load_moments(moment, steps)
 
     @torch.no_grad()
     def _spread(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +53,19 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     check_mixture("extend", config, mixture)
     tokenizer = tokenizer_of(Path(job["tokens"]))
     needles = needle.Needles(tokenizer, shards, config.needle, seed)
-    base = load_model(Path(job["model"]) / "model", device)
+    alive = partial(progress, 0, config.steps)
+    base = load_model(Path(job["model"]) / "model", device, alive=alive)
     refuse_other_vocabulary(base.vocab_size, shards.vocab_size, "shards")
     longer = extended(base.config, config)
     rank, _ = start_distributed(device)
     held_out = held_out_of(config, mixture, max(1, CHECKED_TOKENS // config.sequence_length), device)
     layout = LayoutConfig.model_validate(job["layout"])
 
-    def checked(name: str, model: Transformer) -> Rows:
+    def checked(name: str, model: Transformer, alive: Callable[[], None]) -> Rows:
         model.eval()
         found = {
-            "needle": _needle_rows(name, model, needles, config),
-            "loss": _loss_rows(name, model, held_out, config),
+            "needle": _needle_rows(name, model, needles, config, alive),
+            "loss": _loss_rows(name, model, held_out, config, alive),
         }
         model.train()
         return found
@@ -72,7 +74,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         file = out / "work" / f"checked-{name}.json"
         if file.exists():
             return json.loads(file.read_text(encoding="utf-8"))
-        found = checked(name, model)
+        found = checked(name, model, alive)
         if rank == 0:
             part = file.with_suffix(".part")
             part.write_text(json.dumps(found), encoding="utf-8")
@@ -87,7 +89,8 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     texts = TextSamples(model, prompts, layout, seed, out / "log")
     metrics = train_on_mixture(model, config, asked, mixture, held_out, texts, layout, out, progress)
     del model  # a rank may hold a part of it alone
-    checks = [*before, checked("extended", load_model(out / "model", device))]
+    alive = partial(progress, config.steps, config.steps)
+    checks = [*before, checked("extended", load_model(out / "model", device, alive=alive), alive)]
     needle_rows, loss_rows = ([row for found in checks for row in found[kind]] for kind in ("needle", "loss"))
     if rank == 0:
         write_rows(out / "needle.jsonl", needle_rows)
@@ -104,7 +107,9 @@ def with_config(model: Transformer, config: ModelConfig) -> Transformer:
     return made
 
 
-def _needle_rows(name: str, model: Transformer, needles: needle.Needles, config: ExtendConfig) -> list[Row]:
+def _needle_rows(
+    name: str, model: Transformer, needles: needle.Needles, config: ExtendConfig, alive: Callable[[], None]
+) -> list[Row]:
     """A row a length and depth."""
     device = model.lm_head.weight.device
     cells = [(length, depth) for length in config.needle_lengths for depth in needle.depths(config.needle)]
@@ -112,14 +117,16 @@ def _needle_rows(name: str, model: Transformer, needles: needle.Needles, config:
     def predict(token_BS: Tensor, count: int) -> Tensor:
         return needle.predicted(model, token_BS, count)
 
-    scores = _among_ranks(len(cells), 3, lambda i: needles.score(predict, *cells[i], device), device)
+    scores = _among_ranks(len(cells), 3, lambda i: needles.score(predict, *cells[i], device), device, alive)
     return [
         needle.row(name, length, depth, found, config.needle.cases)
         for (length, depth), found in zip(cells, scores.tolist(), strict=True)
     ]
 
 
-def _loss_rows(name: str, model: Transformer, held_out: HeldOut, config: ExtendConfig) -> list[Row]:
+def _loss_rows(
+    name: str, model: Transformer, held_out: HeldOut, config: ExtendConfig, alive: Callable[[], None]
+) -> list[Row]:
     """Held-out loss of the next token in nats, a row a bin of positions that has targets."""
     device, length = model.lm_head.weight.device, config.sequence_length
     edges = [length * i // BINS for i in range(BINS + 1)]
@@ -129,7 +136,7 @@ def _loss_rows(name: str, model: Transformer, held_out: HeldOut, config: ExtendC
     def measured(number: int) -> list[float]:
         return loss_by_position(model, batches[number], edges).flatten().tolist()
 
-    sums = _among_ranks(len(batches), 2 * BINS, measured, device).sum(0).view(2, BINS).tolist()
+    sums = _among_ranks(len(batches), 2 * BINS, measured, device, alive).sum(0).view(2, BINS).tolist()
     return [
         {"model": name, "start": start, "end": end, "loss": round(total / targets, 5), "targets": round(targets)}
         for start, end, total, targets in zip(edges[:-1], edges[1:], *sums, strict=True)
@@ -159,11 +166,21 @@ def loss_by_position(model: Transformer, batch: TrainingBatch, edges: Sequence[i
     return found
 
 
-def _among_ranks(count: int, width: int, work: Callable[[int], Sequence[float]], device: torch.device) -> Tensor:
-    """`work(i)`, `width` numbers, of each i below `count`: shared out among the ranks and known to all, in float64."""
+def _among_ranks(
+    count: int,
+    width: int,
+    work: Callable[[int], Sequence[float]],
+    device: torch.device,
+    alive: Callable[[], None],
+) -> Tensor:
+    """`work(i)`, `width` numbers, of each i below `count`: shared out among the ranks and known to all, in float64.
+
+    `alive` is called before each.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     values = torch.zeros(count, width, dtype=torch.float64, device=device)
     for i in range(rank, count, ranks):
+        alive()
         values[i] = torch.tensor(work(i), dtype=torch.float64)
     if ranks > 1:
         dist.all_reduce(values)

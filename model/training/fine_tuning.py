@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
             config.sequence_length,
             max(chain["conversation"].positions for chain in chains),
         )
-    model = load_model(Path(job["model"]) / "model", device, mtp=False)
+    model = load_model(Path(job["model"]) / "model", device, mtp=False, alive=partial(progress, 0, config.steps))
     products = apply_precision(model, config.precision)
     packed: dict[str, Any] = {"length": config.sequence_length, "pad": chat.pad, "device": device}
     batches = ConversationBatches(
@@ -79,7 +80,8 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     if rank == 0:
         write_rows(out / "curves.jsonl", history.curves)
         write_rows(out / "spikes.jsonl", history.spikes)
-        finished = load_model(out / "model", device)  # whole, whatever the layout left here
+        alive = partial(progress, config.steps, config.steps)
+        finished = load_model(out / "model", device, alive=alive)  # whole, whatever the layout left here
         write_rows(out / "samples.jsonl", texts.rows_of(finished, config.steps - 1))
     dist.barrier()
     tokens = config.steps * config.batch_sequences * config.sequence_length

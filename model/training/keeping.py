@@ -1,11 +1,11 @@
-"""Whole models made of checkpoints: the finished one, and those that are kept for good on the way."""
+"""What stays of checkpoints: the finished model, and those that are kept for good on the way."""
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from gristmill.model.training.checkpoints import Checkpoint
+from gristmill.model.training.files import sync_folder
 from gristmill.model.training.models import own_tensors, write_model
 from gristmill.model.transformer import Transformer
 
+log = logging.getLogger("gristmill.model")
 PART_NUMBERS = 64 << 20  # of a tensor that is read at a time
 
 
@@ -44,20 +46,14 @@ def write_from(
     write_model(folder, model.config, model.vocab_size, like, parts)
 
 
-class KeptModels:
-    """`kept/step-…` every so many steps and `kept/best`, by the curves' held-out bits a byte; written by a thread.
+class KeptCheckpoints:
+    """`kept/step-…` every so many steps and `kept/best`, by the curves' held-out bits a byte: whole checkpoints.
 
-    What is begun must be awaited before the next checkpoint is published: killed in between, the run resumes from the
-    checkpoint that was to be kept, and keeps it then. `before_waiting` is called where it is not written yet.
+    Killed before one is kept, a run resumes from the checkpoint that was to be, and keeps it then.
     """
 
-    def __init__(self, folder: Path, every: int, best: bool, before_waiting: Callable[[], None]) -> None:
-        self.folder, self.every, self.best, self.before_waiting = folder, every, best, before_waiting
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self.every or self.best)
+    def __init__(self, folder: Path, every: int, best: bool) -> None:
+        self.folder, self.every, self.best = folder, every, best
 
     def due(self, step: int, curves: list[dict[str, Any]]) -> list[str]:
         """Under which names the checkpoint of a step is to be kept: the best where no check up to it was better."""
@@ -69,33 +65,20 @@ class KeptModels:
             names.append("best")
         return names
 
-    def begin(self, checkpoint: Checkpoint, model: Transformer, names: list[str]) -> None:
-        """Keep a checkpoint's model under these names; what an earlier call began is over. The checkpoint is closed."""
-        self._thread = threading.Thread(target=self._write, args=(checkpoint, model, names), name="keep", daemon=True)
-        self._thread.start()
+    def keep(self, checkpoint: Path, name: str) -> None:
+        """Keep a published checkpoint under this name, in place of what had it.
 
-    def written(self) -> bool:
-        """Whether nothing is being written."""
-        return self._thread is None or not self._thread.is_alive()
-
-    def wait(self) -> None:
-        """Until what was begun is written; raises as `write_from`."""
-        if not self.written():
-            self.before_waiting()
-        while not self.written():
-            time.sleep(0.01)
-        self._thread = None
-        if self._failure is not None:
-            raise self._failure
-
-    def _write(self, checkpoint: Checkpoint, model: Transformer, names: list[str]) -> None:
+        Its files get a second name each, which takes neither time nor room; where the file system has no such, they
+        are copied, which the log says.
+        """
+        part = self.folder / f"{name}.tmp"
+        shutil.rmtree(part, ignore_errors=True)
         try:
-            with checkpoint:
-                for name in names:
-                    part = self.folder / f"{name}.tmp"
-                    shutil.rmtree(part, ignore_errors=True)
-                    write_from(checkpoint, model, part, lambda: None)  # the thread that trains shows life
-                    shutil.rmtree(self.folder / name, ignore_errors=True)
-                    part.rename(self.folder / name)
-        except BaseException as error:  # raised again by `wait`, in the thread that trains
-            self._failure = error
+            shutil.copytree(checkpoint, part, copy_function=os.link)
+        except shutil.Error as error:
+            log.warning("%s is copied, for its files cannot have a second name here: %s", checkpoint, error)
+            shutil.rmtree(part)
+            shutil.copytree(checkpoint, part)
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        part.rename(self.folder / name)
+        sync_folder(self.folder)

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gristmill.model.signs_of_life import SignOfLife
+from gristmill.model.signs_of_life import LONG_SECONDS, SignOfLife, seconds_to_move
 from gristmill.model.stage_types import Progress
 from gristmill.model.training.batches import Batches
-from gristmill.model.training.checkpoints import CheckpointWriter, last_checkpoint
+from gristmill.model.training.checkpoints import KEPT_FOLDER, CheckpointWriter, checkpoints, last_checkpoint
 from gristmill.model.training.config import (
     LayoutConfig,
     OptimizerConfig,
@@ -34,16 +34,18 @@ from gristmill.model.training.config import (
     TailConfig,
 )
 from gristmill.model.training.engine import Engine
-from gristmill.model.training.keeping import KeptModels, write_from
+from gristmill.model.training.keeping import KeptCheckpoints, write_from
 from gristmill.model.training.profiling import profiled
 from gristmill.model.training.recording import Recorder, Spent
 from gristmill.model.training.schedules import factor, tail_factor
 from gristmill.model.training.spikes import Spikes
 from gristmill.model.transformer import Transformer
 
+BYTES_TRAINED = 16  # of a number in training: itself, its gradient and two moments, in float32
+
 Row = dict[str, Any]
 HeldOut = Callable[[int, Engine], Row]
-Texts = Callable[[int, Callable[[], None]], list[Row]]
+Texts = Callable[[int], list[Row]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Training:
     bias_speed_tails: tuple[TailConfig, ...] = ()  # and on the speed of the experts' biases
     load_every: int = 0  # record the experts' load every so many steps; 0 never
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
-    keep_every: int = 0  # steps between models that are kept in kept/; 0 none
+    keep_every: int = 0  # steps between checkpoints that are kept in kept/; 0 none
     keep_best: bool = False  # the latest checkpoint that no held-out check up to it was better than, as well
     ema_decay: float = 0.0  # of the average of the weights; 0 makes none
     precision: Precision = "float32"  # that was applied to the model: its speed is held against what that can do
@@ -99,8 +101,8 @@ def train(
 ) -> History:
     """Train `model` and leave it in `out/model`; returns what there is to tell.
 
-    `held_out(step, engine)` gives further numbers for the rows of some steps; all ranks call it. `texts(step, before)`
-    gives samples of the model's text at some steps, having called `before()` if so; the first rank calls it.
+    `held_out(step, engine)` gives further numbers for the rows of some steps; all ranks call it. `texts(step)` gives
+    samples of the model's text at some steps; the first rank calls it.
 
     Raises:
         FloatingPointError: a loss, a gradient or the weights were not finite and `spikes` says stop, or too often.
@@ -124,6 +126,7 @@ class Run:
         self.model, self.batches, self.training, self.out = model, batches, training, out
         self.progress, self.at = progress, 0
         self.life = SignOfLife(out / "log", dist.get_rank())
+        self.life.ask_for(seconds_to_move(BYTES_TRAINED * sum(p.numel() for p in model.parameters())))
         self.engine = Engine(
             model,
             training.optimizer,
@@ -131,16 +134,14 @@ class Run:
             batch_sequences=training.batch_sequences,
             layout=layout,
             alive=self.alive,
-            before_first=self.life.ask_for_silence,
             ema_decay=training.ema_decay,
-            show=self.life.show,
         )
         self.rank, self.ranks = self.engine.rank, self.engine.ranks
         self.owner = {**model.config.model_dump(mode="json"), "vocab_size": model.vocab_size}
         self.writer = CheckpointWriter(
             out / "work", self.owner, rank=self.rank, ranks=self.ranks, keep=layout.kept_checkpoints
         )
-        self.kept = KeptModels(out / "kept", training.keep_every, training.keep_best, self.life.ask_for_silence)
+        self.kept = KeptCheckpoints(out / KEPT_FOLDER, training.keep_every, training.keep_best)
         self.history = History()
 
     def alive(self) -> None:
@@ -162,7 +163,8 @@ class Run:
                 row |= held_out(step, self.engine)
             self.history.curves.append({"step": step, **row})
             if texts is not None and self.rank == 0:
-                self.history.samples += texts(step, partial(self.engine.alive_before, "texts"))
+                self.alive()
+                self.history.samples += texts(step)
             worked = time.perf_counter()
             copying = self._save(step + 1)
             now = time.perf_counter()
@@ -178,7 +180,6 @@ class Run:
             recorder.close()
         if first < steps:
             self._publish()
-        self.kept.wait()
         self.writer.close()
         self._leave_model()
         return self.history
@@ -198,7 +199,7 @@ class Run:
         if self.rank or step not in self.engine.layout.profile:
             return nullcontext()
         device = torch.device(self.engine.engine.device)
-        return profiled(step, self.out / "log", device, self.life.ask_for_silence)
+        return profiled(step, self.out / "log", device, partial(self.life.ask_for, LONG_SECONDS))
 
     def _record(self, recorder: Recorder, step: int, spent: Spent) -> None:
         timings = recorder.step(step, spent, self.engine.tokens, self.engine.sequence_length)
@@ -267,11 +268,11 @@ class Run:
         """Begin a checkpoint where one is due, and publish the one before it once all ranks have written it.
 
         Returns the seconds that the copy took. Training waits beyond it for the save before, where the next is due and
-        that one, or a model that is kept, is not written; for the ranks to agree, at each step while one is being
-        written; and for the manifest and the folder's new name.
+        that one is not written; for the ranks to agree, at each step while one is being written; and for the manifest
+        and the folder's new name.
         """
         due = done % self.training.checkpoint_every == 0 or done == self.training.steps
-        if self.writer.busy and (due or self.engine.agree(self.writer.written() and self.kept.written())):
+        if self.writer.busy and (due or self.engine.agree(self.writer.written())):
             self._publish()
         if not due:
             return 0.0
@@ -281,35 +282,31 @@ class Run:
 
     def _publish(self) -> None:
         if not self.writer.written():
-            self.life.ask_for_silence()  # and no more signs: a disk that hangs is to be noticed
+            self.life.ask_for(seconds_to_move(self.writer.size))  # and no more signs: a disk may hang
         while not self.writer.written():
             time.sleep(0.01)
-        self.kept.wait()
         dist.barrier()
-        self.writer.publish()
-        self._keep()
+        if (step := self.writer.publish()) is not None:
+            self._keep(step)
 
-    def _keep(self) -> None:
-        """Begin to keep the model of the last checkpoint, where that is asked for."""
-        if self.rank or not self.kept:
-            return
-        checkpoint = last_checkpoint(self.out / "work", self.owner, trusted=True)
-        assert checkpoint is not None
-        if names := self.kept.due(checkpoint.step, self.history.curves):
-            self.kept.begin(checkpoint, self.model, names)
+    def _keep(self, step: int) -> None:
+        """Keep the last checkpoint, of this step, where that is asked for."""
+        for name in self.kept.due(step, self.history.curves):
+            self.kept.keep(checkpoints(self.out / "work")[-1], name)
 
     def _resume(self) -> int:
         """Take up the last checkpoint, whose files the first rank hashes; the step to begin with."""
         dist.barrier()
-        checkpoint = last_checkpoint(self.out / "work", self.owner, trusted=self.rank > 0)
+        checkpoint = last_checkpoint(self.out / "work", self.owner, trusted=self.rank > 0, alive=self.alive)
         first = 0
         if checkpoint is not None:
             with checkpoint:
                 self.engine.load(checkpoint)
                 state, first = checkpoint.state(), checkpoint.step
             self.history = History(**{name: state[name] for name in vars(self.history) if name in state})
-            self._keep()
         if self.rank == 0:
+            if first:
+                self._keep(first)
             with (self.out / "log" / "starts.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"pid": os.getpid(), "from_step": first}) + "\n")
         return first

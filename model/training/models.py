@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gristmill.model.config import ModelConfig
 from gristmill.model.hugging_face.folders import Entry, TensorFolder, write_folder
+from gristmill.model.signs_of_life import unwatched
 from gristmill.model.training.files import write_json
 from gristmill.model.transformer import Transformer
 
@@ -52,8 +53,10 @@ def write_model(
     write_folder(folder, entries, SHARD_MEGABYTES, lambda _: None)
 
 
-def load_model(folder: Path, device: torch.device, *, mtp: bool = True) -> Transformer:
-    """The model that `save_model` wrote; without its MTP module where `mtp` is false.
+def load_model(
+    folder: Path, device: torch.device, *, mtp: bool = True, alive: Callable[[], None] = unwatched
+) -> Transformer:
+    """The model that `save_model` wrote; without its MTP module where `mtp` is false. `alive` is called at each tensor.
 
     Raises:
         ValueError: the folder holds no model, a damaged one, or tensors that do not fit its configuration.
@@ -72,6 +75,7 @@ def load_model(folder: Path, device: torch.device, *, mtp: bool = True) -> Trans
         if missing or unexpected:
             raise ValueError(f"{folder} does not fit its config.json: missing {missing}, unexpected {unexpected}")
         for name, tensor in own.items():
+            alive()
             if found.shape(name) != tuple(tensor.shape):
                 raise ValueError(
                     f"{folder} does not fit its config.json: {name} is {found.shape(name)}, expected "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gristmill.data.mixture import Mixture
 from gristmill.data.shards import TokenShards
 from gristmill.model.batch_sizes import BatchSizes
 from gristmill.model.costs import flops_per_token, parameter_counts
+from gristmill.model.signs_of_life import SignOfLife, seconds_to_move
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training.batches import TokenBatches, torch_seed
 from gristmill.model.training.checks import Checks
@@ -40,7 +42,9 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     mixture = Mixture(Path(job["mixture"]), shards)
     check_mixture("pretrain", config, mixture)
     layout = LayoutConfig.model_validate(job["layout"])
-    start_distributed(device)
+    rank, _ = start_distributed(device)
+    numbers, _ = parameter_counts(config.model, shards.vocab_size)
+    SignOfLife(out / "log", rank).ask_for(seconds_to_move(4 * numbers))
     model = Transformer(config.model, shards.vocab_size)
     model.initialise(torch_seed(seed, "initialise"))
     model.to(device)
@@ -134,7 +138,8 @@ def train_on_mixture(
         write_rows(out / "curves.jsonl", history.curves)
         write_rows(out / "expert_load.jsonl", history.loads)
         write_rows(out / "spikes.jsonl", history.spikes)
-        finished = load_model(out / "model", device)  # whole, whatever the layout left here
+        alive = partial(progress, config.steps, config.steps)
+        finished = load_model(out / "model", device, alive=alive)  # whole, whatever the layout left here
         write_rows(out / "samples.jsonl", texts.rows_of(finished, config.steps - 1))
     dist.barrier()
     return _metrics(config, model, history) | products

@@ -140,6 +140,14 @@ RECIPE_ERRORS = {
         "execution: {ranks: 2, layout: {expert_parallel: 3}}",
         "expert_parallel 3 does not divide ranks 2",
     ),
+    "experts among more ranks than there are experts": (
+        "execution: {ranks: 16, layout: {expert_parallel: 16}}",
+        "expert_parallel 16 does not divide n_routed_experts 8: choose 8$",
+    ),
+    "latent attention among ranks": (
+        "execution: {ranks: 2, layout: {sequence_parallel: 3}}",
+        "sequence_parallel 3 does not divide ranks 2",
+    ),
     "experts of a dense student among ranks": (
         "execution: {ranks: 2, layout: {expert_parallel: 2}}\ndistill: {folder: student}",
         "expert_parallel 2 with distill: a dense student has no experts to share",

@@ -16,7 +16,7 @@ from gristmill.model.training import pretraining
 from gristmill.model.training.checkpoints import CheckpointWriter
 from gristmill.model.training.engine import start_distributed
 
-BESIDE_THE_STEPS = ("checkpoint", "keep", "removal")
+BESIDE_THE_STEPS = ("checkpoint", "removal")
 
 
 class Stopped(Exception):

@@ -10,7 +10,7 @@ import torch
 from gristmill.model.config import ModelConfig
 from gristmill.model.training.batches import TrainingBatch
 from gristmill.model.training.config import LayoutConfig, OptimizerConfig
-from gristmill.model.training.engine import Engine, backend_of, unwatched
+from gristmill.model.training.engine import Engine, backend_of
 from gristmill.model.training.objective import Objective
 from gristmill.model.transformer import Batch, Transformer
 
@@ -44,7 +44,6 @@ def test_steps_are_those_of_torch_clipped_by_torch(clip: float, zero_stage: int)
     engine = Engine(
         model, config, mtp_loss_weight=MTP, batch_sequences=SEQUENCES,
         layout=LayoutConfig(zero_stage=zero_stage),  # type: ignore[arg-type]
-        alive=unwatched, before_first=unwatched,
     )  # fmt: skip
     objective, parameters = Objective(theirs, MTP), list(theirs.parameters())
     groups = [

@@ -13,7 +13,7 @@ import torch
 from gristmill.model.config import ModelConfig
 from gristmill.model.training.batches import TrainingBatch, packed_inputs
 from gristmill.model.training.config import LayoutConfig, OptimizerConfig
-from gristmill.model.training.engine import Engine, start_distributed, unwatched
+from gristmill.model.training.engine import Engine, start_distributed
 from gristmill.model.training.precision import apply_precision
 from gristmill.model.transformer import Transformer
 
@@ -57,7 +57,6 @@ def losses(layout: str, precision: str) -> list[float]:
     apply_precision(model, precision)  # type: ignore[arg-type]
     engine = Engine(
         model, OptimizerConfig(), mtp_loss_weight=0.3, batch_sequences=SEQUENCES, layout=LAYOUTS[layout],
-        alive=unwatched, before_first=unwatched,
     )  # fmt: skip
     found = []
     for step in range(STEPS):

@@ -49,7 +49,6 @@ from gristmill.model.training.config import (
     SpikeConfig,
     TailConfig,
 )
-from gristmill.model.training.keeping import KeptModels
 from gristmill.model.training.models import load_model
 from gristmill.model.training.objective import Objective
 from gristmill.model.transformer import Transformer
@@ -227,46 +226,6 @@ def test_a_tail_of_the_whole_run_is_another_weight_and_speed(base: Path, tokens:
     for name in ("mtp", "bias"):
         other = load_file(tmp_path / name / "model" / "model.safetensors")
         assert not all(torch.equal(other[key], tensor) for key, tensor in wanted.items())
-
-
-def test_models_are_kept_on_the_way(base: Path, tokens: Path, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"keep_every": 4, "keep_best": True, "evaluate_every": 2})
-    trained(tokens, tmp_path / "out", config)
-    kept = tmp_path / "out" / "kept"
-    assert sorted(p.name for p in kept.iterdir()) == ["best", "step-00000004", "step-00000008"]
-    rows = [json.loads(line) for line in (tmp_path / "out" / "curves.jsonl").read_text().splitlines()]
-    losses = {row["step"] + 1: row["held_out_bpb"] for row in rows if "held_out_bpb" in row}
-    models = {p.name: load_file(p / "model.safetensors") for p in (*kept.iterdir(), tmp_path / "out" / "model")}
-    assert min(losses, key=losses.__getitem__) == 10  # it learns throughout, so that the best is the last
-    assert all(torch.equal(models["best"][n], t) for n, t in models["model"].items())
-    assert any(not torch.equal(models["step-00000004"][n], t) for n, t in models["step-00000008"].items())
-    assert (tmp_path / "out" / "model" / "model.safetensors").read_bytes() == (
-        base / "model" / "model.safetensors"
-    ).read_bytes()
-
-
-def test_the_best_model_is_kept_where_it_is_not_the_last(tokens: Path, tmp_path: Path) -> None:
-    """A rate so large that the run is best after four steps, by a third of its loss at the next check."""
-    wild = OptimizerConfig(muon_learning_rate=0.0, adam_learning_rate=0.3)
-    schedule = ScheduleConfig(warmup_steps=6, decay_fraction=0.0)
-    config = {"keep_every": 2, "keep_best": True, "evaluate_every": 2, "optimizer": wild, "schedule": schedule}
-    trained(tokens, tmp_path / "out", CONFIG.model_copy(update=config))
-    rows = [json.loads(line) for line in (tmp_path / "out" / "curves.jsonl").read_text().splitlines()]
-    losses = {row["step"] + 1: row["held_out_bpb"] for row in rows if "held_out_bpb" in row}
-    best = min(losses, key=losses.__getitem__)
-    assert 2 < best < 10  # neither the first nor the last
-    kept = tmp_path / "out" / "kept"
-    models = {p.name: (p / "model.safetensors").read_bytes() for p in kept.iterdir()}
-    assert sorted(models) == ["best", *(f"step-{step:08d}" for step in (2, 4, 6, 8, 10))]
-    assert [name for name, held in models.items() if name != "best" and held == models["best"]] == [f"step-{best:08d}"]
-
-
-def test_the_best_is_measured_against_checks_between_checkpoints_too(tmp_path: Path) -> None:
-    kept = KeptModels(tmp_path, 0, True, lambda: None)
-    curves = [
-        {"step": step - 1, "held_out_bpb": bpb} for step, bpb in ((2, 3.0), (4, 3.0), (6, 2.0), (8, 2.5), (10, 2.0))
-    ]
-    assert [kept.due(step, curves) for step in (4, 8, 10)] == [["best"], [], ["best"]]
 
 
 @pytest.mark.slow
