@@ -165,7 +165,7 @@ mix = stage(
 )(mix_tokens)
 pretrain = stage(
     "pretrain",
-    version=7,
+    version=8,
     title="Pretraining of the base model",
     estimate=estimates.of_pretraining,
     check_inputs=_check_pretraining,

@@ -8,17 +8,20 @@ from gristmill.kernels.cross_entropy import native
 from gristmill.kernels.cross_entropy.chunked import LinearCrossEntropyMean, LinearLogProbs
 from gristmill.kernels.cross_entropy.reference import (
     linear_cross_entropy_mean_reference,
-    linear_log_probs_reference,
+    linear_log_probs_and_entropy_reference,
 )
 from gristmill.kernels.dispatch import chosen, require
 
-__all__ = ["linear_cross_entropy_mean", "linear_log_probs"]
+__all__ = ["linear_cross_entropy_mean", "linear_log_probs", "linear_log_probs_and_entropy"]
 
 
 def linear_cross_entropy_mean(
-    x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor, *, rounded: bool = False
+    x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor, *, z_loss: float = 0.0, rounded: bool = False
 ) -> Tensor:
     """Σ weight · cross-entropy of the logits x·wᵀ, a float32 scalar, differentiable in x and w, once.
+
+    `z_loss` times (log Σ exp)² of the logits is added to each row's, which keeps them from drifting (PaLM, arXiv
+    2204.02311, section 5).
 
     Args:
         x_TD: hidden states, (T, D).
@@ -29,20 +32,34 @@ def linear_cross_entropy_mean(
 
     Raises:
         TypeError: x and w differ in dtype or device.
-        ValueError: the shapes do not fit, or (on a CPU) a target is not in the vocabulary.
+        ValueError: the shapes do not fit, z_loss is negative, or (on a CPU) a target is not in the vocabulary.
         RuntimeError: (of the backward pass) its gradients were taken before.
     """
     _check("linear_cross_entropy_mean", x_TD, w_VD, target_T)
+    require(z_loss >= 0, ValueError, "linear_cross_entropy_mean: z_loss", z_loss, "0 or more")
     implementation = chosen("linear_cross_entropy_mean", x_TD, native.SOURCE)
     if implementation == "reference":
-        return linear_cross_entropy_mean_reference(x_TD, w_VD, target_T, weight_T, rounded=rounded)
+        return linear_cross_entropy_mean_reference(x_TD, w_VD, target_T, weight_T, z_loss=z_loss, rounded=rounded)
     if implementation == "compiled":
-        return native.linear_cross_entropy_mean(x_TD, w_VD, target_T, weight_T, rounded)
-    return LinearCrossEntropyMean.apply(x_TD, w_VD, target_T, weight_T, implementation, rounded)
+        return native.linear_cross_entropy_mean(x_TD, w_VD, target_T, weight_T, z_loss, rounded)
+    return LinearCrossEntropyMean.apply(x_TD, w_VD, target_T, weight_T, z_loss, implementation, rounded)
 
 
 def linear_log_probs(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(x·wᵀ / temperature) at the targets, (T,) float32, differentiable in x and w.
+
+    Raises:
+        TypeError, ValueError: as `linear_log_probs_and_entropy`.
+    """
+    return linear_log_probs_and_entropy(x_TD, w_VD, target_T, temperature)[0]
+
+
+def linear_log_probs_and_entropy(
+    x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """log p at the targets and −Σ p · log p, nats, where p = softmax(x·wᵀ / temperature): two of (T,) float32.
+
+    The log-probabilities are differentiable in x and w; the entropies, which are there to be watched, are not.
 
     Raises:
         TypeError: x and w differ in dtype or device.
@@ -56,7 +73,7 @@ def linear_log_probs(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: 
     require(temperature > 0, ValueError, "linear_log_probs: temperature", temperature, "more than 0")
     implementation = chosen("linear_log_probs", x_TD, native.SOURCE)
     if implementation == "reference":
-        return linear_log_probs_reference(x_TD, w_VD, target_T, temperature)
+        return linear_log_probs_and_entropy_reference(x_TD, w_VD, target_T, temperature)
     if implementation == "compiled":
         return native.NativeLogProbs.apply(x_TD, w_VD, target_T, temperature)
     return LinearLogProbs.apply(x_TD, w_VD, target_T, temperature, implementation)

@@ -51,8 +51,9 @@ class LinearCrossEntropyMean(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor, implementation: str, rounded: bool
-    ) -> Tensor:
+        ctx, x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor, z_loss: float, implementation: str,
+        rounded: bool,
+    ) -> Tensor:  # fmt: skip
         if rounded:
             x_TD, w_VD = nearest(x_TD), nearest(w_VD)
         softmax = softmax_of(implementation)
@@ -62,7 +63,7 @@ class LinearCrossEntropyMean(torch.autograd.Function):
             x, target = x_TD[rows], target_T[rows]
             weight = weight_T[rows].float() * (target >= 0)
             logits = x @ w_VD.t()
-            loss = softmax.softmax_slope_(logits, target.clamp_min(0), weight, 1.0)
+            loss = softmax.softmax_slope_(logits, target.clamp_min(0), weight, 1.0, z_loss)
             total += (loss * weight).sum()
             logits = nearest(logits) if rounded else logits
             torch.mm(logits, w_VD, out=grad_x[rows])
@@ -81,31 +82,35 @@ class LinearCrossEntropyMean(torch.autograd.Function):
             )
         ctx.scaled = True
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x.mul_(grad), grad_w.mul_(grad), None, None, None, None
+        return grad_x.mul_(grad), grad_w.mul_(grad), None, None, None, None, None
 
 
 class LinearLogProbs(torch.autograd.Function):
-    """Log-probabilities of the targets; the backward pass computes a chunk's logits again."""
+    """Log-probabilities of the targets, and entropies; the backward pass computes a chunk's logits again."""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: float, implementation: str) -> Tensor:
+    def forward(
+        ctx, x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: float, implementation: str
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x_TD, w_VD, target_T)
         ctx.temperature, ctx.implementation = temperature, implementation
         softmax = softmax_of(implementation)
-        out = torch.empty(x_TD.shape[0], dtype=torch.float32, device=x_TD.device)
+        log_p, entropy = torch.empty(2, x_TD.shape[0], dtype=torch.float32, device=x_TD.device)
         for rows in chunks(x_TD.shape[0], w_VD.shape[0], implementation):
-            out[rows] = -softmax.softmax_loss(x_TD[rows] @ w_VD.t(), target_T[rows], temperature)
-        return out
+            loss, entropy[rows] = softmax.softmax_loss(x_TD[rows] @ w_VD.t(), target_T[rows], temperature)
+            log_p[rows] = -loss
+        ctx.mark_non_differentiable(entropy)
+        return log_p, entropy
 
     @staticmethod
-    def backward(ctx, grad_T: Tensor):
+    def backward(ctx, grad_T: Tensor, _: Tensor | None):
         x_TD, w_VD, target_T = ctx.saved_tensors
         softmax = softmax_of(ctx.implementation)
         grad_x, grad_w = torch.empty_like(x_TD), torch.zeros_like(w_VD)
         for rows in chunks(x_TD.shape[0], w_VD.shape[0], ctx.implementation):
             x = x_TD[rows]
             logits = x @ w_VD.t()
-            softmax.softmax_slope_(logits, target_T[rows], -grad_T[rows], ctx.temperature)
+            softmax.softmax_slope_(logits, target_T[rows], -grad_T[rows], ctx.temperature, 0.0)
             torch.mm(logits, w_VD, out=grad_x[rows])
             grad_w.addmm_(logits.t(), x)
             del logits  # before the next chunk's are made

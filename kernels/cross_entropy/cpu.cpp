@@ -23,6 +23,7 @@ constexpr int64_t TALL = 6, WIDE = 2 * LANES;  // of a product's tile, whose sum
 constexpr int64_t BLOCK = 16 * TALL;           // rows of the head at a time
 constexpr int64_t DEPTH = 256;                 // terms of a logit at a time: a panel of x stays in the first cache
 constexpr int64_t SPAN = 64 * TALL;            // columns of the head at a time in the gradients
+constexpr float LOWEST = 1e30f;                // what minus infinity is taken for, times a probability of zero
 
 int64_t up_to(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
@@ -183,17 +184,23 @@ void logits(
     } while ((d += DEPTH) < head.width);
 }
 
-// The maximum and the sum of exponentials of each row, those of a block added to those before it.
-void statistics(const float *z, int64_t count, int64_t pitch, float *highest, float *total) {
+// Of each row the largest logit m, Σ exp(z − m) and Σ exp(z − m) · (z − m), a block's added to those before it.
+void statistics(const float *z, int64_t count, int64_t pitch, float *highest, float *total, float *weighted) {
     for (int64_t r = 0; r < pitch; r += LANES) {
         const Vector before = load(highest + r);
         Vector most = before;
         for (int64_t v = 0; v < count; v++) most = larger(load(z + v * pitch + r), most);
         const Vector shift = most == -INFINITY ? all(0.0f) : most;  // minus infinity from itself is not a number
-        Vector added{};
-        for (int64_t v = 0; v < count; v++) added += exponential(load(z + v * pitch + r) - shift);
+        Vector added{}, added_weighted{};
+        for (int64_t v = 0; v < count; v++) {
+            const Vector below = load(z + v * pitch + r) - shift, share = exponential(below);
+            added += share;
+            added_weighted += share * larger(below, all(-LOWEST));
+        }
+        const Vector moved = before - shift, kept = exponential(moved), sum = load(total + r);
         store(highest + r, most);
-        store(total + r, load(total + r) * exponential(before - shift) + added);
+        store(total + r, sum * kept + added);
+        store(weighted + r, (load(weighted + r) + sum * larger(moved, all(-LOWEST))) * kept + added_weighted);
     }
 }
 
@@ -312,20 +319,21 @@ struct Part {
     }
 };
 
-// The softmax of a part of the vocabulary: each row's largest logit, sum of exponentials and, where its target is in
-// this part, the target's logit. Logits stay in `held`, or are gone with their block where that is null.
+// The softmax of a part of the vocabulary: each row's statistics and, where its target is in this part, the target's
+// logit. Logits stay in `held`, or are gone with their block where that is null.
 template <typename Kind>
 void softmax_part(
     const Head &head, const Chunk<Kind> &chunk, const Part &part, const int64_t *target, float *held, float *block,
-    typename Kind::Number *room, float *highest, float *total, float *aimed
+    typename Kind::Number *room, float *highest, float *total, float *weighted, float *aimed
 ) {
     std::fill_n(highest, chunk.pitch, -INFINITY);
     std::fill_n(total, chunk.pitch, 0.0f);
+    std::fill_n(weighted, chunk.pitch, 0.0f);
     for (int64_t v = part.begin; v < part.end; v += BLOCK) {
         const int64_t count = std::min(BLOCK, part.end - v);
         float *z = held ? held + v * chunk.pitch : block;
         logits<Kind>(head, chunk, v, count, room, z);
-        statistics(z, count, chunk.pitch, highest, total);
+        statistics(z, count, chunk.pitch, highest, total, weighted);
         for (int64_t r = 0; r < chunk.rows; r++) {
             const int64_t row = target[chunk.first + r] - v;
             if (row >= 0 && row < count) aimed[r] = z[row * chunk.pitch + r];
@@ -353,28 +361,45 @@ void gradient_part(
     }
 }
 
-// What the parts found of row r, as one: the largest logit and the sum of exponentials.
+// Statistics of each row by each thread, `most` rows one after the other.
+struct Parts {
+    int64_t threads, most;
+    Floats highest = floats(threads * most), total = floats(threads * most), weighted = floats(threads * most);
+};
+
+// What the parts found of row r, as one.
 struct Softmax {
     float highest = -INFINITY, total = 0;
-    Softmax(const float *part_highest, const float *part_total, int64_t parts, int64_t most, int64_t r) {
-        for (int64_t part = 0; part < parts; part++) highest = std::max(highest, part_highest[part * most + r]);
-        for (int64_t part = 0; part < parts; part++)
-            total += part_total[part * most + r] * std::exp(part_highest[part * most + r] - highest);
+    Softmax(const Parts &parts, int64_t r) {
+        for (int64_t i = r; i < parts.threads * parts.most; i += parts.most)
+            highest = std::max(highest, parts.highest[i]);
+        for (int64_t i = r; i < parts.threads * parts.most; i += parts.most)
+            total += parts.total[i] * std::exp(parts.highest[i] - highest);
+    }
+    float log_total() const { return highest + std::log(total); }
+    // −Σ p · log p = log Σ exp(z − m) − Σ p · (z − m)
+    float entropy(const Parts &parts, int64_t r) const {
+        float weighted = 0;
+        for (int64_t i = r; i < parts.threads * parts.most; i += parts.most) {
+            const float moved = parts.highest[i] - highest;
+            weighted += (parts.weighted[i] + parts.total[i] * std::max(moved, -LOWEST)) * std::exp(moved);
+        }
+        return std::log(total) - weighted / total;
     }
 };
 
 // What `cross_entropy` says below, with products of this kind.
 template <typename Kind>
 void losses(
-    const Head &head, const int64_t *target, const float *weight, int64_t rows, int64_t most, float *held, float *loss,
-    float *grad_x, float *grad_w, int64_t threads
+    const Head &head, const int64_t *target, const float *weight, float z_loss, int64_t rows, int64_t most,
+    float *held, float *loss, float *entropy, float *grad_x, float *grad_w, int64_t threads
 ) {
     typedef typename Kind::Number Number;
     const int64_t width = head.width, vocab = head.vocab, transposed = held ? up_to(width, TALL) * most : 0;
     const int64_t panels = up_to(width, WIDE) / WIDE;
     const Many<Number> across = many<Number>(most * numbers_of<Kind>(width));
     const Many<Number> along = many<Number>(numbers_of<Kind>(most) * panels * WIDE);
-    const Floats part_highest = floats(threads * most), part_total = floats(threads * most);
+    const Parts parts{threads, most};
     const Floats aimed = floats(most), part_grad_x = floats(threads * transposed);
 #pragma omp parallel num_threads(threads)
     {
@@ -396,17 +421,20 @@ void losses(
             for (int64_t part = 0; part < threads; part++)
                 softmax_part<Kind>(
                     head, chunk, {vocab, part, threads}, target, held, block.get(), room.get(),
-                    &part_highest[part * most], &part_total[part * most], aimed.get()
+                    &parts.highest[part * most], &parts.total[part * most], &parts.weighted[part * most], aimed.get()
                 );
             for (int64_t r = 0; r < pitch; r++) {
-                const Softmax found(part_highest.get(), part_total.get(), threads, most, r);
+                const Softmax found(parts, r);
                 highest[r] = found.highest;
                 scale[r] = held && r < count ? weight[first + r] / found.total : 0.0f;
+                if (z_loss != 0.0f) scale[r] *= 1.0f + 2.0f * z_loss * found.log_total();
             }
 #pragma omp for schedule(static) nowait
             for (int64_t r = 0; r < count; r++) {
-                const Softmax found(part_highest.get(), part_total.get(), threads, most, r);
+                const Softmax found(parts, r);
                 loss[first + r] = std::log(found.total) - (aimed[r] - found.highest);
+                if (z_loss != 0.0f) loss[first + r] += z_loss * found.log_total() * found.log_total();
+                if (entropy) entropy[first + r] = found.entropy(parts, r);
             }
             if (!held) continue;
 #pragma omp for schedule(static, 1)
@@ -429,17 +457,18 @@ void losses(
 
 }  // namespace
 
-// The loss of each row, −log softmax(x·wᵀ / temperature) at its target; and the gradients of Σ weight · loss, that of w
-// added to what is there, unless `held` is null. `most` rows, a whole number of tiles, are taken at once, and their
+// The loss of each row, −log softmax(x·wᵀ / temperature) at its target, to which z_loss · (log Σ exp)² is added, and the
+// softmax's entropy unless that is null; and the gradients of Σ weight · loss, that of w added to what is there, unless
+// `held` is null. `most` rows, a whole number of tiles, are taken at once, and their
 // logits stay in `held`, (vocab filled up to TALL, most). Each thread takes a part of the vocabulary. Products take
 // numbers as they are, or rounded to bfloat16.
 extern "C" void cross_entropy(
     const float *x, const float *w, const int64_t *target, const float *weight, int64_t rows, int64_t width,
-    int64_t vocab, double inverse_temperature, int64_t most, int64_t rounded, float *held, float *loss, float *grad_x,
-    float *grad_w, int64_t threads
+    int64_t vocab, double inverse_temperature, double z_loss, int64_t most, int64_t rounded, float *held, float *loss,
+    float *entropy, float *grad_x, float *grad_w, int64_t threads
 ) {
     const Head head{x, w, width, vocab, static_cast<float>(inverse_temperature)};
     (rounded ? losses<Rounded> : losses<Exact>)(
-        head, target, weight, rows, most, held, loss, grad_x, grad_w, threads
+        head, target, weight, static_cast<float>(z_loss), rows, most, held, loss, entropy, grad_x, grad_w, threads
     );
 }
