@@ -63,6 +63,7 @@ class Training:
     keep_every: int = 0  # steps between models that are kept in kept/; 0 none
     keep_best: bool = False  # the latest checkpoint that no held-out check up to it was better than, as well
     ema_decay: float = 0.0  # of the average of the weights; 0 makes none
+    seed: int = 0  # of the rounding of moments, where it is stochastic
     precision: Precision = "float32"  # that was applied to the model: its speed is held against what that can do
 
 
@@ -133,6 +134,7 @@ class Run:
             alive=self.alive,
             before_first=self.life.ask_for_silence,
             ema_decay=training.ema_decay,
+            seed=training.seed,
             show=self.life.show,
         )
         self.rank, self.ranks = self.engine.rank, self.engine.ranks
