@@ -116,7 +116,7 @@ def loads(recipe: Recipe, tokens: Path, mixture: Path, steps: int) -> np.ndarray
     start_distributed(device)
     model = Transformer(config.model, shards.vocab_size)
     model.initialise(torch_seed(recipe.seed, "initialise"))
-    asked = training_of(config, model)
+    asked = training_of(config, model, recipe.seed)
     apply_precision(model, config.precision)
     engine = Engine(
         model,

@@ -8,25 +8,34 @@ from torch import Tensor
 from gristmill.kernels.compiled import needed
 from gristmill.kernels.dispatch import chosen, require
 from gristmill.kernels.optim.reference import AdamW, adamw_reference
+from gristmill.kernels.optim.rounding import Origin
+from gristmill.kernels.optim.stochastic import SOURCE, check_dtypes, check_rounding, round_stochastically, table
 
-__all__ = ["AdamW", "adamw"]
-SOURCE = "optim/cpu.cpp"
+__all__ = ["AdamW", "Origin", "adamw", "round_stochastically"]
 
 
 @torch.no_grad()
 def adamw(
-    parameters: list[Tensor], gradients: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], how: AdamW
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    how: AdamW,
+    origins: list[Origin] | None = None,
 ) -> None:
     """Update the parameters and both moments where they lie; gradients are only read.
 
     With g' = coefficient · g: m ← β₁m + (1 − β₁)g', v ← β₂v + (1 − β₂)g'², and
     p ← (1 − rate · decay) p − rate · m̂ / (√v̂ + ε), where m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ). Moments may be
-    bfloat16: they are computed in the gradient's dtype, on a GPU in float32, and rounded to nearest as they are put
-    down. On a GPU contiguous tensors in float32 and bfloat16 are Triton's, those of equal dtypes in one launch
-    (gpu.py); others are torch's.
+    bfloat16: they are computed in the gradient's dtype, on a GPU in float32, and rounded as they are put down: to
+    nearest, or with `how.seed` stochastically (rounding.py) by the seed, the step and each tensor's origin. On a GPU
+    contiguous tensors in float32 and bfloat16 are Triton's, those of equal dtypes in one launch (gpu.py); others are
+    torch's.
 
     Raises:
-        ValueError: the lists differ in length, or a gradient or moment in shape or device from its parameter.
+        TypeError: with a seed, gradients are not float32 or moments not bfloat16.
+        ValueError: the lists differ in length, or a gradient or moment in shape or device from its parameter; a seed
+            without origins, or one of the numbers of the rounding is out of its range.
     """
     lists = {"gradients": gradients, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     for name, tensors in lists.items():
@@ -35,6 +44,11 @@ def adamw(
             if tensor.shape != parameter.shape or tensor.device != parameter.device:
                 got, wanted = (tuple(tensor.shape), tensor.device), (tuple(parameter.shape), parameter.device)
                 raise ValueError(f"adamw: shape and device of {name}[{i}] is {got}; wanted {wanted}")
+    if how.seed is not None:
+        check_rounding("adamw", how.seed, how.step, origins, len(parameters))
+        check_dtypes("adamw", "gradients", gradients, torch.float32)
+        check_dtypes("adamw", "moments", [*exp_avg, *exp_avg_sq], torch.bfloat16)
+    origins = [] if how.seed is None else origins or []
     if not parameters:
         return
     every = [t for tensors in (parameters, *lists.values()) for t in tensors]
@@ -47,13 +61,14 @@ def adamw(
     if path == "gpu":
         from gristmill.kernels.optim.gpu import triton_adamw
 
-        return triton_adamw(parameters, gradients, exp_avg, exp_avg_sq, how)
+        return triton_adamw(parameters, gradients, exp_avg, exp_avg_sq, how, origins)
     if path != "compiled":
-        return adamw_reference(parameters, gradients, exp_avg, exp_avg_sq, how)
+        return adamw_reference(parameters, gradients, exp_avg, exp_avg_sq, how, origins)
     addresses = [[t.data_ptr() for t in tensors] for tensors in (parameters, *lists.values())]
     counts = torch.tensor([p.numel() for p in parameters])
     needed(SOURCE)(
         "adamw", torch.tensor(addresses), counts, len(parameters), int(moments == {torch.bfloat16}),
         float(how.coefficient), 1 - how.rate * how.decay, how.beta1, how.beta2, how.eps,
         how.rate / (1 - how.beta1**how.step), 1 / (1 - how.beta2**how.step),
+        table(origins) if origins else None, how.seed or 0, how.step,
     )  # fmt: skip

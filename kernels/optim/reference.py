@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gristmill.kernels.optim.rounding import Origin, round_reference
+
 
 @dataclass(frozen=True)
 class AdamW:
@@ -19,10 +21,16 @@ class AdamW:
     beta2: float = 0.95
     eps: float = 1e-8
     coefficient: float = 1.0  # what gradients are multiplied by, as clipping says
+    seed: int | None = None  # of the stochastic rounding of bfloat16 moments; none: they are rounded to nearest
 
 
 def adamw_reference(
-    parameters: list[Tensor], gradients: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], how: AdamW
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    how: AdamW,
+    origins: list[Origin],
 ) -> None:
     """See `adamw`."""
     scaled = torch._foreach_mul(gradients, how.coefficient)
@@ -34,6 +42,9 @@ def adamw_reference(
     torch._foreach_add_(size, how.eps)
     torch._foreach_mul_(parameters, 1 - how.rate * how.decay)
     torch._foreach_addcdiv_(parameters, first, size, -how.rate / (1 - how.beta1**how.step))
+    if how.seed is not None:
+        round_reference(first, exp_avg, how.seed, how.step, origins)
+        return round_reference(second, exp_avg_sq, how.seed, how.step, origins, upper=True)
     for kept, made in ((exp_avg, first), (exp_avg_sq, second)):
         if any(k is not m for k, m in zip(kept, made, strict=True)):
             torch._foreach_copy_(kept, made)

@@ -75,7 +75,8 @@ class Policy:
             seed,
             out,
         )
-        self.optimizer = MuonAdamW(model.named_parameters(), config.optimizer, fused_of(config.optimizer, model.config))
+        fused, own_seed = fused_of(config.optimizer, model.config), torch_seed(seed, "moments")
+        self.optimizer = MuonAdamW(model.named_parameters(), config.optimizer, fused, own_seed)
         self.owner = {**model.config.model_dump(mode="json"), "vocab_size": model.vocab_size}
         self.writer = CheckpointWriter(out / "work", self.owner)
         self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_weight else None

@@ -41,6 +41,20 @@ class OptimizerConfig(Config):
         title="Moments",
         description="How the optimizer keeps its moments (V3: bfloat16); sums are float32.",
     )
+    moment_rounding: Literal["nearest", "stochastic"] = Field(
+        default="nearest",
+        title="Rounding of moments",
+        description="To the nearest bfloat16 number, or to one of the two beside it at random, right in the mean.",
+    )
+
+    @model_validator(mode="after")
+    def _rounds(self) -> Self:
+        if self.moment_rounding == "stochastic" and self.moments == "float32":
+            raise ValueError(
+                "moment_rounding stochastic with moments float32: nothing is rounded, so set moments to bfloat16, or "
+                "moment_rounding to nearest"
+            )
+        return self
 
 
 class TailConfig(Config):

@@ -88,8 +88,12 @@ class Engine:
         layout: LayoutConfig,
         alive: Callable[[], None] = unwatched,
         ema_decay: float = 0.0,
+        seed: int = 0,
     ) -> None:
-        """`alive` is called at every batch, so that a rank that hangs can be told from one that works."""
+        """`alive` is called at every batch, so that a rank that hangs can be told from one that works.
+
+        `seed` is that of moments' stochastic rounding, 0 to 2⁶³ − 1.
+        """
         import deepspeed
 
         self.model, self.layout, self.clip, self.alive = model, layout, optimizer.gradient_clip, alive
@@ -100,9 +104,9 @@ class Engine:
         self.experts = self._share_out()
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.fused = fused_of(optimizer, model.config)
-        self.optimizer = MuonAdamW(model.named_parameters(), optimizer, self.fused)
+        self.optimizer = MuonAdamW(model.named_parameters(), optimizer, self.fused, seed)
         self.optimizer.admit = self._admit
-        self.expert_optimizer = self._of_experts(optimizer) if self.experts else None
+        self.expert_optimizer = self._of_experts(optimizer, seed) if self.experts else None
         self.objective = Objective(model, mtp_loss_weight)
         if layout.recompute != "none":
             recompute_blocks(model, layout.recompute)
@@ -142,9 +146,9 @@ class Engine:
             holder.__dict__[name] = parameter
         return own
 
-    def _of_experts(self, config: OptimizerConfig) -> MuonAdamW:
+    def _of_experts(self, config: OptimizerConfig, seed: int) -> MuonAdamW:
         named = ((piece.name, parameter) for parameter, piece in self.experts.items())
-        made = MuonAdamW(named, config, self.fused)
+        made = MuonAdamW(named, config, self.fused, seed)
         made.admit = lambda: self._coefficient
         for group in made.param_groups:
             group["pieces"] = {parameter: (self.experts[parameter],) for parameter in group["pieces"]}

@@ -84,7 +84,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     model = with_config(base, longer)
     before = [kept("base", base), kept("yarn", model)]
     del base
-    asked = training_of(config, model)
+    asked = training_of(config, model, seed)
     prompts = beginnings(shards, tokenizer, longer.max_position_embeddings)
     texts = TextSamples(model, prompts, layout, seed, out / "log")
     metrics = train_on_mixture(model, config, asked, mixture, held_out, texts, layout, out, progress)

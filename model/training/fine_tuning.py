@@ -17,7 +17,13 @@ import torch.distributed as dist
 from gristmill.model.chat import Chat
 from gristmill.model.costs import flops_per_token
 from gristmill.model.stage_types import Metrics, Progress
-from gristmill.model.training.batches import Conversation, ConversationBatches, PackedConversations, numpy_generator
+from gristmill.model.training.batches import (
+    Conversation,
+    ConversationBatches,
+    PackedConversations,
+    numpy_generator,
+    torch_seed,
+)
 from gristmill.model.training.checks import Checks
 from gristmill.model.training.config import LayoutConfig, SFTConfig
 from gristmill.model.training.engine import start_distributed
@@ -67,6 +73,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
         checkpoint_every=config.checkpoint_every,
         precision=config.precision,
         spikes=config.spikes,
+        seed=torch_seed(seed, "moments"),
     )
     layout = LayoutConfig.model_validate(job["layout"])
     place = Layout.of(ranks, layout)

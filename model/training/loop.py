@@ -65,6 +65,7 @@ class Training:
     keep_every: int = 0  # steps between checkpoints that are kept in kept/; 0 none
     keep_best: bool = False  # the latest checkpoint that no held-out check up to it was better than, as well
     ema_decay: float = 0.0  # of the average of the weights; 0 makes none
+    seed: int = 0  # of the rounding of moments, where it is stochastic
     precision: Precision = "float32"  # that was applied to the model: its speed is held against what that can do
 
 
@@ -135,6 +136,7 @@ class Run:
             layout=layout,
             alive=self.alive,
             ema_decay=training.ema_decay,
+            seed=training.seed,
         )
         self.rank, self.ranks = self.engine.rank, self.engine.ranks
         self.owner = {**model.config.model_dump(mode="json"), "vocab_size": model.vocab_size}

@@ -8,6 +8,8 @@ Muon: Keller Jordan et al., 2024, kellerjordan.github.io/posts/muon; the Newton�
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gristmill.kernels.optim import AdamW, adamw
+from gristmill.kernels.optim import AdamW, Origin, adamw, round_stochastically
 from gristmill.model.training.config import OptimizerConfig
 from gristmill.model.training.fused import FusedOf, as_stored
 
@@ -38,10 +40,20 @@ class Piece:
         return flat.view(-1)[self.offset : self.offset + self.stop - self.start]
 
     @property
+    def origin(self) -> Origin:
+        """What random numbers are its own, whatever stretches the parameter is cut into."""
+        return Origin(_stream(self.name), self.start)
+
+    @property
     def matrices(self) -> tuple[int, int]:
         """The first of a stack's matrices that it touches, and the one after the last."""
         size = math.prod(self.shape[-2:])
         return self.start // size, -(-self.stop // size)
+
+
+@functools.cache
+def _stream(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
 
 
 def whole(name: str, parameter: Tensor) -> Piece:
@@ -95,12 +107,18 @@ class MuonAdamW(torch.optim.Optimizer):
     """Each step is announced (`begin_step`) and then taken (`step`), at once or, by ZeRO, group by group.
 
     Expert stacks (E, rows, columns) are orthogonalised matrix by matrix. `admit` is asked once a step, when the
-    gradients are there: what to multiply them by (clipping), or none to leave the step out.
+    gradients are there: what to multiply them by (clipping), or none to leave the step out. Moments that are rounded
+    stochastically are so by `seed` (0 to 2⁶³ − 1), the number of the step, and their places in parameters by name.
     """
 
     def __init__(
-        self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, fused: FusedOf = as_stored
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        config: OptimizerConfig,
+        fused: FusedOf = as_stored,
+        seed: int = 0,
     ) -> None:
+        self.seed = seed if config.moment_rounding == "stochastic" else None
         self.config, self.fused, self.scale, self.steps_done = config, fused, 1.0, 0
         self.gather: Gather = _own_matrices
         self.admit: Callable[[], float | None] = lambda: 1.0
@@ -140,7 +158,7 @@ class MuonAdamW(torch.optim.Optimizer):
             if not parameters:
                 continue
             if group["kind"] == "adam":
-                self._adam(parameters, rate, group["decay"])
+                self._adam(parameters, group["pieces"], rate, group["decay"])
                 continue
             if self._coefficient != 1.0:
                 torch._foreach_mul_([p.grad for p in parameters], self._coefficient)
@@ -151,7 +169,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _muon(self, parameters: list[Tensor], pieces: dict[Tensor, tuple[Piece, ...]], rate: float) -> None:
         held: list[tuple[Tensor, Piece, list[Tensor]]] = []
         for parameter in parameters:
-            matrices = self.gather(parameter, self._nesterov(parameter))
+            matrices = self.gather(parameter, self._nesterov(parameter, pieces[parameter]))
             for piece in pieces[parameter]:
                 held.append((parameter, piece, self.fused(piece.name, piece.shape).apart(matrices(piece))))
         updates = iter(_orthogonalised_by_shape([stack for *_, stacks in held for stack in stacks]))
@@ -166,7 +184,7 @@ class MuonAdamW(torch.optim.Optimizer):
             own = update.reshape(-1)[skipped : skipped + piece.stop - piece.start]
             piece.of(parameter).add_(own.to(parameter.device), alpha=-rate * scale)
 
-    def _nesterov(self, parameter: Tensor) -> Tensor:
+    def _nesterov(self, parameter: Tensor, pieces: tuple[Piece, ...]) -> Tensor:
         """The momentum after this gradient, a further step of it ahead."""
         momentum, gradient = self.config.momentum, parameter.grad
         assert gradient is not None
@@ -175,10 +193,16 @@ class MuonAdamW(torch.optim.Optimizer):
             buffer.lerp_(gradient, 1 - momentum)
             return gradient.lerp(buffer, momentum)
         exact = buffer.to(gradient.dtype).lerp_(gradient, 1 - momentum)
-        buffer.copy_(exact)
+        if self.seed is None:
+            buffer.copy_(exact)
+        else:
+            kept, origins = [piece.of(buffer) for piece in pieces], [piece.origin for piece in pieces]
+            round_stochastically([piece.of(exact) for piece in pieces], kept, self.seed, self.steps_done, origins)
         return gradient.lerp(exact, momentum)
 
-    def _adam(self, parameters: list[Tensor], rate: float, decay: float) -> None:
+    def _adam(
+        self, parameters: list[Tensor], pieces: dict[Tensor, tuple[Piece, ...]], rate: float, decay: float
+    ) -> None:
         assert self._coefficient is not None
         how = AdamW(
             rate=rate,
@@ -187,10 +211,18 @@ class MuonAdamW(torch.optim.Optimizer):
             beta1=self.config.beta1,
             beta2=self.config.beta2,
             coefficient=self._coefficient,
+            seed=self.seed,
         )
         gradients = [p.grad for p in parameters if p.grad is not None]
         first, second = ([self._moment(p, kind) for p in parameters] for kind in ADAM_MOMENTS)
-        adamw(parameters, gradients, first, second, how)
+        if self.seed is None:
+            return adamw(parameters, gradients, first, second, how)
+
+        def cut(tensors: list[Tensor]) -> list[Tensor]:
+            return [piece.of(t) for p, t in zip(parameters, tensors, strict=True) for piece in pieces[p]]
+
+        origins = [piece.origin for p in parameters for piece in pieces[p]]
+        adamw(cut(parameters), cut(gradients), cut(first), cut(second), how, origins)
 
     def _moment(self, parameter: Tensor, kind: str) -> Tensor:
         state = self.state[parameter]

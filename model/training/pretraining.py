@@ -49,7 +49,7 @@ def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress
     model.initialise(torch_seed(seed, "initialise"))
     model.to(device)
     asked = replace(
-        training_of(config, model),
+        training_of(config, model, seed),
         keep_every=config.keep_every,
         keep_best=config.keep_best,
         ema_decay=config.ema_decay,
@@ -83,7 +83,7 @@ def held_out_of(config: MixtureRun, mixture: Mixture, at_once: int, device: torc
     return HeldOut(token_batches(config, mixture, "held_out", device), config.held_out_sequences, at_once)
 
 
-def training_of(config: MixtureRun, model: Transformer) -> Training:
+def training_of(config: MixtureRun, model: Transformer, seed: int) -> Training:
     """What the loop is asked to do, of what every run on a mixture has."""
     return Training(
         steps=config.steps,
@@ -96,6 +96,7 @@ def training_of(config: MixtureRun, model: Transformer) -> Training:
         bias_speed_tails=config.bias_speed_tails,
         load_every=max(1, config.steps // 40),
         spikes=config.spikes,
+        seed=torch_seed(seed, "moments"),
         precision=config.precision,
     )
 

@@ -50,6 +50,8 @@ MUON = CONFIG.model_copy(update={"optimizer": OptimizerConfig()})
 LOGICAL = CONFIG.model_copy(update={"optimizer": OptimizerConfig(muon_matrices="logical")})
 MODULES = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"num_nextn_predict_layers": 3})})
 CLIPPED = CONFIG.model_copy(update={"optimizer": CONFIG.optimizer.model_copy(update={"gradient_clip": 0.5})})
+HALVED = CONFIG.optimizer.model_copy(update={"moments": "bfloat16", "moment_rounding": "stochastic"})
+STOCHASTIC = CONFIG.model_copy(update={"optimizer": HALVED})
 ONE = LayoutConfig()
 
 
@@ -103,6 +105,7 @@ SLOW = {
     "logical": Asked(zero(2, expert_parallel=2), LOGICAL),
     "fp8": Asked(LayoutConfig(expert_parallel=2, sequence_parallel=2), ROUNDED["fp8"]),
     **{f"zero{stage}-muon": Asked(zero(stage), MUON) for stage in (1, 2, 3)},
+    **{f"zero{stage}-stochastic": Asked(zero(stage), STOCHASTIC) for stage in (0, 1, 2, 3)},
     **{name: Asked(layout) for name, layout in SHARED.items() if name not in BY_DEFAULT},
     **{policy: Asked(zero(2, expert_parallel=2), wary(policy)) for policy in ("skip", "rollback")},
     "zero1-offload": Asked(zero(1, offload="optimizer")),
@@ -277,6 +280,14 @@ def test_zero_changes_no_bit(stage: int, by_two: ByTwo) -> None:
     up, under ZeRO 3 too. What is clipped differs in its last bits: each stage sums the norm in another order.
     """
     assert equal(weights(by_two(f"zero{stage}")), weights(by_two("zero0")))
+
+
+@slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_changes_no_bit_of_moments_rounded_at_random(stage: int, by_two: ByTwo) -> None:
+    """Whatever stretch of a parameter a rank holds, and beside what."""
+    assert equal(weights(by_two(f"zero{stage}-stochastic")), weights(by_two("zero0-stochastic")))
+    assert not equal(weights(by_two("zero0-stochastic")), weights(by_two("zero0")))
 
 
 def test_buffers_are_no_larger_than_the_model(by_two: ByTwo) -> None:

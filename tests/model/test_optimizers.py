@@ -11,7 +11,7 @@ from torch import nn
 from gristmill.model.config import ModelConfig
 from gristmill.model.training.config import OptimizerConfig, ScheduleConfig
 from gristmill.model.training.fused import Fused, fused_of
-from gristmill.model.training.optimizers import MuonAdamW, orthogonalised
+from gristmill.model.training.optimizers import MuonAdamW, Piece, orthogonalised
 from gristmill.model.training.schedules import factor
 from gristmill.model.transformer import Transformer
 
@@ -108,6 +108,84 @@ def test_muon_equals_a_plain_computation(shape: tuple[int, ...], moments: str) -
     # An update of order one, in float32 along another order of operations, of which 0.01 is taken four times. A momentum
     # that falls on the other side of a bfloat16's edge is off by 2⁻⁸ of itself, of which an update has 0.95 · 0.95.
     torch.testing.assert_close(ours.detach(), wanted, rtol=1e-5, atol={"float32": 1e-6, "bfloat16": 1e-4}[moments])
+
+
+ROUNDED = OptimizerConfig(moments="bfloat16", moment_rounding="stochastic")
+TENSORS = {"a.weight": (12, 10), "b.weight": (9, 7), "c.bias": (33,)}
+
+
+def drawn(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in TENSORS.items()}
+
+
+def stepped(named: dict[str, nn.Parameter], optimizer: MuonAdamW, steps: range) -> None:
+    """Takes steps by gradients of their own, which the parameters' names or pieces say."""
+    pieces = {tensor: held for group in optimizer.param_groups for tensor, held in group["pieces"].items()}
+    for step in steps:
+        gradients = drawn(100 + step)
+        for tensor in named.values():
+            flat = torch.zeros(tensor.numel())
+            for piece in pieces[tensor]:
+                piece.of(flat).copy_(gradients[piece.name].view(-1)[piece.start : piece.stop])
+            tensor.grad = flat.view(tensor.shape)
+        optimizer.begin_step(1.0)
+        optimizer.step()
+
+
+def moments_of(optimizer: MuonAdamW) -> dict[tuple[str, str, int], torch.Tensor]:
+    return {(kind, piece.name, piece.start): numbers.clone() for kind, piece, numbers in optimizer.moments()}
+
+
+def trained(config: OptimizerConfig, seed: int = 3, steps: int = 6) -> tuple[dict[str, nn.Parameter], MuonAdamW]:
+    named = {name: nn.Parameter(tensor) for name, tensor in drawn(0).items()}
+    optimizer = MuonAdamW(named.items(), config, seed=seed)
+    stepped(named, optimizer, range(steps))
+    return named, optimizer
+
+
+@pytest.mark.parametrize("muon", [0.0, 0.02])
+def test_moments_rounded_stochastically_go_on_to_the_bit_and_differ_by_seed(muon: float) -> None:
+    config = ROUNDED.model_copy(update={"muon_learning_rate": muon})
+    straight, first = trained(config)
+    half, second = trained(config, steps=3)
+    resumed = {name: nn.Parameter(p.detach().clone()) for name, p in half.items()}
+    third, kept = MuonAdamW(resumed.items(), config, seed=3), moments_of(second)
+    third.load_moments(lambda kind, piece: kept.get((kind, piece.name, piece.start)), second.steps_done)
+    stepped(resumed, third, range(3, 6))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    for other in (trained(config, seed=4)[1], trained(config.model_copy(update={"moment_rounding": "nearest"}))[1]):
+        found = moments_of(other)
+        assert all(not torch.equal(found[key], numbers) for key, numbers in moments_of(first).items())
+
+
+def test_pieces_of_parameters_are_rounded_as_the_parameters_are() -> None:
+    """As ZeRO cuts them: a flat tensor holds the end of one, all of the next and the beginning of a third."""
+    config = ROUNDED.model_copy(update={"muon_learning_rate": 0.0, "weight_decay": 0.0})
+    whole, optimizer = trained(config)
+    wanted, initial = moments_of(optimizer), drawn(0)
+    sizes = {name: tensor.numel() for name, tensor in initial.items()}
+    cuts = {"a.weight": (71, sizes["a.weight"]), "b.weight": (0, sizes["b.weight"]), "c.bias": (0, 30)}
+    pieces, offset = [], 5  # and what is before and behind is of no parameter
+    for name, (start, stop) in cuts.items():
+        pieces.append(Piece(name, TENSORS[name], start, stop, offset))
+        offset += stop - start
+    flat = nn.Parameter(torch.zeros(offset + 2))
+    for piece in pieces:
+        piece.of(flat.data).copy_(initial[piece.name].view(-1)[piece.start : piece.stop])
+    apart = MuonAdamW([("flat", flat)], config, seed=3)
+    apart.param_groups[0]["pieces"] = {flat: tuple(pieces)}
+    stepped({"flat": flat}, apart, range(6))
+    for piece in pieces:
+        own = whole[piece.name].detach().view(-1)[piece.start : piece.stop]
+        assert torch.equal(piece.of(flat.detach()), own), piece
+    for kind, piece, numbers in apart.moments():
+        assert torch.equal(numbers, wanted[kind, piece.name, 0].view(-1)[piece.start : piece.stop]), (kind, piece)
+
+
+def test_moments_in_float32_are_not_rounded() -> None:
+    with pytest.raises(ValueError, match="moment_rounding stochastic with moments float32: nothing is rounded"):
+        OptimizerConfig(moment_rounding="stochastic")
 
 
 def test_the_update_of_muon_has_the_spectral_norm_that_its_scale_says() -> None:
