@@ -32,7 +32,7 @@ from gristmill.kernels.mla_attention import latent_attention
 from gristmill.kernels.mla_attention.sdpa import sdpa_attention, sdpa_latent_attention
 from gristmill.kernels.mla_decode.bench_rows import cached_attention
 from gristmill.kernels.moe_mlp import moe_mlp
-from gristmill.kernels.norm_rope import rms_norm, rotate
+from gristmill.kernels.norm_rope import add_rms_norm, rms_norm, rotate
 from gristmill.kernels.norm_rope.reference import rotate_reference
 from gristmill.kernels.optim import AdamW, adamw
 from gristmill.kernels.router import Choice, route
@@ -177,6 +177,10 @@ def between_products(device: str, dtype: torch.dtype, rows: int, width: int) -> 
         gate, up = a.chunk(2, -1)
         return F.silu(gate) * up
 
+    def added(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        total = a + b
+        return total, F.rms_norm(total, (width,), c, 1e-6)
+
     def case(op: str, size: int, flops: int, ours: Work, peer: str, theirs: Work, moved: int | None = None) -> Case:
         goal = SHARE_GOAL if moved else None
         peers: dict[str, tuple[Work, float | None]] = {peer: (theirs, None)}
@@ -187,6 +191,11 @@ def between_products(device: str, dtype: torch.dtype, rows: int, width: int) -> 
     peer = both_ways(lambda a, b: F.rms_norm(a, (width,), b, 1e-6), x, weight, seen=seen)
     moved = 5 * x.nbytes  # x and the result; x, the result's gradient and its own
     yield case("rms_norm", width, 12 * x.numel(), norm, "torch.nn.functional.rms_norm", peer, moved)
+    residual = torch.randn_like(x)
+    norm = both_ways(lambda a, b, c: add_rms_norm(a, b, c, 1e-6), residual, x, weight, seen=seen)
+    peer = both_ways(added, residual, x, weight, seen=seen)
+    moved = 8 * x.nbytes  # both parts and both results; the sum, both results' gradients and that of the parts
+    yield case("add_rms_norm", width, 14 * x.numel(), norm, "sum, torch.nn.functional.rms_norm", peer, moved)
     seen = torch.ones_like(turning, dtype=cos.dtype) if device == "cuda" else None
     turned = both_ways(lambda a: rotate(a, cos, sin), turning, seen=seen)
     peer = both_ways(lambda a: rotate_reference(a, cos, sin), turning, seen=seen)

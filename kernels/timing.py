@@ -54,14 +54,17 @@ def memory(work: Work, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def both_ways(function: Callable[..., Tensor], *leaves: Tensor, seen: Tensor | None = None) -> Work:
-    """Forward, and the gradients of the product with `seen`, or of the sum; by a gradient held whole, which torch's
-    grouped product needs."""
+def both_ways(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], *leaves: Tensor, seen: Tensor | None = None
+) -> Work:
+    """Forward, and the gradients of each result's product with `seen`, or of their sum; by a gradient held whole, which
+    torch's grouped product needs."""
     leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
 
     def work() -> Any:
-        out = function(*leaves)
-        return torch.autograd.grad(out, leaves, torch.ones_like(out) if seen is None else seen)
+        given = function(*leaves)
+        outs = given if isinstance(given, tuple) else (given,)
+        return torch.autograd.grad(outs, leaves, [torch.ones_like(out) if seen is None else seen for out in outs])
 
     return work
 

@@ -11,9 +11,14 @@ from torch import Tensor
 from gristmill.kernels.dispatch import chosen
 from gristmill.kernels.norm_rope import native
 from gristmill.kernels.norm_rope.layout import rows_of
-from gristmill.kernels.norm_rope.reference import rms_norm_reference, rotate_halves_reference, rotate_reference
+from gristmill.kernels.norm_rope.reference import (
+    add_rms_norm_reference,
+    rms_norm_reference,
+    rotate_halves_reference,
+    rotate_reference,
+)
 
-__all__ = ["rms_norm", "rotate", "rotate_halves"]
+__all__ = ["add_rms_norm", "rms_norm", "rotate", "rotate_halves"]
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 16_384
 """Numbers of a row that a Triton program takes; of wider rows and of other dtypes torch's operations run on a GPU."""
@@ -29,14 +34,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         TypeError: x and weight differ in dtype.
         ValueError: the shapes or devices do not fit, or eps is negative.
     """
-    if x.dtype != weight_D.dtype:
-        raise TypeError(f"rms_norm: weight_D is {weight_D.dtype}; wanted the dtype of x, {x.dtype}")
-    if x.device != weight_D.device:
-        raise ValueError(f"rms_norm: device of weight_D is {weight_D.device}; wanted that of x, {x.device}")
-    if weight_D.ndim != 1 or x.shape[-1:] != weight_D.shape:
-        raise ValueError(f"rms_norm: shape of weight_D is {tuple(weight_D.shape)}; wanted the last of {tuple(x.shape)}")
-    if eps < 0:
-        raise ValueError(f"rms_norm: eps is {eps}; wanted 0 or more")
+    _check_norm("rms_norm", x, weight_D, eps)
     implementation = chosen("rms_norm", x, native.SOURCE, triton=_fits_triton(x))
     if implementation == "reference":
         return rms_norm_reference(x, weight_D, eps)
@@ -47,6 +45,43 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
         return gpu.rms_norm(x, weight_D, eps)
     return F.rms_norm(x, weight_D.shape, weight_D, eps)
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, and `rms_norm` of it: a residual and the norm that reads it, in one pass each way.
+
+    Both results are (..., D) in x's dtype, on a CPU to the bit those of the two operations one by one, as their
+    gradients are. The norm is of the sum as it is kept, rounded to that dtype. Differentiable once in x, y and weight;
+    of the sum, the gradients of both its uses are added in the pass that gives the norm's.
+
+    Args:
+        x: (..., D).
+        y: of x's shape; its dtype may have fewer bits, as where a float32 residual stream takes what a product gave.
+        weight_D: in x's dtype.
+        eps: of the norm.
+
+    Raises:
+        TypeError: weight has another dtype than x, or y one that x's does not hold.
+        ValueError: the shapes or devices do not fit, or eps is negative.
+    """
+    _check_norm("add_rms_norm", x, weight_D, eps)
+    if torch.promote_types(x.dtype, y.dtype) != x.dtype:
+        raise TypeError(f"add_rms_norm: y is {y.dtype}; wanted the dtype of x, {x.dtype}, or a narrower one")
+    if x.device != y.device:
+        raise ValueError(f"add_rms_norm: device of y is {y.device}; wanted that of x, {x.device}")
+    if x.shape != y.shape:
+        raise ValueError(f"add_rms_norm: shape of y is {tuple(y.shape)}; wanted that of x, {tuple(x.shape)}")
+    implementation = chosen("add_rms_norm", x, native.SOURCE, triton=_fits_triton(x))
+    if implementation == "reference":
+        return add_rms_norm_reference(x, y, weight_D, eps)
+    if implementation == "compiled":
+        return native.add_rms_norm(x, y.to(x.dtype), weight_D, eps)
+    if implementation == "gpu":
+        from gristmill.kernels.norm_rope import gpu
+
+        return gpu.add_rms_norm(x, y, weight_D, eps)
+    total = x + y
+    return total, F.rms_norm(total, weight_D.shape, weight_D, eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -87,6 +122,18 @@ def _rotated(operation: str, reference: Callable[..., Tensor], x: Tensor, cos: T
 
 def _fits_triton(x: Tensor) -> bool:
     return x.dtype in TRITON_DTYPES and x.shape[-1] <= WIDEST
+
+
+def _check_norm(operation: str, x: Tensor, weight_D: Tensor, eps: float) -> None:
+    if x.dtype != weight_D.dtype:
+        raise TypeError(f"{operation}: weight_D is {weight_D.dtype}; wanted the dtype of x, {x.dtype}")
+    if x.device != weight_D.device:
+        raise ValueError(f"{operation}: device of weight_D is {weight_D.device}; wanted that of x, {x.device}")
+    if weight_D.ndim != 1 or x.shape[-1:] != weight_D.shape:
+        got = tuple(weight_D.shape)
+        raise ValueError(f"{operation}: shape of weight_D is {got}; wanted the last of {tuple(x.shape)}")
+    if eps < 0:
+        raise ValueError(f"{operation}: eps is {eps}; wanted 0 or more")
 
 
 def _check(operation: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -40,12 +40,26 @@ extern "C" void rms_norm(
     }
 }
 
-// Gradients of x and of the weight. The latter is summed over blocks of rows, (blocks, width) in `partial`, and then over
-// the blocks, so that the order is that of the rows and not of the threads.
+// total = a + b and y = total / √(mean total² + eps) · weight, row by row while it lies in the first cache.
+extern "C" void add_rms_norm(
+    const float *a, const float *b, const float *__restrict weight, float *total, float *y, float *scale, int64_t rows,
+    int64_t width, int64_t a_row, int64_t b_row, double eps, int64_t threads
+) {
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows * width, threads))
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t at = row * width;
+        const float by = add_norm_row(a + row * a_row, b + row * b_row, weight, total + at, y + at, width, eps);
+        if (scale) scale[row] = by;
+    }
+}
+
+// Gradients of x and of the weight; that of x is added to `more`, where there is such: that of another use of x. The
+// weight's is summed over blocks of rows, (blocks, width) in `partial`, and then over the blocks, so that the order is
+// that of the rows and not of the threads.
 extern "C" void rms_norm_backward(
-    const float *x, const float *__restrict weight, const float *scale, const float *grad, float *grad_x,
-    float *__restrict grad_weight, float *partial, int64_t rows, int64_t width, int64_t x_row, int64_t block_rows,
-    int64_t threads
+    const float *x, const float *__restrict weight, const float *scale, const float *grad, const float *more,
+    float *grad_x, float *__restrict grad_weight, float *partial, int64_t rows, int64_t width, int64_t x_row,
+    int64_t block_rows, int64_t threads
 ) {
     const int64_t blocks = (rows + block_rows - 1) / block_rows;
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows * width, threads))
@@ -62,6 +76,8 @@ extern "C" void rms_norm_backward(
                 to[i] = (slope[i] * weight[i] - from[i] * along) * by;
                 total[i] += slope[i] * (from[i] * by);
             }
+            if (more)  // by itself, so that a sum of both gradients has the same bits
+                for (int64_t i = 0; i < width; i++) to[i] += more[row * width + i];
         }
     }
     for (int64_t i = 0; i < width; i++) grad_weight[i] = 0;

@@ -43,11 +43,33 @@ def _norm(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _norm_backward(
-    x_ptr, weight_ptr, scale_ptr, grad_ptr, grad_x_ptr, partial_ptr, rows, width, distance, grad_distance,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+def _add_norm(
+    x_ptr, other_ptr, weight_ptr, total_ptr, y_ptr, scale_ptr, rows, width, distance, other_distance, eps,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x, tile after tile, and this program's share of the weight's."""
+    """total = x + other, rounded, and `_norm` of it."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, WIDTH)[None, :]
+    there, within = row < rows, column < width
+    here, at = there[:, None] & within, (row * width)[:, None] + column
+    x = tl.load(x_ptr + (row * distance)[:, None] + column, mask=here, other=0.0).to(tl.float32)
+    other = tl.load(other_ptr + (row * other_distance)[:, None] + column, mask=here, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=within, other=0.0).to(tl.float32)
+    rounded = (x + other).to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + at, rounded, mask=here)
+    total = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(total * total, 1) / width + eps)
+    tl.store(scale_ptr + row, scale, mask=there)
+    y = total * scale[:, None] * weight
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _norm_backward(
+    x_ptr, weight_ptr, scale_ptr, grad_ptr, more_ptr, grad_x_ptr, partial_ptr, rows, width, distance, grad_distance,
+    more_distance, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, MORE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x, with that of another use added, tile after tile, and this program's share of the weight's."""
     column = tl.arange(0, WIDTH)[None, :]
     within = column < width
     weight = tl.load(weight_ptr + column, mask=within, other=0.0).to(tl.float32)
@@ -62,6 +84,9 @@ def _norm_backward(
         slope = grad * weight
         along = tl.sum(slope * x, 1) * scale * scale / width
         grad_x = (slope - x * along[:, None]) * scale[:, None]
+        if MORE:
+            more = tl.load(more_ptr + (row * more_distance)[:, None] + column, mask=here, other=0.0)
+            grad_x += more.to(tl.float32)
         tl.store(grad_x_ptr + (row * width)[:, None] + column, grad_x.to(grad_x_ptr.dtype.element_ty), mask=here)
         total += grad * (x * scale[:, None])
     share = partial_ptr + tl.program_id(0).to(tl.int64) * width + column
@@ -150,21 +175,73 @@ class TritonRMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        (x, weight_D, scale), (grad, grad_distance) = ctx.saved_tensors, in_rows(grad)
-        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if not x.numel():
-            return grad_x, torch.zeros_like(weight_D), None
-        (rows, padded), width = _tile(x.shape[-1], TILE), x.shape[-1]
-        programs = min(PROGRAMS, triton.cdiv(scale.numel(), rows))
-        stages = max(1, min(STAGES, SHARED // (rows * padded * (x.element_size() + grad.element_size()))))
-        partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-        _norm_backward[(programs,)](
-            x, weight_D.contiguous(), scale, grad, grad_x, partial, scale.numel(), width, ctx.distance, grad_distance,
-            ROWS=rows, WIDTH=padded, STAGES=stages, num_warps=min(32, rows * padded // 512),
+        x, weight_D, scale = ctx.saved_tensors
+        return *_gradients(x, ctx.distance, weight_D, scale, grad, None), None
+
+
+def _gradients(
+    x: Tensor, distance: int, weight_D: Tensor, scale: Tensor, grad: Tensor, more: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of x, that of another use added, and of the weight."""
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not x.numel():
+        return grad_x, torch.zeros_like(weight_D)
+    (grad, grad_distance), (also, also_distance) = in_rows(grad), in_rows(grad if more is None else more)
+    (rows, padded), width = _tile(x.shape[-1], TILE), x.shape[-1]
+    programs = min(PROGRAMS, triton.cdiv(scale.numel(), rows))
+    loaded = x.element_size() + grad.element_size() + (0 if more is None else also.element_size())
+    stages = max(1, min(STAGES, SHARED // (rows * padded * loaded)))
+    partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    _norm_backward[(programs,)](
+        x, weight_D.contiguous(), scale, grad, also, grad_x, partial, scale.numel(), width, distance, grad_distance,
+        also_distance, ROWS=rows, WIDTH=padded, STAGES=stages, MORE=more is not None,
+        num_warps=min(32, rows * padded // 512),
+    )  # fmt: skip
+    grad_weight = torch.empty(width, dtype=weight_D.dtype, device=x.device)
+    _total[(triton.cdiv(width, COLUMNS),)](partial, grad_weight, programs, width, ROWS=128, COLUMNS=COLUMNS)
+    return grad_x, grad_weight
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As the public function, on a GPU, of what `rms_norm` takes."""
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or weight_D.requires_grad):
+        return TritonAddRMSNorm.apply(x, y, weight_D, eps)
+    return _summed(x, y, weight_D, eps)[:2]
+
+
+def _summed(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, its norm, and each row's factor."""
+    (x, distance), (y, y_distance) = in_rows(x), in_rows(y)
+    total, normed = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if x.numel():
+        rows, padded = _tile(x.shape[-1], TILE)
+        _add_norm[(triton.cdiv(scale.numel(), rows),)](
+            x, y, weight_D.contiguous(), total, normed, scale, scale.numel(), x.shape[-1], distance, y_distance,
+            float(eps), ROWS=rows, WIDTH=padded, num_warps=min(16, rows * padded // 1024),
         )  # fmt: skip
-        grad_weight = torch.empty(width, dtype=weight_D.dtype, device=x.device)
-        _total[(triton.cdiv(width, COLUMNS),)](partial, grad_weight, programs, width, ROWS=128, COLUMNS=COLUMNS)
-        return grad_x, grad_weight, None
+    return total, normed, scale
+
+
+class TritonAddRMSNorm(torch.autograd.Function):
+    """What is kept for the backward pass is the sum, which is a result, and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total, normed, scale = _summed(x, y, weight_D, eps)
+        ctx.save_for_backward(total, weight_D, scale)
+        ctx.dtype = y.dtype
+        ctx.set_materialize_grads(False)
+        return total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None):
+        if grad_normed is None:
+            return grad_total, None if grad_total is None else grad_total.to(ctx.dtype), None, None
+        total, weight_D, scale = ctx.saved_tensors
+        grad, grad_weight = _gradients(total, total.shape[-1], weight_D, scale, grad_normed, grad_total)
+        return grad, grad.to(ctx.dtype), grad_weight, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rows: Rows, interleaved: bool) -> Tensor:

@@ -38,7 +38,7 @@ class NativeRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         x, ctx.distance = in_rows(x)
-        scale = torch.empty(x.shape[:-1])
+        scale = x.new_empty(x.shape[:-1])
         ctx.save_for_backward(x, weight_D, scale)
         return _normed(x, ctx.distance, weight_D, eps, scale)
 
@@ -46,15 +46,58 @@ class NativeRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         x, weight_D, scale = ctx.saved_tensors
-        grad, rows, width = grad.contiguous(), scale.numel(), x.shape[-1]
-        block = max(BLOCK_ROWS, -(-rows // BLOCKS))
-        grad_x, grad_weight = x.new_empty(x.shape), weight_D.new_empty(width)
-        partial = x.new_empty(-(-rows // block), width)
-        needed(SOURCE)(
-            "rms_norm_backward", x, weight_D.contiguous(), scale, grad, grad_x, grad_weight, partial, rows, width,
-            ctx.distance, block,
-        )  # fmt: skip
-        return grad_x, grad_weight, None
+        return *_gradients(x, ctx.distance, weight_D, scale, grad, None), None
+
+
+def _gradients(
+    x: Tensor, distance: int, weight_D: Tensor, scale: Tensor, grad: Tensor, more: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of x, that of another use added, and of the weight."""
+    rows, width, more = scale.numel(), x.shape[-1], None if more is None else more.contiguous()
+    block = max(BLOCK_ROWS, -(-rows // BLOCKS))
+    grad_x, grad_weight = x.new_empty(x.shape), weight_D.new_empty(width)
+    partial = x.new_empty(-(-rows // block), width)
+    needed(SOURCE)(
+        "rms_norm_backward", x, weight_D.contiguous(), scale, grad.contiguous(), more, grad_x, grad_weight, partial,
+        rows, width, distance, block,
+    )  # fmt: skip
+    return grad_x, grad_weight
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or weight_D.requires_grad):
+        return NativeAddRMSNorm.apply(x, y, weight_D, eps)
+    return _summed(x, y, weight_D, eps, None)
+
+
+def _summed(x: Tensor, y: Tensor, weight_D: Tensor, eps: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sum and its norm; each row's factor is written to scale."""
+    (x, x_row), (y, y_row), width = in_rows(x), in_rows(y), x.shape[-1]
+    total, normed, rows = x.new_empty(x.shape), x.new_empty(x.shape), x.numel() // max(1, width)
+    given = x, y, weight_D.contiguous(), total, normed, scale
+    needed(SOURCE)("add_rms_norm", *given, rows, width, x_row, y_row, float(eps))
+    return total, normed
+
+
+class NativeAddRMSNorm(torch.autograd.Function):
+    """What is kept for the backward pass is the sum, which is a result, and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        scale = x.new_empty(x.shape[:-1])
+        total, normed = _summed(x, y, weight_D, eps, scale)
+        ctx.save_for_backward(total, weight_D, scale)
+        ctx.set_materialize_grads(False)
+        return total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None):
+        if grad_normed is None:
+            return grad_total, grad_total, None, None
+        total, weight_D, scale = ctx.saved_tensors
+        grad, grad_weight = _gradients(total, total.shape[-1], weight_D, scale, grad_normed, grad_total)
+        return grad, grad, grad_weight, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rows: Rows, interleaved: bool) -> Tensor:

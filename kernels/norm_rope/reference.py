@@ -11,6 +11,12 @@ def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_D
 
 
+def add_rms_norm_reference(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, and the norm of it."""
+    total = x + y
+    return total, rms_norm_reference(total, weight_D, eps)
+
+
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The pairs (x₀,x₁), (x₂,x₃), … turned; the result is half-split."""
     even, odd = x[..., 0::2], x[..., 1::2]

@@ -25,3 +25,12 @@ static inline float norm_row(
     for (int64_t i = 0; i < width; i++) y[i] = x[i] * by * weight[i];
     return by;
 }
+
+// total = a + b, and its norm.
+static inline float add_norm_row(
+    const float *__restrict a, const float *__restrict b, const float *__restrict weight, float *__restrict total,
+    float *__restrict y, int64_t width, double eps
+) {
+    for (int64_t i = 0; i < width; i++) total[i] = a[i] + b[i];
+    return norm_row(total, weight, y, width, eps);
+}

@@ -13,8 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gristmill import kernels
-from gristmill.kernels.norm_rope import WIDEST, rms_norm, rotate, rotate_halves
-from gristmill.kernels.norm_rope.reference import rms_norm_reference, rotate_halves_reference, rotate_reference
+from gristmill.kernels.norm_rope import WIDEST, add_rms_norm, rms_norm, rotate, rotate_halves
+from gristmill.kernels.norm_rope.reference import (
+    add_rms_norm_reference,
+    rms_norm_reference,
+    rotate_halves_reference,
+    rotate_reference,
+)
 
 EPS = torch.finfo(torch.float32).eps
 INTERPRETED = os.environ.get("GRISTMILL_KERNELS") == "gpu"
@@ -60,6 +65,64 @@ def test_rms_norm(rows: int, width: int, strided: bool, size: float) -> None:
     close(got[0], out, allowed)
     close(got[1], grad_x, allowed * 4)  # the difference of two terms, each up to the largest value
     close(got[2], grad_weight, allowed + 2 * (rows + 1) * EPS)  # a sum over the rows
+
+
+def summed(operation: Operation, leaves: list[Tensor], seen: tuple[Tensor | None, Tensor | None]) -> list[Tensor]:
+    """Both results, and the gradients of their products with what is seen of them; one may be unseen."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    both = operation(*leaves, 1e-6)
+    pairs = [(out, by) for out, by in zip(both, seen, strict=True) if by is not None]
+    grads = torch.autograd.grad([out for out, _ in pairs], leaves, [by for _, by in pairs], materialize_grads=True)
+    return [*(out.detach() for out in both), *grads]
+
+
+def one_by_one(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + y
+    return total, rms_norm(total, weight, eps)
+
+
+@pytest.mark.usefixtures("cpu_path")
+@given(
+    rows=st.integers(0, 9) | st.sampled_from([64, 65, 200]), width=st.integers(1, 40) | st.sampled_from([256, 301]),
+    strided=st.booleans(), size=st.sampled_from([1e-3, 1.0, 1e3]), uses=st.sampled_from(["both", "sum", "norm"]),
+)  # fmt: skip
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_add_rms_norm(rows: int, width: int, strided: bool, size: float, uses: str) -> None:
+    x, y = (draw(seed, 2, rows, width + 7) * size for seed in (0, 1))
+    x, y = (x[..., 3 : 3 + width], y[..., :width]) if strided else (x[..., :width].contiguous(), y[..., :width])
+    weight = 1 + draw(2, width) / 4
+    leaves = [x, y, weight]
+    seen = tuple(None if uses == other else draw(3, 2, rows, width) for other in ("norm", "sum"))
+    got = summed(add_rms_norm, leaves, seen)
+    assert got[0].equal(x + y)
+    if DEVICE == "cpu":
+        assert got[1].equal(rms_norm(x + y, weight, 1e-6))
+    with torch.no_grad():
+        assert all(mine.equal(theirs) for mine, theirs in zip(add_rms_norm(*leaves, 1e-6), got, strict=False))
+    if not TRITON:  # whose norm's gradient is rounded once, with the other use added
+        assert all(mine.equal(theirs) for mine, theirs in zip(got, summed(one_by_one, leaves, seen), strict=True))
+    close(got[0], add_rms_norm_reference(x.double(), y.double(), weight.double(), 1e-6)[0], EPS / 2 * (1 + 2 * EPS))
+    # What follows is of the sum as it was rounded: where x and y cancel, the norm of the exact one is another.
+    rounded = [got[0].double(), torch.zeros_like(got[0]).double(), weight.double()]
+    wide = tuple(None if by is None else by.double() for by in seen)
+    _, out, grad, _, grad_weight = summed(add_rms_norm_reference, rounded, wide)
+    allowed = (width + 8) * EPS  # as of the norm alone
+    close(got[1], out, allowed)
+    close(got[2], grad, allowed * 4)
+    assert got[3].equal(got[2])
+    close(got[4], grad_weight, allowed + 2 * (rows + 1) * EPS)
+
+
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize("uses", ["both", "sum", "norm"])
+def test_what_is_added_may_have_fewer_bits(uses: str) -> None:
+    """As where a product in 16 bits is added to a float32 residual stream: only its gradient is rounded."""
+    x, y, weight = draw(0, 70, 48), draw(1, 70, 48).bfloat16(), 1 + draw(2, 48) / 4
+    seen = tuple(None if uses == other else draw(seed, 70, 48) for other, seed in (("norm", 3), ("sum", 4)))
+    got, wanted = summed(add_rms_norm, [x, y, weight], seen), summed(add_rms_norm, [x, y.float(), weight], seen)
+    assert [t.dtype for t in got] == [torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float32]
+    wanted[3] = wanted[3].bfloat16()
+    assert all(mine.equal(theirs) for mine, theirs in zip(got, wanted, strict=True))
 
 
 @pytest.mark.usefixtures("cpu_path")
@@ -142,6 +205,7 @@ def test_two_runs_give_equal_bits() -> None:
     runs = [
         [
             *gradients(rms_norm, [x, weight], seen, 1e-6),
+            *summed(add_rms_norm, [x, seen, weight], (x, seen)),
             *gradients(lambda x: rotate(x, cos, sin), [x], seen),
             *gradients(lambda x: rotate_halves(x, cos, sin), [x], seen),
         ]
@@ -162,6 +226,12 @@ def test_rows_of_any_width_are_rounded_once(rows: int, width: int, dtype: torch.
     wanted = gradients(rms_norm_reference, [x.double(), weight.double()], seen.double(), 1e-6)
     # The interpreter cuts bfloat16 off, a whole eps. Sums: of squares, halved by the root, and over the rows.
     once, sums = torch.finfo(dtype).eps, (width + rows + 8) * EPS
+    total, both = draw(3, rows, width, dtype=dtype), draw(4, rows, width, dtype=dtype)
+    ours = summed(add_rms_norm, [total, torch.zeros_like(total), weight], (both, seen))
+    assert ours[0].equal(total)
+    theirs = [t.double() for t in (total, torch.zeros_like(total), weight)]
+    got += ours[1:]
+    wanted += summed(add_rms_norm_reference, theirs, (both.double(), seen.double()))[1:]
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine.dtype == dtype
         allowed = once * theirs.abs() + 4 * sums * max(1.0, float(theirs.abs().max()))
@@ -170,14 +240,17 @@ def test_rows_of_any_width_are_rounded_once(rows: int, width: int, dtype: torch.
 
 @pytest.mark.skipif(not TRITON, reason="of the GPU's code")
 def test_what_triton_does_not_take_is_torchs() -> None:
-    before = {op: kernels.report().get(op, {}).get("torch", 0) for op in ("rms_norm", "rotate")}
+    before = {op: kernels.report().get(op, {}).get("torch", 0) for op in ("rms_norm", "rotate", "add_rms_norm")}
     x, weight = draw(0, 2, WIDEST + 2), draw(1, WIDEST + 2)
     close(rms_norm(x, weight, 1e-6), rms_norm_reference(x.double(), weight.double(), 1e-6), WIDEST * EPS)
+    assert add_rms_norm(x, x, weight, 1e-6)[1].equal(rms_norm(x + x, weight, 1e-6))
     x, weight, angle = draw(0, 3, 8).double(), draw(1, 8).double(), draw(2, 3, 4)
     close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6), 32 * torch.finfo(torch.float64).eps)
     assert rotate(x, angle, angle).equal(rotate_reference(x, angle, angle))
     assert rotate(x.float(), angle.double(), angle.double()).dtype == torch.float64
-    assert {op: kernels.report()[op]["torch"] - before[op] for op in before} == {"rms_norm": 2, "rotate": 2}
+    assert {op: kernels.report()[op]["torch"] - before[op] for op in before} == {
+        "rms_norm": 3, "rotate": 2, "add_rms_norm": 1,
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
@@ -187,7 +260,8 @@ def test_nothing_waits_for_the_host_on_a_gpu() -> None:
 
     def both_ways() -> list[Tensor]:
         turned = gradients(lambda x: rotate(x, cos, sin), [x], x.float())
-        return [*gradients(rms_norm, [x, weight], x, 1e-6), *turned]
+        total = summed(add_rms_norm, [x, x, weight], (x, x))
+        return [*gradients(rms_norm, [x, weight], x, 1e-6), *total, *turned]
 
     first = both_ways()  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -202,11 +276,15 @@ def test_threads_change_no_bit(cpu_path: str) -> None:
     if cpu_path != "compiled" or TRITON:
         pytest.skip("torch's own sums go by threads, and a GPU has others")
     x, weight, seen, threads = draw(17, 500, 64), draw(18, 64), draw(19, 500, 64), torch.get_num_threads()
-    wanted = gradients(rms_norm, [x, weight], seen, 1e-6)
+
+    def both() -> list[Tensor]:
+        total = summed(add_rms_norm, [x, seen, weight], (x, seen))
+        return [*gradients(rms_norm, [x, weight], seen, 1e-6), *total]
+
+    wanted = both()
     try:
         torch.set_num_threads(2 if threads != 2 else 1)
-        for mine, theirs in zip(gradients(rms_norm, [x, weight], seen, 1e-6), wanted, strict=True):
-            assert mine.equal(theirs)
+        assert all(mine.equal(theirs) for mine, theirs in zip(both(), wanted, strict=True))
     finally:
         torch.set_num_threads(threads)
 
@@ -215,6 +293,8 @@ def test_references_on_demand() -> None:
     x, weight = draw(20, 3, 6), draw(21, 6)
     with kernels.use_reference():
         assert rms_norm(x, weight, 1e-6).equal(rms_norm_reference(x, weight, 1e-6))
+        wanted = add_rms_norm_reference(x, x, weight, 1e-6)
+        assert all(map(torch.equal, add_rms_norm(x, x, weight, 1e-6), wanted))
 
 
 def test_bad_arguments_are_named() -> None:
@@ -227,6 +307,12 @@ def test_bad_arguments_are_named() -> None:
         rms_norm(x, weight[None], 1e-6)
     with pytest.raises(ValueError, match=r"rms_norm: eps is -1; wanted 0 or more"):
         rms_norm(x, weight, -1)
+    with pytest.raises(ValueError, match=r"add_rms_norm: eps is -1; wanted 0 or more"):
+        add_rms_norm(x, x, weight, -1)
+    with pytest.raises(TypeError, match=r"add_rms_norm: y is torch.float64; wanted the dtype of x, torch.float32, or"):
+        add_rms_norm(x, x.double(), weight, 1e-6)
+    with pytest.raises(ValueError, match=r"add_rms_norm: shape of y is \(1, 8\); wanted that of x, \(2, 8\)"):
+        add_rms_norm(x, x[:1], weight, 1e-6)
     with pytest.raises(ValueError, match=r"rotate: shape of cos is \(2, 3\); wanted 2 dimensions"):
         rotate(x, angle[:, :3], angle[:, :3])
     with pytest.raises(ValueError, match=r"rotate_halves: shape of cos is \(4,\); wanted 2 dimensions"):
