@@ -183,7 +183,7 @@ mix_longer = tuple(
 extend = tuple(
     stage(
         f"extend_{phase}",
-        version=4,
+        version=5,
         title=f"Context extension, phase {phase}",
         estimate=estimates.of_extension,
         check_inputs=_check_extension,
@@ -192,21 +192,21 @@ extend = tuple(
 )
 cold_start = stage(
     "cold_start",
-    version=6,
+    version=7,
     title="Cold start: fine-tuning on chains of thought",
     estimate=estimates.of_fine_tuning,
     check_inputs=_check_tokenizer,
 )(fine_tune)
 rl_zero = stage(
     "rl_zero",
-    version=5,
+    version=6,
     title="R1-Zero: reinforcement learning from the base",
     estimate=estimates.of_reinforcement,
     check_inputs=_check_tokenizer,
 )(reinforce)
 rl = stage(
     "rl",
-    version=5,
+    version=6,
     title="Reinforcement learning from the cold start",
     estimate=estimates.of_reinforcement,
     check_inputs=_check_tokenizer,
@@ -227,7 +227,7 @@ student = stage(
 )(take_student)
 distill = stage(
     "distill",
-    version=2,
+    version=3,
     title="Distillation: fine-tuning of an adopted model",
     check_configs=_check_distillation,
 )(fine_tune)

@@ -34,7 +34,8 @@ from gristmill.kernels.mla_decode.bench_rows import cached_attention
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.norm_rope import add_rms_norm, rms_norm, rotate
 from gristmill.kernels.norm_rope.reference import rotate_reference
-from gristmill.kernels.optim import AdamW, adamw
+from gristmill.kernels.optim import AdamW, adamw, orthogonalised
+from gristmill.kernels.optim.reference import orthogonalised_reference
 from gristmill.kernels.router import Choice, route
 from gristmill.kernels.swiglu import swiglu
 from gristmill.kernels.timing import (
@@ -349,6 +350,18 @@ def optim(device: str, _: torch.dtype, matrices: int, size: int) -> Iterator[Cas
     yield Case("optim", shape, 12 * numbers, step, peers, bytes=7 * 4 * numbers)  # the gradient is only read
 
 
+def newton_schulz(device: str, _: torch.dtype, matrices: int, rows: int, columns: int) -> Iterator[Case]:
+    """Against torch's batched products; all of the symmetric ones' operations are counted."""
+    stack, steps = torch.randn(matrices, rows, columns, device=device), 5
+    least, most = sorted((rows, columns))
+    flops = steps * matrices * (4 * least**2 * most + 2 * least**3)
+    peers: dict[str, tuple[Work, float | None]] = {
+        "torch, batched products": (partial(orthogonalised_reference, stack, steps), None)
+    }
+    shape = f"{matrices} × {rows}×{columns}, {steps} steps"
+    yield Case("newton_schulz", shape, flops, partial(orthogonalised, stack, steps), peers)
+
+
 def fp8(device: str, _: torch.dtype) -> Iterator[Case]:
     """FP8 against our own products in 16 bits; every shape at once."""
     for row in bench_rows.rows(device):
@@ -416,8 +429,8 @@ def said(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    operations = "linear between_products router optim grouped_gemm moe_mlp attention decoding cross_entropy fp8_gemm"
-    parser.add_argument("--op", choices=operations.split())
+    operations = "linear between_products router optim newton_schulz grouped_gemm moe_mlp attention decoding"
+    parser.add_argument("--op", choices=[*operations.split(), "cross_entropy", "fp8_gemm"])
     parser.add_argument("--tune", action="store_true", help="find the sizes of tiles on this GPU first, for tiles.json")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     asked = parser.parse_args()
@@ -437,6 +450,7 @@ def main() -> None:
         "linear": linear_product,
         "router": router,
         "optim": optim,
+        "newton_schulz": newton_schulz,
         "fp8_gemm": fp8,
     }
     shapes: dict[str, list[tuple[int, ...]]] = {
@@ -449,6 +463,7 @@ def main() -> None:
         "linear": [(2048, 256, 256), (2048, 512, 2048), (2048, 1024, 4096)],
         "router": [(2048, 256, 32, 4, 1, 1), (2048, 512, 64, 4, 8, 4)],
         "optim": [(320, 256)],
+        "newton_schulz": [(32, 256, 256), (32, 512, 256), (1, 1024, 1024)],
         "fp8_gemm": [()],
     }
     if device == "cuda":
@@ -463,6 +478,7 @@ def main() -> None:
             "linear": [(8192, 7168, 2048)],
             "router": [(8192, 7168, 256, 8, 8, 4)],
             "optim": [(320, 1024)],
+            "newton_schulz": [],  # torch's own there
             "fp8_gemm": [()],
         }
     where = (

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from gristmill.kernels.compiled import needed
 from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.optim.newton_schulz import orthogonalised
 from gristmill.kernels.optim.reference import AdamW, adamw_reference
 from gristmill.kernels.optim.rounding import Origin
 from gristmill.kernels.optim.stochastic import SOURCE, check_dtypes, check_rounding, round_stochastically, table
 
-__all__ = ["AdamW", "Origin", "adamw", "round_stochastically"]
+__all__ = ["AdamW", "Origin", "adamw", "orthogonalised", "round_stochastically"]
 
 
 @torch.no_grad()

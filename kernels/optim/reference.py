@@ -1,4 +1,4 @@
-"""AdamW by torch's operations on lists of tensors: the specification."""
+"""AdamW by torch's operations on lists of tensors, and Newton–Schulz by its batched products: the specification."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from gristmill.kernels.optim.rounding import Origin, round_reference
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's coefficients
 
 
 @dataclass(frozen=True)
@@ -48,3 +50,15 @@ def adamw_reference(
     for kept, made in ((exp_avg, first), (exp_avg_sq, second)):
         if any(k is not m for k, m in zip(kept, made, strict=True)):
             torch._foreach_copy_(kept, made)
+
+
+def orthogonalised_reference(matrices: Tensor, steps: int) -> Tensor:
+    """See `orthogonalised`."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x

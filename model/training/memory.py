@@ -207,7 +207,8 @@ def _step(known: Parameters, own: Parameters, optimizer: OptimizerConfig, shared
 def _orthogonalising(shape: Shape, numbers: int) -> int:
     """Numbers that a Newton–Schulz iteration holds of a stack: of its own size, and of its matrices' products with it.
 
-    Its polynomial takes three and four of them, its end five and two (`optimizers.orthogonalised`).
+    Its polynomial takes three and four of them, its end five and two (`orthogonalised_reference`); the compiled path of
+    a CPU has fewer.
     """
     products = numbers * min(shape) // max(shape)
     return max(3 * numbers + 4 * products, 5 * numbers + 2 * products)

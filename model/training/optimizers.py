@@ -3,7 +3,7 @@
 A tensor that it updates is a parameter, or under ZeRO a flat stretch of several: `pieces` says which. AdamW needs no
 more than that; Muon orthogonalises whole matrices, so the ranks hand each other their momenta (`gather`).
 
-Muon: Keller Jordan et al., 2024, kellerjordan.github.io/posts/muon; the Newton–Schulz coefficients are theirs.
+Muon: Keller Jordan et al., 2024, kellerjordan.github.io/posts/muon.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gristmill.kernels.optim import AdamW, Origin, adamw, round_stochastically
+from gristmill.kernels.optim import AdamW, Origin, adamw, orthogonalised, round_stochastically
 from gristmill.model.training.config import OptimizerConfig
 from gristmill.model.training.fused import FusedOf, as_stored
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -66,18 +65,6 @@ Gather = Callable[[Tensor, Tensor], Callable[[Piece], Tensor]]
 
 Watch = Callable[[list[tuple[Tensor, tuple[Piece, ...]]]], None]
 """Is shown gradients as they are taken up, each with the pieces that lie in it; it only reads them."""
-
-
-def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Newton–Schulz iteration towards U·Vᵀ of matrix = U·S·Vᵀ, for one matrix or a stack of them (…, rows, columns)."""
-    a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
 
 
 def update_scale(rows: int, columns: int) -> float:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from gristmill.kernels.optim import orthogonalised
 from gristmill.model.config import ModelConfig
 from gristmill.model.training.config import OptimizerConfig, ScheduleConfig
 from gristmill.model.training.fused import Fused, fused_of
-from gristmill.model.training.optimizers import MuonAdamW, Piece, orthogonalised
+from gristmill.model.training.optimizers import MuonAdamW, Piece
 from gristmill.model.training.schedules import factor
 from gristmill.model.transformer import Transformer
 
