@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.fp8_gemm import bench_rows
 from gristmill.kernels.grouped_gemm import grouped_gemm
+from gristmill.kernels.grouped_gemm.cpu import GroupedGemm
 from gristmill.kernels.linear import linear
 from gristmill.kernels.mla_attention import attention as whole_attention
 from gristmill.kernels.mla_attention import latent_attention
@@ -50,7 +51,7 @@ from gristmill.kernels.timing import (
 )
 from gristmill.kernels.tune import SEARCHES, tune
 
-ROUNDED = ("linear", "moe_mlp")  # what takes its operands in bfloat16 on a CPU
+ROUNDED = ("linear", "moe_mlp", "grouped_gemm")  # what takes its operands in bfloat16 on a CPU
 SHARE_GOAL = 0.8  # of a large copy's bytes a second, for norm and rotation
 
 
@@ -63,16 +64,18 @@ def routed(tokens: int, experts: int, active: int) -> Tensor:
 def grouped(
     device: str, dtype: torch.dtype, experts: int, tokens: int, active: int, inner: int, outer: int
 ) -> Iterator[Case]:
-    """Against torch's own grouped product, and on a GPU against the product of as many rows with one matrix."""
-    rows = tokens * active
+    """Against torch's own grouped product, on a CPU also against a product a group, and on a GPU against the product of
+    as many rows with one matrix."""
+    kept, rounded = stored(device, dtype), stored(device, dtype) != dtype
+    rows, one_by_one = tokens * active, GroupedGemm.apply
     ends = routed(tokens, experts, active).flatten().bincount(minlength=experts).cumsum(0).to(device)
-    x = torch.randn(rows, inner, device=device, dtype=dtype)
-    w = torch.empty(experts, outer, inner, device=device, dtype=dtype).normal_(0, inner**-0.5)
+    x = torch.randn(rows, inner, device=device, dtype=kept)
+    w = torch.empty(experts, outer, inner, device=device, dtype=kept).normal_(0, inner**-0.5)
     offsets, flops = ends.to(torch.int32), 2 * rows * inner * outer
     shape = f"{experts} × {outer}×{inner}, {tokens} tokens × {active}"
 
     def theirs(a: Tensor, b: Tensor) -> Tensor:
-        return F.grouped_mm(a, b.transpose(-2, -1), offs=offsets)
+        return F.grouped_mm(a.to(dtype), b.to(dtype).transpose(-2, -1), offs=offsets).to(kept)
 
     goal = 1.2 if device == "cuda" else None
     peer = "torch.nn.functional.grouped_mm"
@@ -83,8 +86,11 @@ def grouped(
         }
         ours = without_gradients(lambda: grouped_gemm(x, w, ends))
         yield Case("grouped_gemm forward", shape, flops, ours, peers)
-    both = both_ways(lambda a, b: grouped_gemm(a, b, ends), x, w)
-    yield Case("grouped_gemm", shape, 3 * flops, both, {peer: (both_ways(theirs, x, w), goal)})
+    both = both_ways(lambda a, b: grouped_gemm(a, b, ends, rounded=rounded), x, w)
+    peers = {peer: (both_ways(theirs, x, w), goal)}
+    if device == "cpu" and not rounded:
+        peers["torch.mm, group by group"] = (both_ways(lambda a, b: one_by_one(a, b, ends, False), x, w), None)
+    yield Case("grouped_gemm", shape, 3 * flops, both, peers)
 
 
 def stored(device: str, dtype: torch.dtype) -> torch.dtype:

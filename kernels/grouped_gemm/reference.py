@@ -7,9 +7,12 @@ import itertools
 import torch
 from torch import Tensor
 
+from gristmill.kernels.linear.reference import linear_reference
 
-def grouped_gemm_reference(x_NK: Tensor, w_EMK: Tensor, ends_E: Tensor) -> Tensor:
+
+def grouped_gemm_reference(x_NK: Tensor, w_EMK: Tensor, ends_E: Tensor, *, rounded: bool = False) -> Tensor:
     """Rows [ends[e-1], ends[e]) of x times the transpose of w[e], differentiable by autograd."""
     bounds = [0, *ends_E.tolist()]
-    parts = [x_NK[a:b] @ w_EMK[e].T for e, (a, b) in enumerate(itertools.pairwise(bounds))]
+    pairs = enumerate(itertools.pairwise(bounds))
+    parts = [linear_reference(x_NK[a:b], w_EMK[e], rounded=rounded) for e, (a, b) in pairs]
     return torch.cat(parts) if parts else x_NK.new_zeros(0, w_EMK.shape[1])

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gristmill import kernels
+from gristmill.kernels.compiled import compiled
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean, linear_log_probs
 from gristmill.kernels.cross_entropy.reference import (
     linear_cross_entropy_mean_reference,
     linear_log_probs_and_entropy_reference,
 )
 from gristmill.kernels.grouped_gemm import grouped_gemm
+from gristmill.kernels.grouped_gemm.native import SOURCE
 from gristmill.kernels.grouped_gemm.reference import grouped_gemm_reference
 
 EPS = {torch.float32: 1.2e-7, torch.bfloat16: 7.8e-3}
@@ -49,6 +51,7 @@ def ends_at(*places: int) -> torch.Tensor:
     return torch.tensor(places, device=DEVICE)
 
 
+@pytest.mark.usefixtures("cpu_path")
 @given(
     groups=st.lists(st.integers(0, 70), min_size=1, max_size=5),
     inner=st.integers(1, 50),
@@ -74,6 +77,40 @@ def test_grouped_gemm(groups: list[int], inner: int, outer: int, dtype: torch.dt
     close(got[1], wanted[1], dtype, max(groups) + 1, 16 * (max(groups) + 1) ** 0.5)
 
 
+@pytest.mark.usefixtures("cpu_path")
+def test_groups_of_several_blocks() -> None:
+    """Rows, columns and terms of more than a block, beside few and none."""
+    sizes = [0, 23, 300, 0, 1, 24, 590, 0]
+    x, w = draw(30, sum(sizes), 300).requires_grad_(), draw(31, len(sizes), 530, 300).requires_grad_()
+    seen, ends = draw(32, sum(sizes), 530), torch.tensor(sizes).cumsum(0).to(DEVICE)
+    y = grouped_gemm(x, w, ends)
+    got = (y, *torch.autograd.grad(y, (x, w), seen))
+    xd, wd = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    expected = grouped_gemm_reference(xd, wd, ends)
+    wanted = (expected, *torch.autograd.grad(expected, (xd, wd), seen.double()))
+    for mine, theirs, terms in zip(got, wanted, (300, 530, max(sizes)), strict=True):
+        close(mine, theirs, torch.float32, terms, 16 * terms**0.5)
+    assert not got[2][[0, 3, 7]].any()  # nobody's
+
+
+def test_threads_change_no_bit_of_a_grouped_product(cpu_path: str) -> None:
+    if cpu_path != "compiled" or INTERPRETED or DEVICE == "cuda":
+        pytest.skip("torch's own products may cut sums by threads")
+    sizes, threads, runs = [330, 0, 7, 24, 95], torch.get_num_threads(), []
+    x, w = draw(33, sum(sizes), 70).requires_grad_(), draw(34, len(sizes), 600, 70).requires_grad_()
+    try:
+        for count in (1, 2, 3, 16):
+            torch.set_num_threads(count)
+            for rounded in (False, True):
+                y = grouped_gemm(x, w, torch.tensor(sizes).cumsum(0), rounded=rounded)
+                runs.append((y, *torch.autograd.grad(y.square().sum(), (x, w))))
+    finally:
+        torch.set_num_threads(threads)
+    for first, other in zip(runs[:2] * 3, runs[2:], strict=True):
+        assert all(map(torch.equal, first, other))
+
+
+@pytest.mark.usefixtures("cpu_path")
 def test_grouped_gemm_of_nothing_and_of_nan() -> None:
     w = draw(0, 3, 4, 5).requires_grad_()
     y = grouped_gemm(torch.zeros(0, 5, device=DEVICE), w, ends_at(0, 0, 0))
@@ -120,6 +157,7 @@ def test_linear_cross_entropy_mean(rows: int, width: int, vocab: int, dtype: tor
     close(got[1], wanted[1], dtype, width + rows, size * float(x.detach().abs().max()))
 
 
+@pytest.mark.usefixtures("cpu_path")
 def test_targets_and_ends_may_be_a_column_of_something() -> None:
     x, w = draw(20, 9, 16), draw(21, 33, 16)
     pairs = draw_ids(22, 0, 33, 9, 2)
@@ -197,7 +235,8 @@ def test_references_on_demand_and_the_report() -> None:
     torch.testing.assert_close(y, grouped_gemm(x, w, ends), rtol=1e-5, atol=1e-5)  # float32 sums of five
     counts = kernels.report()["grouped_gemm"]
     assert counts["reference"] >= 1
-    assert counts["gpu" if INTERPRETED or DEVICE == "cuda" else "cpu"] >= 1
+    ran = "gpu" if INTERPRETED or DEVICE == "cuda" else "compiled" if compiled(SOURCE) else "cpu"
+    assert counts[ran] >= 1
     target, weight = torch.zeros(6, dtype=torch.long, device=DEVICE), torch.ones(6, device=DEVICE)
     head = w[0]
     with kernels.use_reference():
@@ -232,6 +271,12 @@ def test_bad_arguments_are_named(change: dict, error: type[Exception], message: 
     given_ = {"x": draw(0, 6, 5), "w": draw(0, 2, 4, 5), "ends": torch.tensor([2, 6])} | change
     with pytest.raises(error, match=message):
         grouped_gemm(given_["x"].cpu(), given_["w"].cpu(), given_["ends"].cpu())
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="of the GPU's code")
+def test_a_gpu_rounds_by_its_dtype() -> None:
+    with pytest.raises(ValueError, match="rounded is True; wanted tensors in bfloat16 on a GPU"):
+        grouped_gemm(draw(0, 6, 5), draw(0, 2, 4, 5), ends_at(2, 6), rounded=True)
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="of the GPU's code")

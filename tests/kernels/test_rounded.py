@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gristmill import kernels
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
+from gristmill.kernels.grouped_gemm import grouped_gemm
 from gristmill.kernels.linear import LEAST_ROWS, linear
 from gristmill.kernels.linear.reference import nearest
 from gristmill.kernels.moe_mlp import moe_mlp
@@ -46,6 +47,26 @@ def test_each_product_is_of_the_nearest_numbers(rows: int, inner: int, outer: in
     close(y.detach(), x, w.t())
     close(grad_x, seen, w)
     close(grad_w, seen.t(), x)
+
+
+@pytest.mark.usefixtures("cpu_path")
+@given(
+    groups=st.lists(st.integers(0, 300), min_size=1, max_size=4), inner=st.integers(1, 300), outer=st.integers(1, 70)
+)
+@settings(max_examples=20, deadline=None)
+def test_each_product_of_groups_is_of_the_nearest_numbers(groups: list[int], inner: int, outer: int) -> None:
+    rows, ends = sum(groups), torch.tensor(groups).cumsum(0)
+    x, w, seen = draw(0, rows, inner).requires_grad_(), draw(1, len(groups), outer, inner), draw(2, rows, outer)
+    y = grouped_gemm(x, w.requires_grad_(), ends, rounded=True)
+    grad_x, grad_w = torch.autograd.grad(y, (x, w), seen)
+    with torch.no_grad(), kernels.use_reference():
+        assert grouped_gemm(x, w, ends, rounded=True).allclose(y, rtol=1e-4, atol=1e-4)  # in range: bounds are below
+    x, w = x.detach(), w.detach()
+    for e, end in enumerate(ends.tolist()):
+        mine = slice(end - groups[e], end)
+        close(y[mine].detach(), x[mine], w[e].t())
+        close(grad_x[mine], seen[mine], w[e])
+        close(grad_w[e], seen[mine].t(), x[mine])
 
 
 @pytest.mark.usefixtures("cpu_path")
