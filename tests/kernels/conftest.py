@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,25 +24,3 @@ def cpu_path(request: pytest.FixtureRequest) -> Iterator[str]:
         yield path
     else:
         pytest.skip("there is no C++ compiler")
-
-
-@pytest.fixture
-def under_the_interpreter() -> Callable[[str], str]:
-    """Runs a file's tests on the GPU's code in Triton's interpreter; what pytest printed.
-
-    In a process of its own, since Triton reads the variable at import.
-    """
-
-    def run(file: str) -> str:
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "GRISTMILL_KERNELS": "gpu"}
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", "-x", file],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-3000:]
-        return done.stdout
-
-    return run

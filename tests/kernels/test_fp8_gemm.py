@@ -374,9 +374,3 @@ def gradient(ends: torch.Tensor) -> torch.Tensor:
 def test_the_report_says_what_ran() -> None:
     quantise_rows(draw(27, 2, 128))
     assert kernels.report()["quantise_rows"]["gpu" if INTERPRETED or DEVICE == "cuda" else "cpu"] >= 1
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
-def test_triton_under_its_interpreter(under_the_interpreter) -> None:
-    """The same tests on the GPU's code."""
-    assert " passed" in under_the_interpreter(__file__)

@@ -222,9 +222,3 @@ def test_nothing_waits_for_the_host_on_a_gpu() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first, second)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
-def test_triton_under_its_interpreter(under_the_interpreter) -> None:
-    """The same tests on the GPU's code."""
-    assert " passed" in under_the_interpreter(__file__)

@@ -328,9 +328,3 @@ def test_bad_arguments_are_named() -> None:
         rotate_halves(x, angle[0], angle[0])
     with pytest.raises(ValueError, match=r"rotate: shape of sin is \(1, 4\); wanted that of cos, \(2, 4\)"):
         rotate(x, angle, angle[:1])
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
-def test_triton_under_its_interpreter(under_the_interpreter) -> None:
-    """The same tests on the GPU's code."""
-    assert " passed" in under_the_interpreter(__file__)

@@ -151,12 +151,6 @@ def test_nothing_waits_for_the_host_on_a_gpu() -> None:
         torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
-def test_triton_under_its_interpreter(under_the_interpreter) -> None:
-    """The same tests on the GPU's code."""
-    assert " passed" in under_the_interpreter(__file__)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -237,9 +237,3 @@ def test_bad_arguments_of_a_rounding_are_named(change: dict[str, Any], error: ty
     given: dict[str, Any] = {"exact": [torch.zeros(4)], "rounded": [torch.zeros(4, dtype=torch.bfloat16)]}
     with pytest.raises(error, match=message):
         round_stochastically(**{**given, "seed": 1, "step": 1, "origins": [Origin(0)], **change})
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
-def test_triton_under_its_interpreter(under_the_interpreter) -> None:
-    """The same tests on the GPU's code."""
-    assert " passed" in under_the_interpreter(__file__)

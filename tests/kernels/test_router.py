@@ -222,9 +222,3 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
     given_ = {"x_TD": torch.zeros(4, 5), "weight_ED": torch.zeros(6, 5), "bias_E": torch.zeros(6), "how": Choice(2)}
     with pytest.raises(error, match=message):
         route(**{**given_, **change})
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
-def test_triton_under_its_interpreter(under_the_interpreter) -> None:
-    """The same tests on the GPU's code."""
-    assert " passed" in under_the_interpreter(__file__)

@@ -100,9 +100,3 @@ def test_bad_arguments_are_named() -> None:
         swiglu(draw(5, 2, 5))
     with pytest.raises(TypeError, match=r"swiglu: gate_up is torch.int64; wanted a floating dtype"):
         swiglu(torch.ones(2, 4, dtype=torch.long))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
-def test_triton_under_its_interpreter(under_the_interpreter) -> None:
-    """The same tests on the GPU's code."""
-    assert " passed" in under_the_interpreter(__file__)

@@ -1,0 +1,31 @@
+"""The kernels' tests on the GPU's code, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+LEFT_OUT = {"test_interpreted.py", "test_model.py"}  # a whole model takes minutes there
+FILES = [p for p in sorted(HERE.glob("test_*.py")) if p.name not in LEFT_OUT and "INTERPRETED" in p.read_text()]
+
+
+@pytest.mark.skipif(os.environ.get("GRISTMILL_KERNELS") == "gpu", reason="this is the run inside")
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_triton_code(part: int) -> None:
+    """In processes of their own, since Triton reads the variable at import; one for several files, as it starts long."""
+    files = FILES[part::3]
+    assert len(files) >= 3
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", "-x", *map(str, files)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "GRISTMILL_KERNELS": "gpu"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
