@@ -13,14 +13,21 @@ extern "C" void multiply(
     int64_t rows, int64_t columns, int64_t depth, int64_t rounded, int64_t threads
 ) {
     const Product multiply_block = product_of(rounded);
-    const int64_t across = (columns + STRIP - 1) / STRIP;
-    const int64_t high = block_rows(rows, across % threads == 0 ? 1 : threads), down = (rows + high - 1) / high;
+    int64_t strip = STRIP, across = (columns + STRIP - 1) / STRIP;
+    // Each thread packs what its blocks share with the others': of few rows and more columns, rather the rows
+    const bool by_columns = across < threads && rows < columns && rows <= BLOCK_ROWS;
+    if (by_columns) {
+        strip = ((columns + threads - 1) / threads + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS;
+        across = (columns + strip - 1) / strip;
+    }
+    const int64_t high = block_rows(rows, by_columns || across % threads == 0 ? 1 : threads);
+    const int64_t down = (rows + high - 1) / high;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t block = 0; block < down * across; block++) {
-        const int64_t i = block % down * high, j = block / down * STRIP;
+        const int64_t i = block % down * high, j = block / down * strip;
         multiply_block(
             {a + i * a_row, a_row, a_column}, {b + j * b_column, b_row, b_column}, c + i * columns + j, columns,
-            std::min(high, rows - i), std::min(STRIP, columns - j), depth, false
+            std::min(high, rows - i), std::min(strip, columns - j), depth, false
         );
     }
 }

@@ -77,15 +77,20 @@ class NativeRouter(torch.autograd.Function):
         needed(SOURCE)("choose", score_TE, bias_E, expert_TK, gate_TK, load_E, *sizes, *limits, *affinity)
         ctx.save_for_backward(x_TD, weight_ED, score_TE, expert_TK)
         ctx.mark_non_differentiable(expert_TK, load_E)
+        ctx.set_materialize_grads(False)  # a loss seldom asks for all affinities
         ctx.numbers = (*sizes, *affinity)
         return expert_TK, gate_TK, score_TE, load_E
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _expert: Tensor, grad_gate_TK: Tensor, grad_score_TE: Tensor, _load: Tensor):
+    def backward(ctx: Any, _expert: None, grad_gate_TK: Tensor | None, grad_score_TE: Tensor | None, _load: None):
         x_TD, weight_ED, score_TE, expert_TK = ctx.saved_tensors
-        slope_TE = grad_score_TE.clone(memory_format=torch.contiguous_format)
-        needed(SOURCE)("choose_backward", score_TE, expert_TK, grad_gate_TK.contiguous(), slope_TE, *ctx.numbers)
+        if grad_score_TE is None:
+            slope_TE = torch.zeros_like(score_TE)
+        else:
+            slope_TE = grad_score_TE.clone(memory_format=torch.contiguous_format)
+        grad_gate = torch.zeros(expert_TK.shape) if grad_gate_TK is None else grad_gate_TK.contiguous()
+        needed(SOURCE)("choose_backward", score_TE, expert_TK, grad_gate, slope_TE, *ctx.numbers)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(x_TD)

@@ -205,6 +205,30 @@ def test_two_runs_give_equal_bits() -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize("asked", ["gate", "score"])
+def test_a_gradient_of_one_result_alone_is_that_with_zeros_for_the_other(asked: str) -> None:
+    x, weight = draw(0, 130, 12).requires_grad_(), draw(1, 8, 12).requires_grad_()
+    _, gate, score, _ = route(x, weight, torch.zeros(8, device=DEVICE), Choice(3))
+    seen = {"gate": (draw(2, *gate.shape), 0 * score), "score": (0 * gate, draw(3, *score.shape))}[asked]
+    both = torch.autograd.grad((gate, score), (x, weight), seen, retain_graph=True)
+    alone = {"gate": (gate, seen[0]), "score": (score, seen[1])}[asked]
+    assert all(map(torch.equal, torch.autograd.grad(alone[0], (x, weight), alone[1]), both))
+
+
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("affinity", ["sigmoid", "softmax"])
+def test_ties_and_what_is_infinite_among_biases_are_chosen_as_by_hand(affinity: Any, groups: int) -> None:
+    """Whole numbers, of which many are equal, in groups that are no vectors' size."""
+    x, weight, bias = draw(0, 120, 5).round(), draw(1, 44, 5).round(), draw(2, 44).round()
+    bias[::9], bias[1::13] = -math.inf, math.inf
+    how = Choice(5, affinity, groups, min(groups, 3))
+    expert, _, score, load = route(x, weight, bias, how)
+    assert expert.tolist() == [chosen_by_hand(row, how) for row in (score + bias).tolist()]
+    assert torch.equal(load, torch.bincount(expert.flatten(), minlength=44))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
