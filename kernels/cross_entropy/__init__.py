@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gristmill.kernels.cross_entropy import native
+from gristmill.kernels.cross_entropy import library, native
 from gristmill.kernels.cross_entropy.chunked import LinearCrossEntropyMean, LinearLogProbs
 from gristmill.kernels.cross_entropy.reference import (
     linear_cross_entropy_mean_reference,
     linear_log_probs_reference,
 )
-from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.dispatch import chosen, readable, require
+from gristmill.kernels.operations import graded
 
 __all__ = ["linear_cross_entropy_mean", "linear_log_probs"]
 
@@ -33,11 +34,13 @@ def linear_cross_entropy_mean(
         RuntimeError: (of the backward pass) its gradients were taken before.
     """
     _check("linear_cross_entropy_mean", x_TD, w_VD, target_T)
-    implementation = chosen("linear_cross_entropy_mean", x_TD, native.SOURCE)
+    implementation = chosen("linear_cross_entropy_mean", x_TD, native.SOURCE, traceable=False)
     if implementation == "reference":
         return linear_cross_entropy_mean_reference(x_TD, w_VD, target_T, weight_T, rounded=rounded)
     if implementation == "compiled":
         return native.linear_cross_entropy_mean(x_TD, w_VD, target_T, weight_T, rounded)
+    if implementation == "operation":
+        return library.linear_cross_entropy_mean(x_TD, w_VD, target_T, weight_T, rounded, graded(x_TD, w_VD))[0]
     return LinearCrossEntropyMean.apply(x_TD, w_VD, target_T, weight_T, implementation, rounded)
 
 
@@ -50,15 +53,17 @@ def linear_log_probs(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: 
             vocabulary.
     """
     _check("linear_log_probs", x_TD, w_VD, target_T)
-    if target_T.device.type == "cpu" and target_T.numel():
+    if readable(target_T) and target_T.numel():
         least = int(target_T.min())
         require(least >= 0, ValueError, "linear_log_probs: least of target_T", least, "a token id, 0 or more")
     require(temperature > 0, ValueError, "linear_log_probs: temperature", temperature, "more than 0")
-    implementation = chosen("linear_log_probs", x_TD, native.SOURCE)
+    implementation = chosen("linear_log_probs", x_TD, native.SOURCE, traceable=False)
     if implementation == "reference":
         return linear_log_probs_reference(x_TD, w_VD, target_T, temperature)
     if implementation == "compiled":
         return native.NativeLogProbs.apply(x_TD, w_VD, target_T, temperature)
+    if implementation == "operation":
+        return library.linear_log_probs(x_TD, w_VD, target_T, temperature)
     return LinearLogProbs.apply(x_TD, w_VD, target_T, temperature, implementation)
 
 
@@ -80,6 +85,6 @@ def _check(operation: str, x: Tensor, w: Tensor, target: Tensor) -> None:
         tuple(target.shape),
         (x.shape[0],),
     )
-    if target.device.type == "cpu" and target.numel():  # on a GPU, looking means waiting
+    if readable(target) and target.numel():
         most, rows = int(target.max()), w.shape[0]
         require(most < rows, ValueError, f"{operation}: largest of target_T", most, f"less than the {rows} of w_VD")

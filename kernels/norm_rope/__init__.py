@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels.dispatch import chosen
-from gristmill.kernels.norm_rope import native
+from gristmill.kernels.norm_rope import library, native
 from gristmill.kernels.norm_rope.layout import rows_of
 from gristmill.kernels.norm_rope.reference import rms_norm_reference, rotate_halves_reference, rotate_reference
 
@@ -37,7 +37,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         raise ValueError(f"rms_norm: shape of weight_D is {tuple(weight_D.shape)}; wanted the last of {tuple(x.shape)}")
     if eps < 0:
         raise ValueError(f"rms_norm: eps is {eps}; wanted 0 or more")
-    implementation = chosen("rms_norm", x, native.SOURCE, triton=_fits_triton(x))
+    implementation = chosen("rms_norm", x, native.SOURCE, triton=fits_triton(x))
     if implementation == "reference":
         return rms_norm_reference(x, weight_D, eps)
     if implementation == "compiled":
@@ -46,6 +46,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         from gristmill.kernels.norm_rope import gpu
 
         return gpu.rms_norm(x, weight_D, eps)
+    if implementation == "operation":
+        return library.rms_norm(x, weight_D, eps)[0]
     return F.rms_norm(x, weight_D.shape, weight_D, eps)
 
 
@@ -75,7 +77,9 @@ def _rotated(operation: str, reference: Callable[..., Tensor], x: Tensor, cos: T
     _check(operation, x, cos, sin)
     rows, interleaved = rows_of(x, cos, sin), operation == "rotate"
     source = native.SOURCE if rows is not None else None
-    implementation = chosen(operation, x, source, triton=rows is not None and _fits_triton(x))
+    implementation = chosen(operation, x, source, triton=rows is not None and fits_triton(x))
+    if implementation == "operation":
+        return (library.rotate if interleaved else library.rotate_halves)(x, cos, sin)
     if rows is None or implementation not in ("compiled", "gpu"):
         return reference(x, cos, sin)
     if implementation == "compiled":
@@ -85,7 +89,7 @@ def _rotated(operation: str, reference: Callable[..., Tensor], x: Tensor, cos: T
     return gpu.rotate(x, cos, sin, rows, interleaved)
 
 
-def _fits_triton(x: Tensor) -> bool:
+def fits_triton(x: Tensor) -> bool:
     return x.dtype in TRITON_DTYPES and x.shape[-1] <= WIDEST
 
 
