@@ -8,6 +8,7 @@ its results look like and what a Function's backward pass is given. Without a gr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,8 +43,7 @@ def gradient(
     """Make of a function the operation that is the gradient of `forward` in the arguments named in `of`.
 
     It is given which of these are wanted, the gradients of `results` of `forward`, its results `kept`, and its
-    arguments; it returns the gradients in the order of `of`, or none in the place of what is not wanted, and is not
-    annotated with a type of what it returns.
+    arguments; it returns the gradients in the order of `of`, or none in the place of what is not wanted.
     """
     names = [argument.name for argument in forward._schema.arguments]
     places = [names.index(name) for name in of]
@@ -70,8 +70,8 @@ def gradient(
             by_place = {place: next(made) for place, need in zip(places, needs, strict=True) if need}
             return tuple(by_place.get(place) for place in range(len(names)))
 
-        schema = torch.library.infer_schema(body, mutates_args=()).removesuffix("()") + "Tensor[]"
-        backward = _defined(body.__name__, run, schema, fake)
+        run.__signature__ = inspect.signature(body).replace(return_annotation=list[Tensor])
+        backward = _defined(body.__name__, run, torch.library.infer_schema(run, mutates_args=()), fake)
         torch.library.register_autograd(forward, gradients, setup_context=keep)
         return backward
 
