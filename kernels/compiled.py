@@ -64,6 +64,11 @@ def _kind(argument: Argument) -> Any:
     return ctypes.c_int64 if isinstance(argument, int) else ctypes.c_double
 
 
+def may_compile() -> bool:
+    """Whether sources are compiled at all, where there is a compiler."""
+    return not TORCH_ALONE
+
+
 def compiled(source: str) -> Compiled | None:
     """The functions of a source, named as `moe_mlp/cpu.cpp`; none where it cannot be compiled here."""
     return None if TORCH_ALONE else _compiled(source)

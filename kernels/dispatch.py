@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from gristmill.kernels.compiled import compiled
+from gristmill.kernels.compiled import compiled, may_compile
 
 log = logging.getLogger("gristmill.kernels")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton looks once, too
@@ -22,13 +23,19 @@ _reference: ContextVar[bool] = ContextVar("gristmill_kernels_reference", default
 _said: set[tuple[str, str]] = set()
 
 
-def chosen(operation: str, x: Tensor, source: str | None = None, *, triton: bool = True) -> str:
+def chosen(operation: str, x: Tensor, source: str | None = None, *, triton: bool = True, traceable: bool = True) -> str:
     """`gpu`, `compiled`, `cpu`, `torch` or `reference` for an operation on x; the choice is counted.
 
     `compiled` is of float32 alone, and where the operation's C++ `source` compiles; `cpu` is a path in torch.
     `torch` are torch's own operations on a GPU, where the operation has no code in `triton`, or none for such tensors.
     GRISTMILL_KERNELS=gpu with TRITON_INTERPRET=1 runs the GPU's code on a CPU, for its tests.
+
+    Where torch.compile captures a graph it is `operation`: the operation of torch.library (operations.py) goes into the
+    graph, and chooses, and is counted, whenever it runs. Where nothing of ours would run it is `torch`, whose
+    operations are captured themselves, if they are `traceable`.
     """
+    if is_dynamo_compiling():
+        return _captured(x, source, triton, traceable)
     if _reference.get():
         picked = "reference"
     elif x.is_cuda or (INTERPRETED and os.environ.get("GRISTMILL_KERNELS") == "gpu"):
@@ -44,6 +51,20 @@ def chosen(operation: str, x: Tensor, source: str | None = None, *, triton: bool
     return picked
 
 
+def _captured(x: Tensor, source: str | None, triton: bool, traceable: bool) -> str:
+    """What goes into a graph."""
+    if x.is_cuda or (INTERPRETED and os.environ.get("GRISTMILL_KERNELS") == "gpu"):
+        ours = triton
+    else:
+        ours = x.device.type == "cpu" and x.dtype == torch.float32 and source is not None and may_compile()
+    return "operation" if ours or not traceable else "torch"
+
+
+def readable(x: Tensor) -> bool:
+    """Whether a check may look at its numbers: on a GPU, looking means waiting, and in a graph there are none yet."""
+    return x.device.type == "cpu" and not is_dynamo_compiling()
+
+
 def runs_compiled(x: Tensor, source: str) -> bool:
     """Whether an operation with this C++ source is compiled for such tensors: float32 on a CPU, with a compiler."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and compiled(source) is not None
@@ -51,7 +72,7 @@ def runs_compiled(x: Tensor, source: str) -> bool:
 
 @contextmanager
 def use_reference() -> Iterator[None]:
-    """Within it every operation runs as its reference."""
+    """Within it every operation runs as its reference; of a captured graph, what went into it as an operation."""
     token = _reference.set(True)
     try:
         yield

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gristmill.kernels.cross_entropy import native
+from gristmill.kernels.cross_entropy import library, native
 from gristmill.kernels.cross_entropy.chunked import LinearCrossEntropyMean, LinearLogProbs
 from gristmill.kernels.cross_entropy.reference import (
     linear_cross_entropy_mean_reference,
     linear_log_probs_and_entropy_reference,
 )
-from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.dispatch import chosen, readable, require
+from gristmill.kernels.operations import graded
 
 __all__ = ["linear_cross_entropy_mean", "linear_log_probs", "linear_log_probs_and_entropy"]
 
@@ -37,11 +38,14 @@ def linear_cross_entropy_mean(
     """
     _check("linear_cross_entropy_mean", x_TD, w_VD, target_T)
     require(z_loss >= 0, ValueError, "linear_cross_entropy_mean: z_loss", z_loss, "0 or more")
-    implementation = chosen("linear_cross_entropy_mean", x_TD, native.SOURCE)
+    implementation = chosen("linear_cross_entropy_mean", x_TD, native.SOURCE, traceable=False)
     if implementation == "reference":
         return linear_cross_entropy_mean_reference(x_TD, w_VD, target_T, weight_T, z_loss=z_loss, rounded=rounded)
     if implementation == "compiled":
         return native.linear_cross_entropy_mean(x_TD, w_VD, target_T, weight_T, z_loss, rounded)
+    if implementation == "operation":
+        needed = graded(x_TD, w_VD)
+        return library.linear_cross_entropy_mean(x_TD, w_VD, target_T, weight_T, z_loss, rounded, needed)[0]
     return LinearCrossEntropyMean.apply(x_TD, w_VD, target_T, weight_T, z_loss, implementation, rounded)
 
 
@@ -67,15 +71,17 @@ def linear_log_probs_and_entropy(
             vocabulary.
     """
     _check("linear_log_probs", x_TD, w_VD, target_T)
-    if target_T.device.type == "cpu" and target_T.numel():
+    if readable(target_T) and target_T.numel():
         least = int(target_T.min())
         require(least >= 0, ValueError, "linear_log_probs: least of target_T", least, "a token id, 0 or more")
     require(temperature > 0, ValueError, "linear_log_probs: temperature", temperature, "more than 0")
-    implementation = chosen("linear_log_probs", x_TD, native.SOURCE)
+    implementation = chosen("linear_log_probs", x_TD, native.SOURCE, traceable=False)
     if implementation == "reference":
         return linear_log_probs_and_entropy_reference(x_TD, w_VD, target_T, temperature)
     if implementation == "compiled":
         return native.NativeLogProbs.apply(x_TD, w_VD, target_T, temperature)
+    if implementation == "operation":
+        return library.linear_log_probs_and_entropy(x_TD, w_VD, target_T, temperature)
     return LinearLogProbs.apply(x_TD, w_VD, target_T, temperature, implementation)
 
 
@@ -97,6 +103,6 @@ def _check(operation: str, x: Tensor, w: Tensor, target: Tensor) -> None:
         tuple(target.shape),
         (x.shape[0],),
     )
-    if target.device.type == "cpu" and target.numel():  # on a GPU, looking means waiting
+    if readable(target) and target.numel():
         most, rows = int(target.max()), w.shape[0]
         require(most < rows, ValueError, f"{operation}: largest of target_T", most, f"less than the {rows} of w_VD")

@@ -95,7 +95,7 @@ class LinearLogProbs(torch.autograd.Function):
         ctx.save_for_backward(x_TD, w_VD, target_T)
         ctx.temperature, ctx.implementation = temperature, implementation
         softmax = softmax_of(implementation)
-        log_p, entropy = torch.empty(2, x_TD.shape[0], dtype=torch.float32, device=x_TD.device)
+        log_p, entropy = (torch.empty(len(x_TD), dtype=torch.float32, device=x_TD.device) for _ in range(2))
         for rows in chunks(x_TD.shape[0], w_VD.shape[0], implementation):
             loss, entropy[rows] = softmax.softmax_loss(x_TD[rows] @ w_VD.t(), target_T[rows], temperature)
             log_p[rows] = -loss

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gristmill.kernels.dispatch import chosen, require
-from gristmill.kernels.fp8_gemm import reference
+from gristmill.kernels.dispatch import chosen, readable, require
+from gristmill.kernels.fp8_gemm import library, reference
 from gristmill.kernels.fp8_gemm.reference import BLOCK, LARGEST, most_tiles, tile_ends
 
 __all__ = [
@@ -144,7 +144,7 @@ def fp8_weight_gradient(
     _check_pair("fp8_weight_gradient", "x_KP", x_KP, grad_MP)
     _check_blocks("fp8_weight_gradient: rows of grad_MP", len(grad_MP))
     _check_blocks("fp8_weight_gradient: rows of x_KP", len(x_KP))
-    if ends_E.device.type == "cpu" and len(ends_E):
+    if readable(ends_E) and len(ends_E):
         tiles, wanted = grad_scale_MQ.shape[1], int(tile_ends(ends_E)[-1])
         require(tiles >= wanted, ValueError, "fp8_weight_gradient: tiles of grad_MP", tiles, f"at least {wanted}")
     module = _module("fp8_weight_gradient", grad_MP)
@@ -152,11 +152,14 @@ def fp8_weight_gradient(
 
 
 def _module(operation: str, x: Tensor) -> Any:
-    """What runs the operation: Triton, or the specification itself (on a CPU too)."""
-    if chosen(operation, x) == "gpu":
+    """What runs the operation: Triton, or the specification itself (on a CPU too); or what goes into a graph."""
+    implementation = chosen(operation, x, traceable=False)
+    if implementation == "gpu":
         from gristmill.kernels.fp8_gemm import gpu
 
         return gpu
+    if implementation == "operation":
+        return library
     return reference
 
 
@@ -193,7 +196,7 @@ def _check_ends(operation: str, ends: Tensor, x: Tensor, groups: int) -> None:
     require(ends.shape == (groups,), ValueError, f"{operation}: shape of ends_E", tuple(ends.shape), (groups,))
     require(ends.device == x.device, ValueError, f"{operation}: device of ends_E", ends.device, f"{x.device}")
     require(bool(groups) or not len(x), ValueError, f"{operation}: groups", 0, f"some, for {len(x)} rows")
-    if ends.device.type == "cpu" and groups:
+    if readable(ends) and groups:
         places = ends.tolist()
         ascending = places[0] >= 0 and all(a <= b for a, b in pairwise(places))
         require(ascending, ValueError, f"{operation}: ends_E", places, "ascending ends")

@@ -10,7 +10,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.dispatch import chosen, readable, require
+from gristmill.kernels.grouped_gemm import library
 from gristmill.kernels.grouped_gemm.cpu import GroupedGemm
 from gristmill.kernels.grouped_gemm.native import SOURCE, NativeGroupedGemm
 from gristmill.kernels.grouped_gemm.reference import grouped_gemm_reference
@@ -33,7 +34,7 @@ def grouped_gemm(x_NK: Tensor, w_EMK: Tensor, ends_E: Tensor, *, rounded: bool =
             CPU) do not ascend to N; on a GPU, there are 2³⁰ rows or more, or rounding is asked for.
     """
     _check(x_NK, w_EMK, ends_E)
-    implementation = chosen("grouped_gemm", x_NK, SOURCE)
+    implementation = chosen("grouped_gemm", x_NK, SOURCE, traceable=False)
     if implementation == "gpu":
         require(not rounded, ValueError, "grouped_gemm: rounded", rounded, "tensors in bfloat16 on a GPU")
         from gristmill.kernels.grouped_gemm.gpu import TritonGroupedGemm
@@ -43,6 +44,8 @@ def grouped_gemm(x_NK: Tensor, w_EMK: Tensor, ends_E: Tensor, *, rounded: bool =
         return NativeGroupedGemm.apply(x_NK, w_EMK, ends_E, rounded)
     if implementation == "cpu":
         return GroupedGemm.apply(x_NK, w_EMK, ends_E, rounded)
+    if implementation == "operation":
+        return library.grouped_gemm(x_NK, w_EMK, ends_E, rounded)
     return grouped_gemm_reference(x_NK, w_EMK, ends_E, rounded=rounded)
 
 
@@ -61,7 +64,7 @@ def _check(x: Tensor, w: Tensor, ends: Tensor) -> None:
     )
     require(ends.device == x.device, ValueError, "grouped_gemm: device of ends_E", ends.device, f"{x.device}")
     require(bool(len(ends)) or not len(x), ValueError, "grouped_gemm: groups of w_EMK", 0, f"some, for {len(x)} rows")
-    if ends.device.type == "cpu" and ends.numel():
+    if readable(ends) and ends.numel():
         places = ends.tolist()
         ascending = places[0] >= 0 and all(a <= b for a, b in pairwise(places))
         require(ascending, ValueError, "grouped_gemm: ends_E", places, "ascending ends")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gristmill.kernels.compiled import needed
 from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.likeliest import library
 from gristmill.kernels.likeliest.reference import likeliest_reference
 
 __all__ = ["likeliest"]
@@ -25,7 +26,10 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: there is nothing to choose from.
     """
     require(logits.ndim > 0 and logits.shape[-1] > 0, ValueError, "likeliest: shape", tuple(logits.shape), "(..., V)")
-    if chosen("likeliest", logits, SOURCE, triton=False) != "compiled":
+    implementation = chosen("likeliest", logits, SOURCE, triton=False)
+    if implementation == "operation":
+        return library.likeliest(logits)
+    if implementation != "compiled":
         return likeliest_reference(logits.detach())
     logits, columns = logits.contiguous(), logits.shape[-1]
     token = torch.empty(logits.shape[:-1], dtype=torch.int64)

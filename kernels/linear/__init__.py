@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from gristmill.kernels.blocks import empty
 from gristmill.kernels.compiled import needed
 from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.linear import library
 from gristmill.kernels.linear.reference import linear_reference
 
 __all__ = ["linear", "multiply"]
@@ -39,14 +40,25 @@ def linear(x: Tensor, w_MK: Tensor, bias_M: Tensor | None = None, *, rounded: bo
     """
     require(w_MK.ndim == 2, ValueError, "linear: rank of w_MK", w_MK.ndim, 2)
     require(x.shape[-1] == w_MK.shape[1], ValueError, "linear: inner size of w_MK", w_MK.shape[1], x.shape[-1])
-    many = x.numel() >= LEAST_ROWS * x.shape[-1] > 0
+    many = has_many_rows(x)
     graded = torch.is_grad_enabled() and (x.requires_grad or w_MK.requires_grad)
     fits = many or (not graded and not rounded and x.numel() * len(w_MK) >= LEAST_PRODUCTS)
-    fits = fits and w_MK.dtype == torch.float32 and w_MK.is_contiguous()
-    if chosen("linear", x, SOURCE if fits else None, triton=False) != "compiled":
+    implementation = chosen("linear", x, SOURCE if fits and fits_source(w_MK) else None, triton=False)
+    if implementation == "compiled":
+        y = NativeLinear.apply(x, w_MK, rounded) if many else few(x, w_MK)
+    elif implementation == "operation":
+        y = library.linear(x, w_MK, rounded)
+    else:
         return linear_reference(x, w_MK, bias_M, rounded=rounded)
-    y = NativeLinear.apply(x, w_MK, rounded) if many else few(x, w_MK)
     return y if bias_M is None else y + bias_M
+
+
+def has_many_rows(x: Tensor) -> bool:
+    return x.numel() >= LEAST_ROWS * x.shape[-1] > 0
+
+
+def fits_source(w_MK: Tensor) -> bool:
+    return w_MK.dtype == torch.float32 and w_MK.is_contiguous()
 
 
 def few(x: Tensor, w_MK: Tensor) -> Tensor:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gristmill.kernels.dispatch import INTERPRETED, chosen, require
-from gristmill.kernels.mla_attention import operation
+from gristmill.kernels.dispatch import INTERPRETED, chosen, readable, require
+from gristmill.kernels.mla_attention import library, operation
 from gristmill.kernels.mla_attention.native import SOURCE, Attention, LatentAttention
 from gristmill.kernels.mla_attention.reference import attention_reference, latent_attention_reference
 from gristmill.kernels.mla_attention.sdpa import sdpa_attention, sdpa_latent_attention
 
 __all__ = ["attention", "latent_attention", "operation"]
+LOGS = -2
+"""Where a Function's saved tensors have the logarithms of the sums of exponentials."""
 
 
 def attention(
@@ -56,7 +58,7 @@ def attention(
     divides = groups > 0 and heads % groups == 0
     require(divides, ValueError, "attention: heads of k_BSGN", groups, f"a divisor of the {heads} of q_BSHN")
     _check_seen("attention", mask_BSS, first_BS, q_BSHN)
-    implementation = chosen("attention", q_BSHN, SOURCE, triton=_in_triton(q_BSHN, width, v_BSGW.shape[3], scale))
+    implementation = chosen("attention", q_BSHN, SOURCE, triton=in_triton(q_BSHN, width, v_BSGW.shape[3], scale))
     if implementation == "reference":
         return attention_reference(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS, first_BS)
     if implementation == "compiled":
@@ -65,6 +67,8 @@ def attention(
         from gristmill.kernels.mla_attention.gpu import TritonAttention
 
         return TritonAttention.apply(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS, first_BS)
+    if implementation == "operation":
+        return library.attention(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS, first_BS)[0]
     return sdpa_attention(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS, first_BS)
 
 
@@ -104,9 +108,8 @@ def latent_attention(
         _check_shape(f"{name}: shape of the {what}", angle, (batch, length, turning // 2))
         _check_device(f"{name}: device of the {what}", angle, q_BSHQ)
     _check_seen(name, mask_BSS, first_BS, q_BSHQ)
-    exact = cos.dtype == sin.dtype == torch.float32
-    triton = exact and _in_triton(q_BSHQ, wide, kv_BSHX.shape[3] - wide + turning, scale, turning)
-    implementation = chosen(name, q_BSHQ, SOURCE if exact else None, triton=triton)
+    source, triton = latent_paths(q_BSHQ, kv_BSHX, key_BSR, rotary, scale)
+    implementation = chosen(name, q_BSHQ, source, triton=triton)
     if implementation == "reference":
         return latent_attention_reference(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS, first_BS)
     if implementation == "compiled":
@@ -116,10 +119,23 @@ def latent_attention(
 
         angles = cos.detach(), sin.detach()
         return TritonLatentAttention.apply(q_BSHQ, kv_BSHX, key_BSR, *angles, scale, mask_BSS, first_BS)
+    if implementation == "operation":
+        angles = cos.detach(), sin.detach()
+        return library.latent_attention(q_BSHQ, kv_BSHX, key_BSR, *angles, scale, mask_BSS, first_BS)[0]
     return sdpa_latent_attention(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS, first_BS)
 
 
-def _in_triton(q: Tensor, width: int, values: int, scale: float, turning: int | None = None) -> bool:
+def latent_paths(
+    q_BSHQ: Tensor, kv_BSHX: Tensor, key_BSR: Tensor, rotary: tuple[Tensor, Tensor], scale: float
+) -> tuple[str | None, bool]:
+    """The source of what a CPU runs, if it takes such angles, and whether the code in Triton takes such tensors."""
+    if not rotary[0].dtype == rotary[1].dtype == torch.float32:
+        return None, False
+    wide, turning = q_BSHQ.shape[3], key_BSR.shape[2]
+    return SOURCE, in_triton(q_BSHQ, wide, kv_BSHX.shape[3] - wide + turning, scale, turning)
+
+
+def in_triton(q: Tensor, width: int, values: int, scale: float, turning: int | None = None) -> bool:
     """Whether the code in Triton takes queries of this width, the last of which are turned, and such values."""
     if not (q.is_cuda or INTERPRETED):
         return False
@@ -150,7 +166,7 @@ def _check_seen(operation: str, mask: Tensor | None, first: Tensor | None, q: Te
         require(whole, TypeError, f"{operation}: first_BS", first.dtype, "torch.int32 or torch.int64")
         _check_shape(f"{operation}: shape of first_BS", first, (q.shape[0], q.shape[1]))
         _check_device(f"{operation}: device of first_BS", first, q)
-        if first.device.type == "cpu" and first.numel():
+        if readable(first) and first.numel():
             least = int(first.min())
             require(least >= 0, ValueError, f"{operation}: the least of first_BS", least, "a place from 0 on")
 

@@ -272,10 +272,7 @@ class TritonLatentAttention(torch.autograd.Function):
         ctx: Any, q_BSHQ: Tensor, kv_BSHX: Tensor, key_BSR: Tensor, cos: Tensor, sin: Tensor, scale: float,
         mask_BSS: Tensor | None, first_BS: Tensor | None,
     ):  # fmt: skip
-        turning, seen = key_BSR.shape[-1], _seen(mask_BSS, first_BS)
-        q, kv = _heads_first(q_BSHQ, kv_BSHX)
-        q_second = turned(q_BSHQ[..., -turning:], cos[:, :, None], sin[:, :, None], q.dtype).transpose(1, 2)
-        key = turned(key_BSR, cos, sin, q.dtype)[:, None]
+        seen, (q, kv, q_second, key) = _seen(mask_BSS, first_BS), _latent_parts(q_BSHQ, kv_BSHX, key_BSR, cos, sin)
         out, log = operation.attend(*_latent_sides(q, kv, q_second, key), seen, scale)
         ctx.save_for_backward(q, kv, q_second, key, cos, sin, out, log, seen)
         ctx.scale = scale
@@ -294,6 +291,13 @@ class TritonLatentAttention(torch.autograd.Function):
         grad_q[..., -turning:] = turned_back(seconds[0], cos[:, :, None], sin[:, :, None], q.dtype)
         grad_key = turned_back(seconds[1].sum(2), cos, sin, key.dtype)
         return grad_q, grad_kv, grad_key, None, None, None, None, None
+
+
+def _latent_parts(q_BSHQ: Tensor, kv_BSHX: Tensor, key_BSR: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values, heads first, and turned the second parts of queries and of the key of all heads."""
+    turning, (q, kv) = key_BSR.shape[-1], _heads_first(q_BSHQ, kv_BSHX)
+    q_second = turned(q_BSHQ[..., -turning:], cos[:, :, None], sin[:, :, None], q.dtype).transpose(1, 2)
+    return q, kv, q_second, turned(key_BSR, cos, sin, q.dtype)[:, None]
 
 
 def _latent_sides(q: Tensor, kv: Tensor, q_turned: Tensor, k_turned: Tensor) -> Sides:

@@ -49,7 +49,33 @@ def _seen(mask_BSS: Tensor | None, first_BS: Tensor | None) -> tuple[Tensor, Ten
     return mask, torch.empty(0) if first_BS is None else first_BS.long().contiguous()
 
 
-@torch.library.custom_op("gristmill::attention", mutates_args=())
+def of_whole(
+    q_BSHN: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, mask_BSS: Tensor | None, first_BS: Tensor | None
+) -> tuple[Inputs, Tensor]:
+    """Of queries, keys and values that are whole, and the first keys."""
+    none, (mask, first) = q_BSHN.new_empty(1, 1, 0), _seen(mask_BSS, first_BS)
+    return Inputs(_rowwise(q_BSHN), _rowwise(k_BSGN), _rowwise(v_BSGW), none, none, none, mask), first
+
+
+def of_latents(
+    q_BSHQ: Tensor, kv_BSHX: Tensor, key_BSR: Tensor, cos: Tensor, sin: Tensor,
+    mask_BSS: Tensor | None, first_BS: Tensor | None,
+) -> tuple[Tensor, Inputs, Tensor]:  # fmt: skip
+    """Of MLA's projections: keys and values row by row as they are whole, the inputs, and the first keys."""
+    q_BSHQ, kv_BSHX, key_BSR = (_rowwise(x) for x in (q_BSHQ, kv_BSHX, key_BSR))
+    width, (mask, first) = q_BSHQ.shape[-1] - key_BSR.shape[-1], _seen(mask_BSS, first_BS)
+    k_BSHN, v_BSHW = kv_BSHX.tensor_split([width], -1)
+    return kv_BSHX, Inputs(q_BSHQ, k_BSHN, v_BSHW, key_BSR, cos.contiguous(), sin.contiguous(), mask), first
+
+
+def reach(mask_BSS: Tensor, first_BS: Tensor, batch: int, length: int) -> Tensor:
+    """The keys that each query sees, (B, S, 3)."""
+    reach = torch.empty(batch, length, 3, dtype=torch.int64)
+    needed(SOURCE)("attention_reach", mask_BSS, first_BS, reach, batch, length)
+    return reach
+
+
+@torch.library.custom_op("gristmill::attention_compiled", mutates_args=())
 def attend(
     q_BSHQ: Tensor,
     k_BSGN: Tensor,
@@ -66,14 +92,13 @@ def attend(
     `first_BS` is int64, or empty as without it.
     An operation of torch's, so that selective recomputation can keep what it gave.
     """
-    inputs, library = Inputs(q_BSHQ, k_BSGN, v_BSGW, key_BSR, cos, sin, mask_BSS), needed(SOURCE)
+    inputs = Inputs(q_BSHQ, k_BSGN, v_BSGW, key_BSR, cos, sin, mask_BSS)
     batch, length, heads, _ = q_BSHQ.shape
-    reach = torch.empty(batch, length, 3, dtype=torch.int64)
-    library("attention_reach", mask_BSS, first_BS, reach, batch, length)
+    seen = reach(mask_BSS, first_BS, batch, length)
     out = q_BSHQ.new_empty(batch, length, heads, v_BSGW.shape[-1])
     log_sums = q_BSHQ.new_empty(batch, heads, length)
-    library("attention_forward", inputs.sizes(), *inputs, reach, out, log_sums, scale)
-    return out, log_sums, reach
+    needed(SOURCE)("attention_forward", inputs.sizes(), *inputs, seen, out, log_sums, scale)
+    return out, log_sums, seen
 
 
 def _backward(
@@ -103,10 +128,9 @@ class Attention(torch.autograd.Function):
         mask_BSS: Tensor | None,
         first_BS: Tensor | None,
     ):
-        none, (mask, first) = q_BSHN.new_empty(1, 1, 0), _seen(mask_BSS, first_BS)
-        inputs = Inputs(_rowwise(q_BSHN), _rowwise(k_BSGN), _rowwise(v_BSGW), none, none, none, mask)
-        out, *kept = attend(*inputs, first, scale)
-        ctx.save_for_backward(*inputs, out, *kept)
+        inputs, first = of_whole(q_BSHN, k_BSGN, v_BSGW, mask_BSS, first_BS)
+        out, log_sums, reach = attend(*inputs, first, scale)
+        ctx.save_for_backward(*inputs, out, log_sums, reach)
         ctx.scale = scale
         return out
 
@@ -135,12 +159,9 @@ class LatentAttention(torch.autograd.Function):
         mask_BSS: Tensor | None,
         first_BS: Tensor | None,
     ):
-        q_BSHQ, kv_BSHX, key_BSR = (_rowwise(x) for x in (q_BSHQ, kv_BSHX, key_BSR))
-        width, (mask, first) = q_BSHQ.shape[-1] - key_BSR.shape[-1], _seen(mask_BSS, first_BS)
-        k_BSHN, v_BSHW = kv_BSHX.tensor_split([width], -1)
-        inputs = Inputs(q_BSHQ, k_BSHN, v_BSHW, key_BSR, cos.contiguous(), sin.contiguous(), mask)
-        out, *kept = attend(*inputs, first, scale)
-        ctx.save_for_backward(q_BSHQ, kv_BSHX, *inputs[3:], out, *kept)
+        kv_BSHX, inputs, first = of_latents(q_BSHQ, kv_BSHX, key_BSR, cos, sin, mask_BSS, first_BS)
+        out, log_sums, reach = attend(*inputs, first, scale)
+        ctx.save_for_backward(inputs.q_BSHQ, kv_BSHX, *inputs[3:], out, log_sums, reach)
         ctx.scale = scale
         return out
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from gristmill.kernels.compiled import needed
 from gristmill.kernels.dispatch import INTERPRETED, chosen, require
+from gristmill.kernels.mla_decode import library
 from gristmill.kernels.mla_decode.reference import mla_decode_reference
 
 __all__ = ["mla_decode"]
@@ -51,6 +53,10 @@ def mla_decode(
         TypeError: dtypes differ, or places are not int64.
         ValueError: shapes do not fit, or (on a CPU) a place is negative or not below the reach.
     """
+    if is_dynamo_compiling():
+        return library.mla_decode(
+            q_BSHQ, kv_BSY, cache_BPC, start_B, reach, *rotary, norm_C, eps, up_HXC, scale
+        )  # fmt: skip
     (batch, length, heads, wide), (latent,) = q_BSHQ.shape, norm_C.shape
     turning, value = kv_BSY.shape[-1] - latent, up_HXC.shape[1] + kv_BSY.shape[-1] - latent - wide
     wanted = {

@@ -6,11 +6,14 @@ import os
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.moe_mlp import library
 from gristmill.kernels.moe_mlp.cpu import MoeMlp
 from gristmill.kernels.moe_mlp.native import SOURCE, NativeMoeMlp, few_rows
 from gristmill.kernels.moe_mlp.reference import moe_mlp_reference
+from gristmill.kernels.operations import graded
 
 __all__ = ["moe_mlp"]
 
@@ -52,7 +55,7 @@ def moe_mlp(
             are 2³⁰ rows or more.
     """
     _check(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
-    implementation = chosen("moe_mlp", x_TD, SOURCE)
+    implementation = chosen("moe_mlp", x_TD, SOURCE, traceable=False)
     if implementation == "reference":
         return moe_mlp_reference(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, rounded=rounded)
     if implementation == "gpu":
@@ -61,10 +64,13 @@ def moe_mlp(
 
         return TritonMoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
     if implementation == "compiled":
-        graded = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gate_TK, gate_up_E2FD, down_EDF))
-        if not graded and not rounded and expert_TK.numel() < FEW_ROWS * len(down_EDF):
+        wanted = graded(x_TD, gate_TK, gate_up_E2FD, down_EDF)
+        if not wanted and not rounded and expert_TK.numel() < FEW_ROWS * len(down_EDF):
             return few_rows(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF)
         return NativeMoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, rounded)
+    if implementation == "operation":
+        wanted = graded(x_TD, gate_TK, gate_up_E2FD, down_EDF)
+        return library.moe_mlp(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E, rounded, wanted)[0]
     return MoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E, rounded)
 
 
@@ -90,7 +96,7 @@ def _check(x: Tensor, expert: Tensor, gate: Tensor, gate_up: Tensor, down: Tenso
         require(tuple(tensor.shape) == shape, ValueError, f"moe_mlp: shape of {name}", tuple(tensor.shape), shape)
         same = tensor.device == x.device
         require(same, ValueError, f"moe_mlp: device of {name}", tensor.device, f"that of x_TD, {x.device}")
-    if x.device.type == "cpu" or CHECKED:
+    if (x.device.type == "cpu" or CHECKED) and not is_dynamo_compiling():
         _check_indices(expert, load)
 
 

@@ -32,14 +32,14 @@ class NativeMoeMlp(torch.autograd.Function):
         pre_M2F, y_MD, out_TD = empty(rows, 2 * hidden), empty(rows, width), torch.empty_like(x_TD)
         where = (order_M, *_places(order_M, chosen), bounds_E)
         library("forward", x_TD, gate, gate_up_E2FD, down_EDF, *where, pre_M2F, y_MD, out_TD, *sizes, int(rounded))
-        ctx.save_for_backward(x_TD, gate, gate_up_E2FD, down_EDF, order_M, bounds_E, pre_M2F)
+        ctx.save_for_backward(x_TD, gate, gate_up_E2FD, down_EDF, bounds_E, order_M, pre_M2F)
         ctx.sizes, ctx.rounded, ctx.gate_dtype = sizes, int(rounded), gate_TK.dtype
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor):
-        *inputs, order_M, bounds_E, pre_M2F = ctx.saved_tensors
+        *inputs, bounds_E, order_M, pre_M2F = ctx.saved_tensors
         where = (order_M, *_places(order_M, ctx.sizes[1]), bounds_E)
         grad_rows_MD = empty(len(order_M), grad_TD.shape[1])
         grad_x, grad_gate, grad_gate_up, grad_down = made = [empty(*t.shape) for t in inputs]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels.dispatch import chosen
-from gristmill.kernels.norm_rope import native
+from gristmill.kernels.norm_rope import library, native
 from gristmill.kernels.norm_rope.layout import rows_of
 from gristmill.kernels.norm_rope.reference import (
     add_rms_norm_reference,
@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         ValueError: the shapes or devices do not fit, or eps is negative.
     """
     _check_norm("rms_norm", x, weight_D, eps)
-    implementation = chosen("rms_norm", x, native.SOURCE, triton=_fits_triton(x))
+    implementation = chosen("rms_norm", x, native.SOURCE, triton=fits_triton(x))
     if implementation == "reference":
         return rms_norm_reference(x, weight_D, eps)
     if implementation == "compiled":
@@ -44,6 +44,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         from gristmill.kernels.norm_rope import gpu
 
         return gpu.rms_norm(x, weight_D, eps)
+    if implementation == "operation":
+        return library.rms_norm(x, weight_D, eps)[0]
     return F.rms_norm(x, weight_D.shape, weight_D, eps)
 
 
@@ -71,11 +73,13 @@ def add_rms_norm(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Te
         raise ValueError(f"add_rms_norm: device of y is {y.device}; wanted that of x, {x.device}")
     if x.shape != y.shape:
         raise ValueError(f"add_rms_norm: shape of y is {tuple(y.shape)}; wanted that of x, {tuple(x.shape)}")
-    implementation = chosen("add_rms_norm", x, native.SOURCE, triton=_fits_triton(x))
+    implementation = chosen("add_rms_norm", x, native.SOURCE, triton=fits_triton(x))
     if implementation == "reference":
         return add_rms_norm_reference(x, y, weight_D, eps)
     if implementation == "compiled":
         return native.add_rms_norm(x, y.to(x.dtype), weight_D, eps)
+    if implementation == "operation":
+        return library.add_rms_norm(x, y, weight_D, eps)[:2]
     if implementation == "gpu":
         from gristmill.kernels.norm_rope import gpu
 
@@ -110,7 +114,9 @@ def _rotated(operation: str, reference: Callable[..., Tensor], x: Tensor, cos: T
     _check(operation, x, cos, sin)
     rows, interleaved = rows_of(x, cos, sin), operation == "rotate"
     source = native.SOURCE if rows is not None else None
-    implementation = chosen(operation, x, source, triton=rows is not None and _fits_triton(x))
+    implementation = chosen(operation, x, source, triton=rows is not None and fits_triton(x))
+    if implementation == "operation":
+        return (library.rotate if interleaved else library.rotate_halves)(x, cos, sin)
     if rows is None or implementation not in ("compiled", "gpu"):
         return reference(x, cos, sin)
     if implementation == "compiled":
@@ -120,7 +126,7 @@ def _rotated(operation: str, reference: Callable[..., Tensor], x: Tensor, cos: T
     return gpu.rotate(x, cos, sin, rows, interleaved)
 
 
-def _fits_triton(x: Tensor) -> bool:
+def fits_triton(x: Tensor) -> bool:
     return x.dtype in TRITON_DTYPES and x.shape[-1] <= WIDEST
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 
 def in_rows(x: Tensor) -> tuple[Tensor, int]:
@@ -48,11 +49,11 @@ def rows_of(x: Tensor, cos: Tensor, sin: Tensor) -> Rows | None:
     if cos.requires_grad or sin.requires_grad or not cos.dtype == sin.dtype == torch.float32:
         return None
     strides = cos.stride()
-    return _rows(x.shape, x.stride(), cos.shape, strides) if sin.stride() == strides else None
+    walked = _walked if is_dynamo_compiling() else _rows  # a graph is captured of what is not a cache
+    return walked(x.shape, x.stride(), cos.shape, strides) if sin.stride() == strides else None
 
 
-@functools.lru_cache(maxsize=256)
-def _rows(
+def _walked(
     shape: tuple[int, ...], strides: tuple[int, ...], angle_shape: tuple[int, ...], angle_strides: tuple[int, ...]
 ) -> Rows | None:
     *leading, _ = shape
@@ -67,3 +68,6 @@ def _rows(
     if strides[-1] != 1 or angle_strides[-1] != 1 or token_distance is None or angle_distance is None:
         return None
     return Rows(math.prod(leading) // max(1, heads), heads, token_distance, head_distance, angle_distance)
+
+
+_rows = functools.lru_cache(maxsize=256)(_walked)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from gristmill.kernels.compiled import needed
 from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.optim import library
 from gristmill.kernels.optim.newton_schulz import orthogonalised
 from gristmill.kernels.optim.reference import AdamW, adamw_reference
 from gristmill.kernels.optim.rounding import Origin
@@ -38,6 +40,10 @@ def adamw(
         ValueError: the lists differ in length, or a gradient or moment in shape or device from its parameter; a seed
             without origins, or one of the numbers of the rounding is out of its range.
     """
+    if is_dynamo_compiling():
+        numbers = (how.rate, how.step, how.decay, how.beta1, how.beta2, how.eps, how.coefficient, how.seed)
+        places = [o.stream for o in origins or ()], [o.first for o in origins or ()]
+        return library.adamw(parameters, gradients, exp_avg, exp_avg_sq, *numbers, *places)
     lists = {"gradients": gradients, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     for name, tensors in lists.items():
         require(len(tensors) == len(parameters), ValueError, f"adamw: length of {name}", len(tensors), len(parameters))

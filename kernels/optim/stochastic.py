@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from gristmill.kernels.compiled import needed
 from gristmill.kernels.dispatch import chosen, require
@@ -33,6 +34,9 @@ def round_stochastically(
         TypeError: a tensor has another dtype.
         ValueError: the lists differ in length, tensors in shape or device, or a number is out of its range.
     """
+    if is_dynamo_compiling():
+        places = [o.stream for o in origins], [o.first for o in origins]
+        return torch.ops.gristmill.round_stochastically(exact, rounded, seed, step, *places)
     operation = "round_stochastically"
     require(len(rounded) == len(exact), ValueError, f"{operation}: length of rounded", len(rounded), len(exact))
     check_rounding(operation, seed, step, origins, len(exact))

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from gristmill.kernels.compiled import needed
 from gristmill.kernels.dispatch import chosen, require
 from gristmill.kernels.linear import LEAST_ROWS, linear, multiply
+from gristmill.kernels.router import library
 from gristmill.kernels.router.reference import Choice, route_reference
 
 __all__ = ["Choice", "route"]
@@ -49,13 +50,17 @@ def route(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice) -> tuple
     held = experts // how.groups * how.groups_allowed
     require(1 <= how.chosen <= held, ValueError, "route: experts chosen", how.chosen, f"1 to {held}")
     source = SOURCE if weight_ED.is_contiguous() else None
-    implementation = chosen("router", x_TD, source, triton=x_TD.dtype == torch.float32)
+    implementation = chosen("router", x_TD, source, triton=x_TD.dtype == torch.float32, traceable=False)
     if implementation == "compiled":
         return NativeRouter.apply(x_TD, weight_ED, bias_E, how)
     if implementation == "gpu":
         from gristmill.kernels.router.gpu import TritonRouter
 
         return TritonRouter.apply(x_TD, weight_ED, bias_E, how)
+    if implementation == "operation":
+        numbers = (how.chosen, how.affinity, how.groups, how.groups_allowed, how.normalised, how.scale)
+        gate_TK, score_TE, expert_TK, load_E = library.route(x_TD, weight_ED, bias_E, *numbers)
+        return expert_TK, gate_TK, score_TE, load_E
     return route_reference(x_TD, weight_ED, bias_E, how)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels.dispatch import chosen
-from gristmill.kernels.swiglu import native
+from gristmill.kernels.swiglu import library, native
 from gristmill.kernels.swiglu.reference import swiglu_reference
 
 __all__ = ["swiglu"]
@@ -25,7 +25,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu: shape of gate_up is {tuple(gate_up.shape)}; wanted a last dimension of two halves")
-    implementation = chosen("swiglu", gate_up, native.SOURCE, triton=gate_up.dtype != torch.float64)
+    implementation = chosen("swiglu", gate_up, native.SOURCE, triton=fits_triton(gate_up))
     if implementation == "compiled":
         return native.swiglu(gate_up)
     if not gate_up.is_floating_point():
@@ -34,7 +34,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
         from gristmill.kernels.swiglu.gpu import TritonSwiGLU
 
         return TritonSwiGLU.apply(gate_up)
+    if implementation == "operation":
+        return library.swiglu(gate_up)
     if implementation == "reference":
         return swiglu_reference(gate_up)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
+
+
+def fits_triton(gate_up: Tensor) -> bool:
+    return gate_up.dtype != torch.float64

@@ -23,7 +23,7 @@ KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.gristmill.attention.default,  # on a CPU in float32: kernels/mla_attention
+    torch.ops.gristmill.attention_compiled.default,  # on a CPU in float32: kernels/mla_attention
     torch.ops.gristmill.attention_in_triton.default,  # on a GPU in 16 bits
 }
 

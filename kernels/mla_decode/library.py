@@ -1,0 +1,27 @@
+"""Attention of new tokens over a cache of latents as an operation of torch.library, which writes the cache."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gristmill.kernels import mla_decode as public
+from gristmill.kernels.operations import operation
+
+
+def _fake(
+    q_BSHQ: Tensor, kv_BSY: Tensor, cache_BPC: Tensor, start_B: Tensor, reach: int, cos: Tensor, sin: Tensor,
+    norm_C: Tensor, eps: float, up_HXC: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    batch, length, heads, wide = q_BSHQ.shape
+    value = up_HXC.shape[1] + kv_BSY.shape[2] - norm_C.shape[0] - wide
+    return q_BSHQ.new_empty(batch, length, heads * value)
+
+
+@operation(_fake, mutates=("cache_BPC",))
+def mla_decode(
+    q_BSHQ: Tensor, kv_BSY: Tensor, cache_BPC: Tensor, start_B: Tensor, reach: int, cos: Tensor, sin: Tensor,
+    norm_C: Tensor, eps: float, up_HXC: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    return public.mla_decode(
+        q_BSHQ, kv_BSY, cache_BPC, start_B, reach, (cos, sin), norm_C, eps, up_HXC, scale
+    ).contiguous()  # fmt: skip
