@@ -145,8 +145,8 @@ private:
         for (int64_t r = 0; r < count; r++) {
             const int64_t p = rows.place[r];
             latent_attention::attend(
-                q + r * q_row, cache + rows.slot[r] * slot, p + 1, cosine + p * half, sine + p * half, layer.up, by.scale,
-                mixed.data() + r * out, attention, room
+                q + r * q_row, {cache + rows.slot[r] * slot}, p + 1, cosine + p * half, sine + p * half, layer.up,
+                by.scale, mixed.data() + r * out, attention, room
             );
         }
         product(mixed.data(), out, layer.out, n.width, out, normed.data(), n.width, count, rows.x);

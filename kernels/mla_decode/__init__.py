@@ -20,6 +20,7 @@ from gristmill.kernels.mla_decode.reference import mla_decode_reference
 __all__ = ["mla_decode"]
 SOURCE = "mla_decode/cpu.cpp"
 MOST_LATENT = 512  # numbers; tiles of wider latents do not fit into shared memory
+LEAST_PAGE = 16  # places; a tile of a GPU's tensor cores lies in one page
 
 
 @torch.no_grad()
@@ -34,24 +35,30 @@ def mla_decode(
     eps: float,
     up_HXC: Tensor,
     scale: float,
+    table_BJ: Tensor | None = None,
 ) -> Tensor:
     """Write new tokens into their slots, and let each attend to its slot up to itself, (B, S, H·W). No gradient.
 
     Args:
         q_BSHQ: queries as projected, (B, S, H, N + R), of which the last R are rotated here, in interleaved pairs.
         kv_BSY: latents before their norm and the key that all heads share before its rotation, (B, S, C + R).
-        cache_BPC: a layer's slots, (B, P, C + R): normed latents and rotated keys; written at start + s.
+        cache_BPC: a layer's slots, (B, P, C + R): normed latents and rotated keys; written at start + s. With a table,
+            pages of P places, a power of two, as many as there are for all rows.
         start_B: the place of each row's first token, int64.
-        reach: one more than the furthest place of a token, at most P.
+        reach: one more than the furthest place of a token, at most P, or J · P with a table.
         rotary: cosines and sines of the tokens' angles, float32, (B, S, R/2) each.
         norm_C: the weight of the latent's RMS norm.
         eps: of that norm.
         up_HXC: what makes keys and values of a latent, (H, N + W, C), keys first.
         scale: what the products of queries and keys are multiplied by.
+        table_BJ: the page of each P places of a row, in order, int32 or int64, (B, J); what stands behind a row's last
+            token is not looked at. Pages that several rows read (of a common beginning) none of them may write. The
+            result does not depend on where pages lie: on the compiled path to the bit.
 
     Raises:
-        TypeError: dtypes differ, or places are not int64.
-        ValueError: shapes do not fit, or (on a CPU) a place is negative or not below the reach.
+        TypeError: dtypes differ, places are not int64, or pages are neither int32 nor int64.
+        ValueError: shapes do not fit, a page's size is no power of two, or (on a CPU) a place is negative or not below
+            the reach, or a row's page is none of the cache.
     """
     if is_dynamo_compiling():
         return library.mla_decode(
@@ -59,9 +66,10 @@ def mla_decode(
         )  # fmt: skip
     (batch, length, heads, wide), (latent,) = q_BSHQ.shape, norm_C.shape
     turning, value = kv_BSY.shape[-1] - latent, up_HXC.shape[1] + kv_BSY.shape[-1] - latent - wide
+    rows, places = (batch, cache_BPC.shape[1]) if table_BJ is None else _paged(table_BJ, cache_BPC, batch)
     wanted = {
         "kv_BSY": (kv_BSY, (batch, length, latent + turning)),
-        "cache_BPC": (cache_BPC, (batch, cache_BPC.shape[1], latent + turning)),
+        "cache_BPC": (cache_BPC, (rows, cache_BPC.shape[1], latent + turning)),
         "start_B": (start_B, (batch,)),
         "up_HXC": (up_HXC, (heads, wide - turning + value, latent)),
         "cosines": (rotary[0], (batch, length, turning // 2)),
@@ -71,7 +79,7 @@ def mla_decode(
         require(tuple(tensor.shape) == shape, ValueError, f"mla_decode: shape of {name}", tuple(tensor.shape), shape)
     fits = 0 < turning <= wide and turning % 2 == 0 and value > 0
     require(fits, ValueError, "mla_decode: numbers of a rotated part, of a value", (turning, value), "even, positive")
-    require(reach <= cache_BPC.shape[1], ValueError, "mla_decode: reach", reach, f"at most {cache_BPC.shape[1]}")
+    require(reach <= places, ValueError, "mla_decode: reach", reach, f"at most {places}")
     require(start_B.dtype == torch.int64, TypeError, "mla_decode: start_B", start_B.dtype, torch.int64)
     for name, tensor in {"kv_BSY": kv_BSY, "cache_BPC": cache_BPC, "norm_C": norm_C, "up_HXC": up_HXC}.items():
         require(tensor.dtype == q_BSHQ.dtype, TypeError, f"mla_decode: {name}", tensor.dtype, q_BSHQ.dtype)
@@ -84,23 +92,56 @@ def mla_decode(
         low, high = int(start_B.min()), int(start_B.max()) + length
         within = low >= 0 and high <= reach
         require(within, ValueError, "mla_decode: places", (low, high - 1), f"from 0 to below reach, {reach}")
+    page = None if table_BJ is None else cache_BPC.shape[1]
     in_order = cache_BPC.stride()[1:] == (latent + turning, 1)
-    path = chosen("mla_decode", q_BSHQ, SOURCE if lies else None, triton=in_order and _in_triton(q_BSHQ, latent))
+    path = chosen("mla_decode", q_BSHQ, SOURCE if lies else None, triton=in_order and _in_triton(q_BSHQ, latent, page))
+    if table_BJ is not None and path != "compiled" and q_BSHQ.device.type == "cpu":
+        _check_pages(table_BJ, cache_BPC, start_B + length)
     if path == "gpu":
         from gristmill.kernels.mla_decode.gpu import triton_mla_decode
 
-        return triton_mla_decode(q_BSHQ, kv_BSY, cache_BPC, start_B, reach, rotary, norm_C, eps, up_HXC, scale)
+        return triton_mla_decode(
+            q_BSHQ, kv_BSY, cache_BPC, start_B, reach, rotary, norm_C, eps, up_HXC, scale, table_BJ
+        )
     if path != "compiled":
-        return mla_decode_reference(q_BSHQ, kv_BSY, cache_BPC, start_B, reach, rotary, norm_C, eps, up_HXC, scale)
+        given = q_BSHQ, kv_BSY, cache_BPC, start_B, reach, rotary, norm_C, eps, up_HXC, scale, table_BJ
+        return mla_decode_reference(*given)
     out = q_BSHQ.new_empty(batch, length, heads * value)
-    inputs = (q_BSHQ, _rows(q_BSHQ), kv_BSY, _rows(kv_BSY), cache_BPC, cache_BPC.stride(0), start_B)
+    table: tuple[Tensor | None, int, int, int] = (None, 0, 0, 0)
+    if table_BJ is not None:
+        table = (table_BJ.long().contiguous(), table_BJ.shape[1], cache_BPC.shape[1], len(cache_BPC))
+    inputs = (q_BSHQ, _rows(q_BSHQ), kv_BSY, _rows(kv_BSY), cache_BPC, cache_BPC.stride(0), *table, start_B)
     sizes = (batch, length, heads, wide - turning, turning, value, latent)
-    needed(SOURCE)("decode", *inputs, *rotary, norm_C, up_HXC, out, *sizes, float(eps), float(scale))
+    failed = needed(SOURCE)("decode", *inputs, *rotary, norm_C, up_HXC, out, *sizes, float(eps), float(scale))
+    if failed and table_BJ is not None:  # which it looked at before it wrote
+        _check_pages(table_BJ, cache_BPC, start_B + length)
     return out
 
 
-def _in_triton(q: Tensor, latent: int) -> bool:
-    """Whether the code in Triton takes such queries: in 16 bits on a Hopper GPU, of latents that fit."""
+def _paged(table: Tensor, cache: Tensor, batch: int) -> tuple[int, int]:
+    """How many pages there are, and how many places a row has in them."""
+    require(table.ndim == 2, ValueError, "mla_decode: rank of table_BJ", table.ndim, 2)
+    require(len(table) == batch, ValueError, "mla_decode: rows of table_BJ", len(table), batch)
+    whole = table.dtype in (torch.int32, torch.int64)
+    require(whole, TypeError, "mla_decode: table_BJ", table.dtype, (torch.int32, torch.int64))
+    require(table.device == cache.device, ValueError, "mla_decode: device of table_BJ", table.device, cache.device)
+    page = cache.shape[1]
+    require(page.bit_count() == 1, ValueError, "mla_decode: places of a page", page, "a power of two")
+    return len(cache), table.shape[1] * page
+
+
+def _check_pages(table_BJ: Tensor, cache_BPC: Tensor, end_B: Tensor) -> None:
+    """The pages of places before the rows' ends are there."""
+    used_BJ = torch.arange(table_BJ.shape[1]) * cache_BPC.shape[1] < end_B[:, None]
+    low, high = (int(page) for page in table_BJ[used_BJ].aminmax())
+    within, wanted = low >= 0 and high < len(cache_BPC), f"from 0 to below {len(cache_BPC)}"
+    require(within, ValueError, "mla_decode: pages of table_BJ", (low, high), wanted)
+
+
+def _in_triton(q: Tensor, latent: int, page: int | None) -> bool:
+    """Whether the code in Triton takes such queries: in 16 bits on a Hopper GPU, of latents and pages that fit."""
+    if page is not None and page < LEAST_PAGE:
+        return False
     if INTERPRETED:
         return q.dtype != torch.float64
     if not q.is_cuda or q.element_size() != 2 or latent > MOST_LATENT:

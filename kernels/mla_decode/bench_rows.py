@@ -15,6 +15,8 @@ from gristmill.kernels.mla_decode.reference import mla_decode_reference
 from gristmill.kernels.norm_rope.reference import rotate_reference
 from gristmill.kernels.timing import Case, without_gradients
 
+PAGE = 64  # places
+
 
 def cached_attention(
     device: str,
@@ -50,6 +52,18 @@ def cached_attention(
         least_share=0.7 if heads <= 16 else None,  # with more, products take as long as reading
         captured=True,
     )
+    if places % PAGE == 0:
+        pages = torch.randperm(batch * places // PAGE, device=device)  # in no order
+        paged = (*given[:2], given[2].view(-1, PAGE, latent + turning), *given[3:], pages.view(batch, -1))
+        yield Case(
+            "mla_decode, paged",
+            f"{batch} × {places}, {heads} heads, {PAGE} a page",
+            2 * batch * heads * (places * (2 * latent + turning) + latent * (plain + value)),
+            without_gradients(partial(mla_decode, *paged)),
+            {"a slot a row": (without_gradients(partial(mla_decode, *given)), None)},
+            bytes=given[2].numel() * given[2].element_size(),
+            captured=True,
+        )
     if device == "cuda":
         yield _cache_alone(given, draw(heads, batch, latent), draw(batch, heads, turning))
 

@@ -13,7 +13,7 @@ cache's dtype, as its tensor cores want them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -46,9 +46,9 @@ PLAIN = Tiles(16, 16, 4, 2)  # of float32, whose products are no tensor cores'
 
 @triton.jit(do_not_specialize=["length", "reach"])
 def _append(
-    q_ptr, kv_ptr, cache_ptr, start_ptr, cos_ptr, sin_ptr, norm_ptr, turned_ptr,
-    length, heads, plain, latent, turning, reach, q_row, q_token, q_head, kv_row, kv_token, cache_row, eps,
-    HEADS: tl.constexpr, LATENT: tl.constexpr, HALF: tl.constexpr,
+    q_ptr, kv_ptr, cache_ptr, table_ptr, start_ptr, cos_ptr, sin_ptr, norm_ptr, turned_ptr,
+    length, heads, plain, latent, turning, reach, q_row, q_token, q_head, kv_row, kv_token, cache_row, table_row, eps,
+    HEADS: tl.constexpr, LATENT: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Of one token: its latent, normed, and its key, rotated, into the cache; or the rotated part of HEADS queries."""
     token = tl.program_id(0).to(tl.int64)
@@ -61,14 +61,19 @@ def _append(
     if tl.program_id(1) == 0:
         new = kv_ptr + row * kv_row + s * kv_token
         place = tl.load(start_ptr + row) + s
-        kept = cache_ptr + row * cache_row + place * (latent + turning)
+        allowed = (place >= 0) & (place < reach)
+        if PAGE > 0:
+            page = tl.load(table_ptr + row * table_row + place // PAGE, mask=allowed, other=0).to(tl.int64)
+            kept = cache_ptr + page * cache_row + place % PAGE * (latent + turning)
+        else:
+            kept = cache_ptr + row * cache_row + place * (latent + turning)
         c = tl.arange(0, LATENT)
         x = tl.load(new + c, mask=c < latent, other=0.0).to(tl.float32)
         x = x * tl.rsqrt(tl.sum(x * x, 0) / latent + eps)
         x = x * tl.load(norm_ptr + c, mask=c < latent, other=0.0).to(tl.float32)
         even = tl.load(new + latent + 2 * r, mask=inside, other=0.0).to(tl.float32)
         odd = tl.load(new + latent + 2 * r + 1, mask=inside, other=0.0).to(tl.float32)
-        if (place >= 0) & (place < reach):  # nobody looks at places on a GPU: nothing is written beside the slot
+        if allowed:  # nobody looks at places on a GPU: nothing is written beside the slot
             tl.store(kept + c, x.to(cache_ptr.dtype.element_ty), mask=c < latent)
             out = kept + latent + r
             tl.store(out, (even * cos - odd * sin).to(cache_ptr.dtype.element_ty), mask=inside)
@@ -87,14 +92,15 @@ def _append(
 
 @triton.jit(do_not_specialize=["length", "reach", "span", "tokens"])
 def _attend(
-    q_ptr, turned_ptr, cache_ptr, start_ptr, out_ptr, lse_ptr,
-    length, heads, latent, turning, reach, span, tokens, cache_row, scale,
+    q_ptr, turned_ptr, cache_ptr, table_ptr, start_ptr, out_ptr, lse_ptr,
+    length, heads, latent, turning, reach, span, tokens, cache_row, table_row, scale,
     WHOLE: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, PLACES: tl.constexpr,
-    LATENT: tl.constexpr, TURNING: tl.constexpr,
+    LATENT: tl.constexpr, TURNING: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """A block of a row's queries over one span of its places; `scale` is of base-2 exponentials.
 
-    If WHOLE, the span is the only one, and what is stored is (H, T, C) as the queries are; else (T, H, spans, C).
+    If WHOLE, the span is the only one, and what is stored is (H, T, C) as the queries are; else (T, H, spans, C). Of
+    pages, each holds whole tiles of places.
     """
     blocks = tl.cdiv(length * heads, QUERIES)
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
@@ -123,6 +129,9 @@ def _attend(
     mixed = tl.zeros((QUERIES, LATENT), dtype=tl.float32)
     for place in range(begin, end, PLACES):
         inside = place + p < end
+        if PAGE > 0:
+            page = tl.load(table_ptr + row * table_row + place // PAGE).to(tl.int64)
+            keys = cache_ptr + page * cache_row + place % PAGE * (latent + turning)
         kv = tl.load(keys + in_tile + c[None, :], mask=inside[:, None] & (c < latent)[None, :], other=0.0)
         kr = tl.load(keys + latent + in_tile + r[None, :], mask=inside[:, None] & (r < turning)[None, :], other=0.0)
         if WIDE:
@@ -136,7 +145,8 @@ def _attend(
         total = total * faded + tl.sum(weight, 1)
         mixed = tl.dot(weight.to(kv.dtype), kv, mixed * faded[:, None], input_precision="ieee")
         highest = above
-        keys += PLACES * (latent + turning)
+        if PAGE == 0:
+            keys += PLACES * (latent + turning)
     mixed = mixed / total[:, None]
     at_lse = token * heads + head
     if not WHOLE:
@@ -193,6 +203,7 @@ def attend(
     reach: int,
     scale: float,
     tiles: Tiles | None = None,
+    table_BJ: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The mixed latents of each query, (H, T, C), and the logarithms of their sums of exponentials, (T, H) in float32.
 
@@ -201,6 +212,8 @@ def attend(
     (heads, tokens, latent), turning, batch = q_HTC.shape, turned_THR.shape[2], len(start_B)
     length, processors = tokens // batch, _processors(q_HTC.device)
     tiles = tiles or (PLAIN if q_HTC.dtype == torch.float32 else FEW if length * heads <= FEW.queries else MANY)
+    table, page = _table(table_BJ, cache_BPC, start_B)
+    tiles = replace(tiles, places=min(tiles.places, page)) if page else tiles
     blocks = batch * triton.cdiv(length * heads, tiles.queries)
     span = _span(blocks, tiles.queries, processors, reach)
     spans = triton.cdiv(reach, span)
@@ -210,10 +223,11 @@ def attend(
         parts = q_HTC.new_empty(tokens, heads, spans, latent, dtype=torch.float32)
         part_lse = q_HTC.new_empty(tokens, heads, spans, dtype=torch.float32)
     _attend[(blocks, spans)](
-        q_HTC, turned_THR, cache_BPC, start_B, parts, part_lse,
-        length, heads, latent, turning, reach, span, tokens, cache_BPC.stride(0), scale * math.log2(math.e),
+        q_HTC, turned_THR, cache_BPC, table, start_B, parts, part_lse,
+        length, heads, latent, turning, reach, span, tokens, cache_BPC.stride(0), table.stride(0),
+        scale * math.log2(math.e),
         WHOLE=spans == 1, WIDE=INTERPRETED, QUERIES=tiles.queries, PLACES=tiles.places,
-        LATENT=_padded(latent), TURNING=_padded(turning), num_warps=tiles.warps, num_stages=tiles.stages,
+        LATENT=_padded(latent), TURNING=_padded(turning), PAGE=page, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if spans > 1:
         _combine[(tokens, heads, triton.cdiv(latent, COLUMNS))](
@@ -221,6 +235,13 @@ def attend(
             PARTS=PARTS, COLUMNS=COLUMNS,
         )  # fmt: skip
     return mixed_HTC, lse_TH
+
+
+def _table(table_BJ: Tensor | None, cache_BPC: Tensor, start_B: Tensor) -> tuple[Tensor, int]:
+    """The table, its rows in order, and a page's places; of a cache that is not paged anything, and 0."""
+    if table_BJ is None:
+        return start_B, 0
+    return (table_BJ if table_BJ.stride(1) == 1 else table_BJ.contiguous()), cache_BPC.shape[1]
 
 
 def _padded(size: int) -> int:
@@ -238,6 +259,7 @@ def triton_mla_decode(
     eps: float,
     up_HXC: Tensor,
     scale: float,
+    table_BJ: Tensor | None = None,
 ) -> Tensor:
     """See `mla_decode`; of a cache whose slots' places lie one behind the other, in 16 bits or float32."""
     (batch, length, heads, wide), latent, turning = q_BSHQ.shape, len(norm_C), cache_BPC.shape[2] - len(norm_C)
@@ -245,14 +267,15 @@ def triton_mla_decode(
     q_BSHQ, kv_BSY = (t if t.stride(-1) == 1 else t.contiguous() for t in (q_BSHQ, kv_BSY))
     cos, sin = (t.contiguous() for t in rotary)
     turned_THR = q_BSHQ.new_empty(tokens, heads, turning)
+    table, page = _table(table_BJ, cache_BPC, start_B)
     _append[(tokens, 1 + triton.cdiv(heads, HEADS))](
-        q_BSHQ, kv_BSY, cache_BPC, start_B, cos, sin, norm_C.contiguous(), turned_THR,
+        q_BSHQ, kv_BSY, cache_BPC, table, start_B, cos, sin, norm_C.contiguous(), turned_THR,
         length, heads, plain, latent, turning, reach,
-        *q_BSHQ.stride()[:3], *kv_BSY.stride()[:2], cache_BPC.stride(0), float(eps),
-        HEADS=HEADS, LATENT=triton.next_power_of_2(latent), HALF=triton.next_power_of_2(turning // 2),
+        *q_BSHQ.stride()[:3], *kv_BSY.stride()[:2], cache_BPC.stride(0), table.stride(0), float(eps),
+        HEADS=HEADS, LATENT=triton.next_power_of_2(latent), HALF=triton.next_power_of_2(turning // 2), PAGE=page,
     )  # fmt: skip
     plain_HTN = q_BSHQ[..., :plain].reshape(tokens, heads, plain).transpose(0, 1)
     q_HTC = torch.bmm(plain_HTN, up_HXC[:, :plain])
-    mixed_HTC, _ = attend(q_HTC, turned_THR, cache_BPC, start_B, reach, scale)
+    mixed_HTC, _ = attend(q_HTC, turned_THR, cache_BPC, start_B, reach, scale, table_BJ=table_BJ)
     out_HTW = torch.bmm(mixed_HTC, up_HXC[:, plain:].transpose(1, 2))
     return out_HTW.transpose(0, 1).reshape(batch, length, -1)

@@ -20,6 +20,7 @@ def mla_decode_reference(
     eps: float,
     up_HXC: Tensor,
     scale: float,
+    table_BJ: Tensor | None = None,
 ) -> Tensor:
     """`mla_decode`, all places up to the furthest token at once; scores in the queries' dtype, softmax in float32."""
     (batch, length, heads, _), latent, turning = q_BSHQ.shape, len(norm_C), cache_BPC.shape[2] - len(norm_C)
@@ -27,8 +28,15 @@ def mla_decode_reference(
     key_BSR = rotate_reference(kv_BSY[..., latent:], cos, sin)
     new_BSC = torch.cat((F.rms_norm(kv_BSY[..., :latent], norm_C.shape, norm_C, eps), key_BSR), -1)
     position_BS = start_B[:, None] + torch.arange(length, device=start_B.device)
-    cache_BPC[torch.arange(batch, device=start_B.device)[:, None], position_BS] = new_BSC.to(cache_BPC.dtype)
-    seen_BPC = cache_BPC[:, :reach]
+    if table_BJ is None:
+        cache_BPC[torch.arange(batch, device=start_B.device)[:, None], position_BS] = new_BSC.to(cache_BPC.dtype)
+        seen_BPC = cache_BPC[:, :reach]
+    else:
+        page = cache_BPC.shape[1]
+        cache_BPC[table_BJ.gather(1, position_BS // page), position_BS % page] = new_BSC.to(cache_BPC.dtype)
+        seen_BPC = cache_BPC[table_BJ.clamp(0, len(cache_BPC) - 1)].flatten(1, 2)[:, :reach]
+        unseen_BP = torch.arange(reach, device=start_B.device) > position_BS[:, -1:]
+        seen_BPC = seen_BPC.masked_fill(unseen_BP[..., None], 0)  # whose pages may be another row's, or none
     hidden_BSP = torch.arange(seen_BPC.shape[1], device=start_B.device) > position_BS[..., None]
     plain, turned = q_BSHQ.split([q_BSHQ.shape[3] - turning, turning], -1)
     up_HNC, up_HWC = up_HXC.split([plain.shape[3], up_HXC.shape[1] - plain.shape[3]], 1)

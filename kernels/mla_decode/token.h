@@ -40,23 +40,29 @@ inline void keep(const float *kv, const float *norm, float eps, const float *cos
     rotate(kv + n.latent, cosine, sine, to + n.latent, n.turning / 2);
 }
 
-// out (BLOCK vectors) = Σ weight[i] · row i of `from`, the rows `stride` apart.
+// out (BLOCK vectors) = Σ weight[i] · row i of `from`, the rows `stride` apart; or `more` of the sum that is there.
 template <int64_t BLOCK>
-inline void weighted_block(const float *weight, int64_t rows, const float *from, int64_t stride, float *out) {
-    Vector s[BLOCK] = {};
+inline void weighted_block(
+    const float *weight, int64_t rows, const float *from, int64_t stride, float *out, bool more
+) {
+    Vector s[BLOCK];
+    for (int64_t v = 0; v < BLOCK; v++) s[v] = more ? load(out + v * LANES) : Vector{};
     for (int64_t i = 0; i < rows; i++)
         for (int64_t v = 0; v < BLOCK; v++) s[v] += weight[i] * load(from + i * stride + v * LANES);
     for (int64_t v = 0; v < BLOCK; v++) store(out + v * LANES, s[v]);
 }
 
 // The same of so many columns: several vectors at once, whose sums do not wait for each other.
-inline void weighted(const float *weight, int64_t rows, const float *from, int64_t stride, float *out, int64_t columns) {
+inline void weighted(
+    const float *weight, int64_t rows, const float *from, int64_t stride, float *out, int64_t columns,
+    bool more = false
+) {
     int64_t c = 0;
-    for (; c + 8 * LANES <= columns; c += 8 * LANES) weighted_block<8>(weight, rows, from + c, stride, out + c);
-    for (; c + 4 * LANES <= columns; c += 4 * LANES) weighted_block<4>(weight, rows, from + c, stride, out + c);
-    for (; c + 2 * LANES <= columns; c += 2 * LANES) weighted_block<2>(weight, rows, from + c, stride, out + c);
+    for (; c + 8 * LANES <= columns; c += 8 * LANES) weighted_block<8>(weight, rows, from + c, stride, out + c, more);
+    for (; c + 4 * LANES <= columns; c += 4 * LANES) weighted_block<4>(weight, rows, from + c, stride, out + c, more);
+    for (; c + 2 * LANES <= columns; c += 2 * LANES) weighted_block<2>(weight, rows, from + c, stride, out + c, more);
     for (; c < columns; c += LANES) {
-        Vector s{};
+        Vector s = more ? load(out + c, columns - c) : Vector{};
         for (int64_t i = 0; i < rows; i++) s += weight[i] * load(from + i * stride + c, columns - c);
         store(out + c, s, columns - c);
     }
@@ -81,18 +87,29 @@ inline void softmax(float *scores, int64_t places) {
     for (int64_t p = 0; p < places; p += LANES) store(scores + p, load(scores + p, places - p) * scale, places - p);
 }
 
+// A row's places: side by side at `first`, or in pages of so many, `stride` numbers apart, which a table names in order.
+// Each sum goes over the places in their order, so that it has the same bits wherever pages lie.
+struct Places {
+    float *first;
+    const int64_t *table = nullptr;
+    int64_t page = INT64_MAX, stride = 0;
+
+    float *of_page(int64_t number) const { return table ? first + table[number] * stride : first; }
+    float *at(int64_t place, int64_t width) const { return of_page(place / page) + place % page * width; }
+};
+
 // What a thread needs beside its inputs.
 struct Room {
     std::vector<float> query, scores, mixed;
     std::vector<const float *> from;
-    std::vector<float *> to;
+    std::vector<float *> to, at;
 
-    explicit Room(const Sizes &n) : query(n.heads * n.cached()), mixed(n.heads * n.latent), from(n.heads), to(n.heads) {}
+    explicit Room(const Sizes &n) : query(n.heads * n.cached()), mixed(n.heads * n.latent), from(n.heads), to(n.heads), at(n.heads) {}
 };
 
-// out (H, W) of queries (H, N + R) as projected, over the first places of a slot; `up` (H, N + W, C).
+// out (H, W) of queries (H, N + R) as projected, over the first places of a row; `up` (H, N + W, C).
 inline void attend(
-    const float *q, const float *slot, int64_t places, const float *cosine, const float *sine, const float *up,
+    const float *q, const Places &cache, int64_t places, const float *cosine, const float *sine, const float *up,
     float scale, float *out, const Sizes &n, Room &room
 ) {
     const int64_t width = n.cached(), half = n.turning / 2;
@@ -106,11 +123,19 @@ inline void attend(
         room.from[h] = mine;
         room.to[h] = room.scores.data() + h * places;
     }
-    dots(room.from.data(), n.heads, slot, width, places, width, room.to.data());
+    for (int64_t p = 0; p < places; p += std::min(cache.page, places)) {
+        for (int64_t h = 0; h < n.heads; h++) room.at[h] = room.to[h] + p;
+        const int64_t here = std::min(cache.page, places - p);
+        dots(room.from.data(), n.heads, cache.of_page(p / cache.page), width, here, width, room.at.data());
+    }
     for (int64_t h = 0; h < n.heads; h++) {
         softmax(room.to[h], places);
-        const float *latents = room.mixed.data() + h * n.latent;
-        weighted(room.to[h], places, slot, width, room.mixed.data() + h * n.latent, n.latent);
+        float *mixed = room.mixed.data() + h * n.latent;
+        for (int64_t p = 0; p < places; p += std::min(cache.page, places)) {
+            const int64_t here = std::min(cache.page, places - p);
+            weighted(room.to[h] + p, here, cache.of_page(p / cache.page), width, mixed, n.latent, p > 0);
+        }
+        const float *latents = mixed;
         float *result = out + h * n.value;
         dots(&latents, 1, up + (h * (n.plain + n.value) + n.plain) * n.latent, n.latent, n.value, n.latent, &result);
     }

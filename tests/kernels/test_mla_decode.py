@@ -81,6 +81,82 @@ def halved(given_: dict[str, Any]) -> dict[str, Any]:
     return {**given_, **{name: given_[name].bfloat16() for name in HALVES}}
 
 
+def paged(given_: dict[str, Any], page: int, dtype: torch.dtype = torch.int64, spare: int = 2) -> dict[str, Any]:
+    """The same with the slots cut into pages that lie in any order, beside pages of NaN that are nobody's.
+
+    A row has the pages that it needs; behind them its table names none, or one that is no number.
+    """
+    cache, needed = given_["cache_BPC"].cpu(), -(-(given_["start_B"].cpu() + given_["q_BSHQ"].shape[1]) // page)
+    batch, places, width = cache.shape
+    whole = torch.cat((cache, cache.new_zeros(batch, -places % page, width)), 1).unflatten(1, (-1, page))
+    order = torch.randperm(int(needed.sum()) + spare, generator=torch.Generator().manual_seed(1))
+    pool = torch.full((len(order), page, width), torch.nan, dtype=cache.dtype)
+    table, taken = torch.where(torch.arange(batch)[:, None] % 2 == 0, -1, order[-1]).repeat(1, whole.shape[1]), 0
+    for b, count in enumerate(needed.tolist()):
+        table[b, :count] = order[taken : taken + count]
+        pool[table[b, :count]] = whole[b, :count]
+        taken += count
+    return {**given_, "cache_BPC": pool.to(DEVICE), "table_BJ": table.to(DEVICE, dtype)}
+
+
+def unpaged(pool: Tensor, given_: dict[str, Any], like: Tensor) -> Tensor:
+    """Slots that hold what the rows' pages do, and else what `like` does."""
+    slots, table, page = like.clone(), given_["table_BJ"].cpu(), pool.shape[1]
+    for b, end in enumerate((given_["start_B"].cpu() + given_["q_BSHQ"].shape[1]).tolist()):
+        slots[b, :end] = pool[table[b, : -(-end // page)].long()].flatten(0, 1)[:end]
+    return slots
+
+
+@given(
+    batch=st.integers(1, 5), length=st.integers(1, 6), heads=st.integers(1, 9), page=st.sampled_from([1, 4, 16, 64]),
+    sizes=st.tuples(st.integers(1, 20), st.sampled_from([2, 4, 8, 10]), st.integers(1, 20), st.integers(1, 90)),
+    places=st.integers(6, 70), dtype=st.sampled_from([torch.int32, torch.int64]),
+)  # fmt: skip
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_pages_that_lie_anywhere(
+    cpu_path: str, batch: int, length: int, heads: int, page: int, sizes: tuple[int, int, int, int], places: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    slots = case(batch, length, heads, sizes, places)
+    given_ = paged(slots, page, dtype)
+    (out, pool), (same, cache), (wanted, _) = run(given_), run(slots), wanted_of(slots)
+    torch.testing.assert_close(out.double(), wanted, rtol=3e-4, atol=3e-4)  # as of slots
+    kept = unpaged(pool, given_, slots["cache_BPC"].cpu())
+    if (cpu_path == "compiled" and not ON_TRITON) or (
+        ON_TRITON and page >= 16
+    ):  # else torch, which may cut sums elsewhere
+        assert out.equal(same)
+        assert kept.equal(cache)
+    torch.testing.assert_close(kept, cache, rtol=1e-5, atol=1e-5)
+    row_of = torch.zeros(len(pool), page, dtype=torch.bool)  # where the tokens are
+    for b, start in enumerate(slots["start_B"].tolist()):
+        for place in range(start, start + length):
+            row_of[given_["table_BJ"][b, place // page], place % page] = True
+    assert torch.equal(pool[~row_of].nan_to_num(), given_["cache_BPC"].cpu()[~row_of].nan_to_num())
+
+
+@pytest.mark.usefixtures("cpu_path")
+def test_rows_share_the_pages_of_a_common_beginning() -> None:
+    alone = case(2, 1, 4, (16, 16, 16, 64), 100)
+    alone |= {"start_B": torch.tensor([64, 90], device=DEVICE), "reach": 91}
+    alone["cache_BPC"][1, :64] = alone["cache_BPC"][0, :64]
+    given_ = paged(alone, 32)
+    given_["table_BJ"][1, :2] = given_["table_BJ"][0, :2]
+    given_["cache_BPC"][given_["table_BJ"][0, 2], 1:] = torch.nan  # behind a row's token
+    torch.testing.assert_close(run(given_)[0], run(alone)[0], rtol=1e-5, atol=1e-5)  # of two orders of sums
+
+
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize(("batch", "length", "heads", "places"), [(1, 1, 16, 1300), (3, 6, 8, 400)])
+def test_many_pages_in_16_bits(batch: int, length: int, heads: int, places: int) -> None:
+    """Rows of several spans, whose bounds are pages' too."""
+    slots = halved(case(batch, length, heads, (16, 16, 16, 64), places))
+    out, wanted = run(paged(slots, 64))[0], run(slots)[0]
+    if ON_TRITON:
+        assert out.equal(wanted)
+    assert float((out - wanted).float().norm()) <= 2**-8 * float(wanted.float().norm())  # a rounding of each
+
+
 @pytest.mark.usefixtures("cpu_path")
 @given(
     batch=st.integers(1, 5),
@@ -210,6 +286,31 @@ def test_no_rows_at_all() -> None:
 def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         mla_decode(**{**case(2, 1, 2, (4, 2, 4, 8), 9, "cpu"), **change})
+
+
+@pytest.mark.parametrize(
+    ("page", "table", "error", "message"),
+    [
+        (4, torch.zeros(2), ValueError, r"rank of table_BJ is 1; wanted 2"),
+        (4, torch.zeros(3, 3, dtype=torch.int64), ValueError, "rows of table_BJ is 3; wanted 2"),
+        (4, torch.zeros(2, 3), TypeError, r"table_BJ is torch\.float32"),
+        (3, torch.zeros(2, 3, dtype=torch.int64), ValueError, "places of a page is 3; wanted a power of two"),
+        (4, torch.zeros(2, 2, dtype=torch.int64), ValueError, "reach is 9; wanted at most 8"),
+        (
+            4,
+            torch.tensor([[0, 1, 2], [3, 4, 5]]),
+            ValueError,
+            r"pages of table_BJ is \(0, 5\); wanted from 0 to below 5",
+        ),
+        (4, torch.tensor([[0, 1, -1], [3, 4, 2]]), ValueError, r"pages of table_BJ is \(-1, 4\); wanted from 0"),
+    ],
+)
+@pytest.mark.usefixtures("cpu_path")
+def test_bad_tables_are_named(page: int, table: Tensor, error: type[Exception], message: str) -> None:
+    given_ = case(2, 1, 2, (4, 2, 4, 8), 9, "cpu")
+    given_ |= {"start_B": torch.tensor([8, 8]), "reach": 9, "cache_BPC": torch.zeros(5, page, 10)}
+    with pytest.raises(error, match=message):
+        mla_decode(**given_, table_BJ=table)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
