@@ -62,7 +62,7 @@ def mla_decode(
     """
     if is_dynamo_compiling():
         return library.mla_decode(
-            q_BSHQ, kv_BSY, cache_BPC, start_B, reach, *rotary, norm_C, eps, up_HXC, scale
+            q_BSHQ, kv_BSY, cache_BPC, start_B, reach, *rotary, norm_C, eps, up_HXC, scale, table_BJ
         )  # fmt: skip
     (batch, length, heads, wide), (latent,) = q_BSHQ.shape, norm_C.shape
     turning, value = kv_BSY.shape[-1] - latent, up_HXC.shape[1] + kv_BSY.shape[-1] - latent - wide

@@ -10,7 +10,7 @@ from gristmill.kernels.operations import operation
 
 def _fake(
     q_BSHQ: Tensor, kv_BSY: Tensor, cache_BPC: Tensor, start_B: Tensor, reach: int, cos: Tensor, sin: Tensor,
-    norm_C: Tensor, eps: float, up_HXC: Tensor, scale: float,
+    norm_C: Tensor, eps: float, up_HXC: Tensor, scale: float, table_BJ: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     batch, length, heads, wide = q_BSHQ.shape
     value = up_HXC.shape[1] + kv_BSY.shape[2] - norm_C.shape[0] - wide
@@ -20,8 +20,8 @@ def _fake(
 @operation(_fake, mutates=("cache_BPC",))
 def mla_decode(
     q_BSHQ: Tensor, kv_BSY: Tensor, cache_BPC: Tensor, start_B: Tensor, reach: int, cos: Tensor, sin: Tensor,
-    norm_C: Tensor, eps: float, up_HXC: Tensor, scale: float,
+    norm_C: Tensor, eps: float, up_HXC: Tensor, scale: float, table_BJ: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return public.mla_decode(
-        q_BSHQ, kv_BSY, cache_BPC, start_B, reach, (cos, sin), norm_C, eps, up_HXC, scale
+        q_BSHQ, kv_BSY, cache_BPC, start_B, reach, (cos, sin), norm_C, eps, up_HXC, scale, table_BJ
     ).contiguous()  # fmt: skip

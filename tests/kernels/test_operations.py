@@ -337,21 +337,24 @@ def test_a_graph_of_fp8_gives_the_same_bits() -> None:
     equal(both_ways(captured(fp8_feed_forward), experts), both_ways(fp8_feed_forward, experts))
 
 
-def decoded() -> tuple[Any, ...]:
-    batch, length, heads, width, turning, value, latents, places = 2, 1, 3, 4, 4, 5, 8, 6
+def decoded(paged: bool) -> tuple[Any, ...]:
+    """Of two rows, whose places lie in a slot each or in pages of four."""
+    batch, length, heads, width, turning, value, latents, places = 2, 1, 3, 4, 4, 5, 8, 4 if paged else 6
+    table = (torch.stack((whole(2, 0), whole(1, 3))),) if paged else ()
     return (
         draw(batch, length, heads, width + turning, graded=False), draw(batch, length, latents + turning, graded=False),
-        draw(batch, places, latents + turning, graded=False), whole(1, 3), 4, angles(batch, length, turning // 2),
-        draw(latents, graded=False), 1e-6, draw(heads, width + value, latents, graded=False), 0.5,
+        draw(4 if paged else batch, places, latents + turning, graded=False), whole(1, 5), 6, angles(batch, length, turning // 2),
+        draw(latents, graded=False), 1e-6, draw(heads, width + value, latents, graded=False), 0.5, *table,
     )  # fmt: skip
 
 
 @pytest.mark.usefixtures("_path")
-def test_a_graph_that_writes_a_cache() -> None:
-    torch.library.opcheck(OPERATIONS.mla_decode.default, unpaired(*decoded()))
-    ours, theirs = decoded(), decoded()
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_graph_that_writes_a_cache(paged: bool) -> None:
+    torch.library.opcheck(OPERATIONS.mla_decode.default, unpaired(*decoded(paged)))
+    ours, theirs = decoded(paged), decoded(paged)
     equal([captured(mla_decode)(*ours), ours[2]], [mla_decode(*theirs), theirs[2]])
-    assert not ours[2].equal(decoded()[2])
+    assert not ours[2].equal(decoded(paged)[2])
 
 
 def stepped() -> list[list[Tensor]]:
