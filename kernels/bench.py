@@ -35,7 +35,7 @@ from gristmill.kernels.mla_decode.bench_rows import cached_attention
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.norm_rope import add_rms_norm, rms_norm, rotate
 from gristmill.kernels.norm_rope.reference import rotate_reference
-from gristmill.kernels.optim import AdamW, adamw, orthogonalised
+from gristmill.kernels.optim import AdamW, Origin, adamw, orthogonalised
 from gristmill.kernels.optim.reference import orthogonalised_reference
 from gristmill.kernels.router import Choice, route
 from gristmill.kernels.swiglu import swiglu
@@ -354,6 +354,12 @@ def optim(device: str, _: torch.dtype, matrices: int, size: int) -> Iterator[Cas
     step = partial(adamw, p, g, m, v, AdamW(rate=1e-3, step=10, decay=0.1))
     shape = f"{len(shapes)} tensors, {numbers / 1e6:.1f} M"
     yield Case("optim", shape, 12 * numbers, step, peers, bytes=7 * 4 * numbers)  # the gradient is only read
+    halves, origins = [[t.bfloat16() for t in each] for each in (m, v)], [Origin(i) for i in range(len(shapes))]
+    peers = {f"{name}, moments in float32": (work, None) for name, (work, _) in peers.items()}
+    for op, seed in (("optim, bfloat16", None), ("optim, stochastic", 0)):
+        how = AdamW(rate=1e-3, step=10, decay=0.1, seed=seed)
+        step = partial(adamw, p, g, *halves, how, origins)
+        yield Case(op, shape, 12 * numbers, step, peers, bytes=(3 * 4 + 4 * 2) * numbers)
 
 
 def newton_schulz(device: str, _: torch.dtype, matrices: int, rows: int, columns: int) -> Iterator[Case]:
