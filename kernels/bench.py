@@ -35,8 +35,7 @@ from gristmill.kernels.mla_decode.bench_rows import cached_attention
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.norm_rope import add_rms_norm, rms_norm, rotate
 from gristmill.kernels.norm_rope.reference import rotate_reference
-from gristmill.kernels.optim import AdamW, Origin, adamw, orthogonalised
-from gristmill.kernels.optim.reference import orthogonalised_reference
+from gristmill.kernels.optim.bench_rows import newton_schulz, optim
 from gristmill.kernels.router import Choice, route
 from gristmill.kernels.swiglu import swiglu
 from gristmill.kernels.timing import (
@@ -331,47 +330,6 @@ def router(
     ours = both_ways(lambda a, b: route(a, b, bias, how)[1], x, weight)
     shape = f"{tokens} × {width}, {active} of {experts}, {groups} groups"
     yield Case("router", shape, 6 * tokens * width * experts, ours, peers)
-
-
-def optim(device: str, _: torch.dtype, matrices: int, size: int) -> Iterator[Case]:
-    """Against torch.optim.AdamW in both of its settings."""
-    shapes = [(32, size, size)] * (matrices // 32) + [(size, size)] * 32 + [(size,)] * 32
-    ours = [[torch.randn(shape, device=device) for shape in shapes] for _ in range(4)]
-    ours[3] = [t.square_() for t in ours[3]]
-
-    def peer(*, fused: bool) -> Work:
-        leaves = [p.clone().requires_grad_() for p in ours[0]]
-        for leaf, gradient in zip(leaves, ours[1], strict=True):
-            leaf.grad = gradient
-        return torch.optim.AdamW(leaves, lr=1e-3, weight_decay=0.1, fused=fused, foreach=not fused).step
-
-    numbers = sum(t.numel() for t in ours[0])
-    peers: dict[str, tuple[Work, float | None]] = {
-        "torch.optim.AdamW(fused)": (peer(fused=True), 1.0 if device == "cuda" else 1.5),
-        "torch.optim.AdamW(foreach)": (peer(fused=False), 1.5),
-    }
-    p, g, m, v = ours
-    step = partial(adamw, p, g, m, v, AdamW(rate=1e-3, step=10, decay=0.1))
-    shape = f"{len(shapes)} tensors, {numbers / 1e6:.1f} M"
-    yield Case("optim", shape, 12 * numbers, step, peers, bytes=7 * 4 * numbers)  # the gradient is only read
-    halves, origins = [[t.bfloat16() for t in each] for each in (m, v)], [Origin(i) for i in range(len(shapes))]
-    peers = {f"{name}, moments in float32": (work, None) for name, (work, _) in peers.items()}
-    for op, seed in (("optim, bfloat16", None), ("optim, stochastic", 0)):
-        how = AdamW(rate=1e-3, step=10, decay=0.1, seed=seed)
-        step = partial(adamw, p, g, *halves, how, origins)
-        yield Case(op, shape, 12 * numbers, step, peers, bytes=(3 * 4 + 4 * 2) * numbers)
-
-
-def newton_schulz(device: str, _: torch.dtype, matrices: int, rows: int, columns: int) -> Iterator[Case]:
-    """Against torch's batched products; all of the symmetric ones' operations are counted."""
-    stack, steps = torch.randn(matrices, rows, columns, device=device), 5
-    least, most = sorted((rows, columns))
-    flops = steps * matrices * (4 * least**2 * most + 2 * least**3)
-    peers: dict[str, tuple[Work, float | None]] = {
-        "torch, batched products": (partial(orthogonalised_reference, stack, steps), None)
-    }
-    shape = f"{matrices} × {rows}×{columns}, {steps} steps"
-    yield Case("newton_schulz", shape, flops, partial(orthogonalised, stack, steps), peers)
 
 
 def fp8(device: str, _: torch.dtype) -> Iterator[Case]:
