@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gristmill import kernels
+from gristmill.kernels.compiled import compiled
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean, linear_log_probs
 from gristmill.kernels.fp8_gemm import (
     fp8_gemm,
@@ -31,7 +32,7 @@ from gristmill.kernels.fp8_gemm.linear import fp8_feed_forward, fp8_linear
 from gristmill.kernels.grouped_gemm import grouped_gemm
 from gristmill.kernels.likeliest import likeliest
 from gristmill.kernels.linear import linear
-from gristmill.kernels.mla_attention import attention, latent_attention
+from gristmill.kernels.mla_attention import attention, latent_attention, native
 from gristmill.kernels.mla_decode import mla_decode
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.norm_rope import rms_norm, rotate, rotate_halves
@@ -250,6 +251,19 @@ def test_gradients_are_those_of_differences(case: Case) -> None:
     assert torch.autograd.gradcheck(captured(differentiable), arguments, **how, fast_mode=True)
 
 
+@pytest.mark.skipif(compiled(native.SOURCE) is None, reason="attention does not compile here")
+def test_opcheck_of_what_recomputation_keeps() -> None:
+    q, k, v, scale = (x.detach() if isinstance(x, Tensor) else x for x in attended(torch.float32))
+    inputs, seen = native.of_whole(q.cpu(), k.cpu(), v.cpu(), None, None)
+    torch.library.opcheck(OPERATIONS.attention_compiled.default, (*inputs, seen, scale))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="float32 is for the interpreter")
+def test_opcheck_of_what_recomputation_keeps_on_a_gpu() -> None:
+    q, k, v, scale = (x.detach().transpose(1, 2) if isinstance(x, Tensor) else x for x in attended(torch.float32))
+    torch.library.opcheck(OPERATIONS.attention_in_triton.default, (q, k, v, None, None, None, scale))
+
+
 def test_products_of_rounded_operands_and_a_bias() -> None:
     arguments = draw(3, 32, 4), draw(5, 4), draw(5)
 
@@ -367,4 +381,8 @@ def test_the_likeliest_token() -> None:
 @pytest.mark.skipif(INTERPRETED or not importlib.util.find_spec("triton"), reason="Triton is not there, or runs now")
 def test_triton_under_its_interpreter(under_the_interpreter: Callable[[str], str]) -> None:
     """The passes of the GPU's code within operations."""
-    assert " passed" in under_the_interpreter(f"{__file__}::test_the_operation_gives_the_same_bits_by_itself")
+    for test in (
+        test_the_operation_gives_the_same_bits_by_itself,
+        test_opcheck_of_what_recomputation_keeps_on_a_gpu,
+    ):
+        assert " passed" in under_the_interpreter(f"{__file__}::{test.__name__}")
