@@ -101,6 +101,16 @@ def attend(
     return out, log_sums, seen
 
 
+@attend.register_fake
+def _fake(
+    q_BSHQ: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, key_BSR: Tensor, cos: Tensor, sin: Tensor, mask_BSS: Tensor,
+    first_BS: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, length, heads, _ = q_BSHQ.shape
+    out, log_sums = q_BSHQ.new_empty(batch, length, heads, v_BSGW.shape[-1]), q_BSHQ.new_empty(batch, heads, length)
+    return out, log_sums, q_BSHQ.new_empty(batch, length, 3, dtype=torch.int64)
+
+
 def _backward(
     ctx: Any, inputs: Inputs, kept: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, grad_k: Tensor, grad_v: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -20,3 +20,12 @@ def attend(
     from gristmill.kernels.mla_attention import gpu
 
     return gpu.attend(gpu.Sides(q, k, v, q_second, k_second), scale, seen)
+
+
+@attend.register_fake
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, q_second: Tensor | None, k_second: Tensor | None, seen: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = q.shape
+    out = v.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
+    return out, q.new_empty(batch, heads, length, dtype=torch.float32)

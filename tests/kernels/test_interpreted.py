@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-LEFT_OUT = {"test_interpreted.py", "test_model.py"}  # a whole model takes minutes there
-FILES = [p for p in sorted(HERE.glob("test_*.py")) if p.name not in LEFT_OUT and "INTERPRETED" in p.read_text()]
+LEFT_OUT = {"test_interpreted.py", "test_model.py", "test_operations.py"}  # which take minutes there
+FILES = [p.name for p in sorted(HERE.glob("test_*.py")) if p.name not in LEFT_OUT and "INTERPRETED" in p.read_text()]
+FILES += [
+    f"test_operations.py::{test}"
+    for test in (
+        "test_the_operation_gives_the_same_bits_by_itself",
+        "test_opcheck_of_what_recomputation_keeps_on_a_gpu",
+    )
+]
 
 
 @pytest.mark.skipif(os.environ.get("GRISTMILL_KERNELS") == "gpu", reason="this is the run inside")
@@ -21,9 +28,10 @@ def test_triton_code(part: int) -> None:
     files = FILES[part::3]
     assert len(files) >= 3
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", "-x", *map(str, files)],
+        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", "-x", *files],
         capture_output=True,
         text=True,
+        cwd=HERE,
         env={**os.environ, "TRITON_INTERPRET": "1", "GRISTMILL_KERNELS": "gpu"},
         check=False,
     )

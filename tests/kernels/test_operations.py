@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gristmill import kernels
+from gristmill.kernels.compiled import compiled
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean, linear_log_probs_and_entropy
 from gristmill.kernels.fp8_gemm import (
     fp8_gemm,
@@ -31,7 +32,7 @@ from gristmill.kernels.fp8_gemm.linear import fp8_feed_forward, fp8_linear
 from gristmill.kernels.grouped_gemm import grouped_gemm
 from gristmill.kernels.likeliest import likeliest
 from gristmill.kernels.linear import linear
-from gristmill.kernels.mla_attention import attention, latent_attention
+from gristmill.kernels.mla_attention import attention, latent_attention, native
 from gristmill.kernels.mla_decode import mla_decode
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.norm_rope import add_rms_norm, rms_norm, rotate, rotate_halves
@@ -267,6 +268,19 @@ def test_gradients_are_those_of_differences(case: Case) -> None:
     how = {"eps": 1e-2, "atol": 1e-3, "rtol": 1e-3} if case.float32 else {}
     assert torch.autograd.gradcheck(differentiable, arguments, **how)
     assert torch.autograd.gradcheck(captured(differentiable), arguments, **how, fast_mode=True)
+
+
+@pytest.mark.skipif(compiled(native.SOURCE) is None, reason="attention does not compile here")
+def test_opcheck_of_what_recomputation_keeps() -> None:
+    q, k, v, scale = (x.detach() if isinstance(x, Tensor) else x for x in attended(torch.float32))
+    inputs, seen = native.of_whole(q.cpu(), k.cpu(), v.cpu(), None, None)
+    torch.library.opcheck(OPERATIONS.attention_compiled.default, (*inputs, seen, scale))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="float32 is for the interpreter")
+def test_opcheck_of_what_recomputation_keeps_on_a_gpu() -> None:
+    q, k, v, scale = (x.detach().transpose(1, 2) if isinstance(x, Tensor) else x for x in attended(torch.float32))
+    torch.library.opcheck(OPERATIONS.attention_in_triton.default, (q, k, v, None, None, None, scale))
 
 
 def test_products_of_rounded_operands_and_a_bias() -> None:
