@@ -75,7 +75,8 @@ def of_exam(config: Any, recipe: Recipe) -> Estimate:
 
 def of_pretraining(config: Any, recipe: Recipe) -> Estimate:
     """Steps of packed sequences, of the model that the run itself asks for."""
-    return _of_training(config, recipe, config.model, averaged=config.ema_decay > 0)
+    kept = (config.steps // config.keep_every if config.keep_every else 0) + config.keep_best
+    return _of_training(config, recipe, config.model, averaged=config.ema_decay > 0, kept=kept)
 
 
 def of_fine_tuning(config: Any, recipe: Recipe) -> Estimate:
@@ -83,9 +84,9 @@ def of_fine_tuning(config: Any, recipe: Recipe) -> Estimate:
     return _of_training(config, recipe, _without_mtp(recipe.pretrain.model), averaged=False)
 
 
-def _of_training(config: Any, recipe: Recipe, model: ModelConfig, *, averaged: bool) -> Estimate:
+def _of_training(config: Any, recipe: Recipe, model: ModelConfig, *, averaged: bool, kept: int = 0) -> Estimate:
     flops = TRAINED_FLOPS * config.sequences * config.sequence_length
-    return _of_steps(recipe, model, flops, _of_ranks(config, recipe, model, averaged=averaged))
+    return _of_steps(recipe, model, flops, _of_ranks(config, recipe, model, averaged=averaged), kept)
 
 
 def of_extension(config: Any, recipe: Recipe) -> Estimate:
@@ -201,10 +202,10 @@ def _without_mtp(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update={"num_nextn_predict_layers": 0})
 
 
-def _of_steps(recipe: Recipe, model: ModelConfig, flops_a_parameter: float, held: Held) -> Estimate:
-    """Of work that does `flops_a_parameter` operations in all."""
+def _of_steps(recipe: Recipe, model: ModelConfig, flops_a_parameter: float, held: Held, kept: int = 0) -> Estimate:
+    """Of work that does `flops_a_parameter` operations in all, and keeps so many checkpoints for good."""
     execution, vocabulary = recipe.execution, recipe.tokenize.vocab_size
-    disk = FLOAT * parameters(model, vocabulary, active=False) * (1 + 3 * CHECKPOINTS)
+    disk = FLOAT * parameters(model, vocabulary, active=False) * (1 + 3 * (CHECKPOINTS + kept))
     try:
         device = find_device(execution.device_name)
     except HardwareError:

@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from gristmill.kernels.compiled import compiled, may_compile
 log = logging.getLogger("gristmill.kernels")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton looks once, too
 _counts: Counter[tuple[str, str]] = Counter()
-_reference: ContextVar[bool] = ContextVar("gristmill_kernels_reference", default=False)
+_reference = False  # of the whole process: on a GPU autograd has a thread of its own
 _said: set[tuple[str, str]] = set()
 
 
@@ -36,7 +35,7 @@ def chosen(operation: str, x: Tensor, source: str | None = None, *, triton: bool
     """
     if is_dynamo_compiling():
         return _captured(x, source, triton, traceable)
-    if _reference.get():
+    if _reference:
         picked = "reference"
     elif x.is_cuda or (INTERPRETED and os.environ.get("GRISTMILL_KERNELS") == "gpu"):
         picked = "gpu" if triton else "torch"
@@ -72,12 +71,16 @@ def runs_compiled(x: Tensor, source: str) -> bool:
 
 @contextmanager
 def use_reference() -> Iterator[None]:
-    """Within it every operation runs as its reference; of a captured graph, what went into it as an operation."""
-    token = _reference.set(True)
+    """Within it every operation of the process runs as its reference; of a captured graph, what is one in it.
+
+    A graph's backward pass belongs within it as well, if its forward pass was: outside, its gradients are not finite.
+    """
+    global _reference
+    before, _reference = _reference, True
     try:
         yield
     finally:
-        _reference.reset(token)
+        _reference = before
 
 
 def report() -> dict[str, dict[str, int]]:

@@ -94,6 +94,11 @@ def with_saved(function: Callable[..., Tensor], arguments: Sequence[Any], of: Se
     return result.detach().contiguous(), getattr(result.grad_fn, "saved_tensors", ())
 
 
+def not_made(like: Tensor) -> Tensor:
+    """Stands for what the compiled code would have kept, where the gradient is torch's. One made of it is infinite."""
+    return torch.full_like(like, -torch.inf if like.is_floating_point() else 0)
+
+
 def gradients_in_torch(function: Callable[..., Any], inputs: Sequence[Tensor], grads: Any) -> Sequence[Tensor]:
     """The gradients in the inputs of what torch's own code makes of them, which runs again for it.
 

@@ -185,6 +185,7 @@ void logits(
 }
 
 // Of each row the largest logit m, Σ exp(z − m) and Σ exp(z − m) · (z − m), a block's added to those before it.
+// The last is left out where `weighted` is null.
 void statistics(const float *z, int64_t count, int64_t pitch, float *highest, float *total, float *weighted) {
     for (int64_t r = 0; r < pitch; r += LANES) {
         const Vector before = load(highest + r);
@@ -192,15 +193,18 @@ void statistics(const float *z, int64_t count, int64_t pitch, float *highest, fl
         for (int64_t v = 0; v < count; v++) most = larger(load(z + v * pitch + r), most);
         const Vector shift = most == -INFINITY ? all(0.0f) : most;  // minus infinity from itself is not a number
         Vector added{}, added_weighted{};
-        for (int64_t v = 0; v < count; v++) {
-            const Vector below = load(z + v * pitch + r) - shift, share = exponential(below);
-            added += share;
-            added_weighted += share * larger(below, all(-LOWEST));
-        }
         const Vector moved = before - shift, kept = exponential(moved), sum = load(total + r);
+        if (weighted) {
+            for (int64_t v = 0; v < count; v++) {
+                const Vector below = load(z + v * pitch + r) - shift, share = exponential(below);
+                added += share;
+                added_weighted += share * larger(below, all(-LOWEST));
+            }
+            store(weighted + r, (load(weighted + r) + sum * larger(moved, all(-LOWEST))) * kept + added_weighted);
+        } else
+            for (int64_t v = 0; v < count; v++) added += exponential(load(z + v * pitch + r) - shift);
         store(highest + r, most);
         store(total + r, sum * kept + added);
-        store(weighted + r, (load(weighted + r) + sum * larger(moved, all(-LOWEST))) * kept + added_weighted);
     }
 }
 
@@ -328,7 +332,7 @@ void softmax_part(
 ) {
     std::fill_n(highest, chunk.pitch, -INFINITY);
     std::fill_n(total, chunk.pitch, 0.0f);
-    std::fill_n(weighted, chunk.pitch, 0.0f);
+    if (weighted) std::fill_n(weighted, chunk.pitch, 0.0f);
     for (int64_t v = part.begin; v < part.end; v += BLOCK) {
         const int64_t count = std::min(BLOCK, part.end - v);
         float *z = held ? held + v * chunk.pitch : block;
@@ -421,7 +425,8 @@ void losses(
             for (int64_t part = 0; part < threads; part++)
                 softmax_part<Kind>(
                     head, chunk, {vocab, part, threads}, target, held, block.get(), room.get(),
-                    &parts.highest[part * most], &parts.total[part * most], &parts.weighted[part * most], aimed.get()
+                    &parts.highest[part * most], &parts.total[part * most],
+                    entropy ? &parts.weighted[part * most] : nullptr, aimed.get()
                 );
             for (int64_t r = 0; r < pitch; r++) {
                 const Softmax found(parts, r);

@@ -52,7 +52,7 @@ def _run(
     x_TD, w_VD, target_T = (t.contiguous() for t in (x_TD, w_VD, target_T.long()))
     (rows, width), vocab, loss_T = x_TD.shape, len(w_VD), x_TD.new_empty(len(x_TD))
     needed(SOURCE)(
-        "cross_entropy", x_TD, w_VD, target_T, weight_T, rows, width, vocab, 1.0 / temperature, z_loss,
+        "cross_entropy", x_TD, w_VD, target_T, weight_T, rows, width, vocab, 1.0 / temperature, float(z_loss),
         rows_at_once(rows, vocab), int(rounded), held, loss_T, entropy_T, grad_x, grad_w,
     )  # fmt: skip
     return loss_T

@@ -8,7 +8,7 @@ from torch import Tensor
 from gristmill.kernels import mla_attention as public
 from gristmill.kernels.dispatch import chosen
 from gristmill.kernels.mla_attention import native
-from gristmill.kernels.operations import Context, gradient, gradients_in_torch, operation, with_saved
+from gristmill.kernels.operations import Context, gradient, gradients_in_torch, not_made, operation, with_saved
 
 
 def _fake(
@@ -25,10 +25,10 @@ def attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The result, and for the backward pass the logarithms of the sums of exponentials, float32, (B, H, S).
 
-    The base is that of the path; where the gradient is taken from torch they are zeros.
+    The base is that of the path; where the gradient is taken from torch they are minus infinity.
     """
     out, saved = with_saved(public.attention, (q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS, first_BS), of=(0, 1, 2))
-    return out, saved[public.LOGS] if saved else torch.zeros_like(_results(q_BSHN, 0)[1])
+    return out, saved[public.LOGS] if saved else not_made(_results(q_BSHN, 0)[1])
 
 
 @gradient(attention, "q_BSHN", "k_BSGN", "v_BSGW", kept=(0, 1))
@@ -70,7 +70,7 @@ def latent_attention(
         return public.latent_attention(q, kv, key, (cos.detach(), sin.detach()), scale, mask_BSS, first_BS)
 
     out, saved = with_saved(attend, (q_BSHQ, kv_BSHX, key_BSR), of=(0, 1, 2))
-    return out, saved[public.LOGS] if saved else torch.zeros_like(_results(q_BSHQ, 0)[1])
+    return out, saved[public.LOGS] if saved else not_made(_results(q_BSHQ, 0)[1])
 
 
 @gradient(latent_attention, "q_BSHQ", "kv_BSHX", "key_BSR", kept=(0, 1))

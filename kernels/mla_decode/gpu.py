@@ -44,10 +44,11 @@ FEW, MANY = Tiles(16, 64, 4, 3), Tiles(64, 64, 8, 2)  # up to 16 queries a row, 
 PLAIN = Tiles(16, 16, 4, 2)  # of float32, whose products are no tensor cores'
 
 
-@triton.jit(do_not_specialize=["length", "reach"])
+@triton.jit(do_not_specialize=["length", "reach", "pages"])
 def _append(
     q_ptr, kv_ptr, cache_ptr, table_ptr, start_ptr, cos_ptr, sin_ptr, norm_ptr, turned_ptr,
-    length, heads, plain, latent, turning, reach, q_row, q_token, q_head, kv_row, kv_token, cache_row, table_row, eps,
+    length, heads, plain, latent, turning, reach, pages, q_row, q_token, q_head, kv_row, kv_token, cache_row,
+    table_row, eps,
     HEADS: tl.constexpr, LATENT: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Of one token: its latent, normed, and its key, rotated, into the cache; or the rotated part of HEADS queries."""
@@ -64,6 +65,7 @@ def _append(
         allowed = (place >= 0) & (place < reach)
         if PAGE > 0:
             page = tl.load(table_ptr + row * table_row + place // PAGE, mask=allowed, other=0).to(tl.int64)
+            allowed = allowed & (page >= 0) & (page < pages)
             kept = cache_ptr + page * cache_row + place % PAGE * (latent + turning)
         else:
             kept = cache_ptr + row * cache_row + place * (latent + turning)
@@ -73,7 +75,7 @@ def _append(
         x = x * tl.load(norm_ptr + c, mask=c < latent, other=0.0).to(tl.float32)
         even = tl.load(new + latent + 2 * r, mask=inside, other=0.0).to(tl.float32)
         odd = tl.load(new + latent + 2 * r + 1, mask=inside, other=0.0).to(tl.float32)
-        if allowed:  # nobody looks at places on a GPU: nothing is written beside the slot
+        if allowed:  # nobody looks at places and pages on a GPU: nothing is written beside the cache
             tl.store(kept + c, x.to(cache_ptr.dtype.element_ty), mask=c < latent)
             out = kept + latent + r
             tl.store(out, (even * cos - odd * sin).to(cache_ptr.dtype.element_ty), mask=inside)
@@ -90,10 +92,10 @@ def _append(
         tl.store(turned + half, second.to(turned_ptr.dtype.element_ty), mask=both)
 
 
-@triton.jit(do_not_specialize=["length", "reach", "span", "tokens"])
+@triton.jit(do_not_specialize=["length", "reach", "pages", "span", "tokens"])
 def _attend(
     q_ptr, turned_ptr, cache_ptr, table_ptr, start_ptr, out_ptr, lse_ptr,
-    length, heads, latent, turning, reach, span, tokens, cache_row, table_row, scale,
+    length, heads, latent, turning, reach, pages, span, tokens, cache_row, table_row, scale,
     WHOLE: tl.constexpr, WIDE: tl.constexpr, QUERIES: tl.constexpr, PLACES: tl.constexpr,
     LATENT: tl.constexpr, TURNING: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
@@ -131,6 +133,7 @@ def _attend(
         inside = place + p < end
         if PAGE > 0:
             page = tl.load(table_ptr + row * table_row + place // PAGE).to(tl.int64)
+            inside = inside & (page >= 0) & (page < pages)
             keys = cache_ptr + page * cache_row + place % PAGE * (latent + turning)
         kv = tl.load(keys + in_tile + c[None, :], mask=inside[:, None] & (c < latent)[None, :], other=0.0)
         kr = tl.load(keys + latent + in_tile + r[None, :], mask=inside[:, None] & (r < turning)[None, :], other=0.0)
@@ -224,7 +227,7 @@ def attend(
         part_lse = q_HTC.new_empty(tokens, heads, spans, dtype=torch.float32)
     _attend[(blocks, spans)](
         q_HTC, turned_THR, cache_BPC, table, start_B, parts, part_lse,
-        length, heads, latent, turning, reach, span, tokens, cache_BPC.stride(0), table.stride(0),
+        length, heads, latent, turning, reach, len(cache_BPC), span, tokens, cache_BPC.stride(0), table.stride(0),
         scale * math.log2(math.e),
         WHOLE=spans == 1, WIDE=INTERPRETED, QUERIES=tiles.queries, PLACES=tiles.places,
         LATENT=_padded(latent), TURNING=_padded(turning), PAGE=page, num_warps=tiles.warps, num_stages=tiles.stages,
@@ -270,7 +273,7 @@ def triton_mla_decode(
     table, page = _table(table_BJ, cache_BPC, start_B)
     _append[(tokens, 1 + triton.cdiv(heads, HEADS))](
         q_BSHQ, kv_BSY, cache_BPC, table, start_B, cos, sin, norm_C.contiguous(), turned_THR,
-        length, heads, plain, latent, turning, reach,
+        length, heads, plain, latent, turning, reach, len(cache_BPC),
         *q_BSHQ.stride()[:3], *kv_BSY.stride()[:2], cache_BPC.stride(0), table.stride(0), float(eps),
         HEADS=HEADS, LATENT=triton.next_power_of_2(latent), HALF=triton.next_power_of_2(turning // 2), PAGE=page,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from gristmill.kernels import moe_mlp as public
 from gristmill.kernels.dispatch import chosen
 from gristmill.kernels.moe_mlp import cpu, native
 from gristmill.kernels.moe_mlp.reference import moe_mlp_reference
-from gristmill.kernels.operations import Context, gradient, gradients_in_torch, operation, with_saved
+from gristmill.kernels.operations import Context, gradient, gradients_in_torch, not_made, operation, with_saved
 
 GRADED = "x_TD", "gate_TK", "gate_up_E2FD", "down_EDF"
 
@@ -30,13 +30,13 @@ def moe_mlp(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The result, and for the backward pass the order of the rows, (M,), and gate_up·x, (M, 2F).
 
-    Those have no rows where no gradient is asked for, and are zeros where it is taken from torch.
+    Those have no rows where no gradient is asked for, and are minus infinity where it is taken from torch.
     """
     inputs = x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E
     out_TD, saved = with_saved(
         lambda *tensors: public.moe_mlp(*tensors, rounded=rounded), inputs, of=(0, 2, 3, 4) if graded else ()
     )
-    order_M, pre_M2F = saved[-2:] or map(torch.zeros_like, _fake(*inputs, rounded, graded)[1:])
+    order_M, pre_M2F = saved[-2:] or map(not_made, _fake(*inputs, rounded, graded)[1:])
     return out_TD, order_M, pre_M2F
 
 

@@ -9,7 +9,7 @@ from gristmill.kernels import norm_rope as public
 from gristmill.kernels.dispatch import chosen
 from gristmill.kernels.norm_rope import native
 from gristmill.kernels.norm_rope.layout import in_rows, rows_of
-from gristmill.kernels.operations import Context, gradient, gradients_in_torch, operation, with_saved
+from gristmill.kernels.operations import Context, gradient, gradients_in_torch, not_made, operation, with_saved
 
 
 def _norm_fake(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -18,9 +18,9 @@ def _norm_fake(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]
 
 @operation(_norm_fake)
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The result, and each row's factor for the backward pass; zeros where that takes it from torch."""
+    """The result, and each row's factor for the backward pass; minus infinity where that takes it from torch."""
     y, saved = with_saved(public.rms_norm, (x, weight_D, eps), of=(0, 1))
-    return y, saved[-1] if saved else x.new_zeros(x.shape[:-1], dtype=torch.float32)
+    return y, saved[-1] if saved else not_made(x.new_empty(x.shape[:-1], dtype=torch.float32))
 
 
 @gradient(rms_norm, "x", "weight_D", kept=(1,))
@@ -43,12 +43,12 @@ def _add_norm_fake(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[
 
 @operation(_add_norm_fake)
 def add_rms_norm(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Both results, and each row's factor for the backward pass; zeros where that takes it from torch."""
-    leaves = [t.detach().requires_grad_() for t in (x, y, weight_D)]
+    """Both results, and each row's factor for the backward pass; minus infinity where that takes it from torch."""
+    x, y, weight_D = (t.detach().requires_grad_() for t in (x, y, weight_D))
     with torch.enable_grad():
-        total, normed = public.add_rms_norm(*leaves, eps)
+        total, normed = public.add_rms_norm(x, y, weight_D, eps)
     saved = getattr(normed.grad_fn, "saved_tensors", ())
-    scale = saved[-1] if saved else x.new_zeros(x.shape[:-1], dtype=torch.float32)
+    scale = saved[-1] if saved else not_made(x.new_empty(x.shape[:-1], dtype=torch.float32))
     return total.detach().contiguous(), normed.detach().contiguous(), scale
 
 
@@ -71,7 +71,8 @@ def add_rms_norm_backward(
             return public.add_rms_norm(x, y, weight, eps)
 
         grad_x, grad_y, grad_weight = gradients_in_torch(again, [x, y, weight_D], (grad_total, grad_normed))
-    # x and y may share their gradient, and an operation's results may not.
+    assert grad_y is not None  # both results have a gradient here
+    # x and y may share it, and an operation's results may not.
     return grad_x, grad_y.to(y.dtype, copy=True), grad_weight
 
 

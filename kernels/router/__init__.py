@@ -88,7 +88,13 @@ class NativeRouter(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _expert: None, grad_gate_TK: Tensor | None, grad_score_TE: Tensor | None, _load: None):
+    def backward(
+        ctx: Any,
+        _expert: Tensor | None,
+        grad_gate_TK: Tensor | None,
+        grad_score_TE: Tensor | None,
+        _load: Tensor | None,
+    ):
         x_TD, weight_ED, score_TE, expert_TK = ctx.saved_tensors
         if grad_score_TE is None:
             slope_TE = torch.zeros_like(score_TE)

@@ -22,6 +22,7 @@ from gristmill.model.hugging_face.fp8 import BLOCK, SCALES, dequantised
 
 INDEX = "model.safetensors.index.json"
 ONE = "model.safetensors"
+SYNCED_BYTES = 512 << 20  # written before they are brought onto the disk, so that this does not take long at the end
 DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -273,20 +274,31 @@ def _write_file(path: Path, entries: list[Entry]) -> None:
     try:
         with part.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
+            since = 0
             for entry in entries:
-                _write_parts(file, entry)
-            file.flush()
-            os.fsync(file.fileno())
+                for written in _write_parts(file, entry):
+                    since += written
+                    if since >= SYNCED_BYTES:
+                        _sync(file)
+                        since = 0
+            _sync(file)
     except OSError as error:  # a full disk's names no file
         raise OSError(f"{path} cannot be written ({error}): is the disk full?") from error
     os.replace(part, path)
 
 
-def _write_parts(file: IO[bytes], entry: Entry) -> None:
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _write_parts(file: IO[bytes], entry: Entry) -> Iterator[int]:
+    """Write a tensor; the bytes of each part behind it."""
     written = 0
     for part in entry.parts():
         data = part.detach().to("cpu", entry.dtype).contiguous()
         file.write(data.reshape(-1).view(torch.uint8).numpy().data)
         written += data.nbytes
+        yield data.nbytes
     if written != entry.size:
         raise ValueError(f"{entry.name} came to {written} bytes, and {entry.size} were announced")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 import time
@@ -35,6 +36,7 @@ FORMAT = 2
 KEPT = 2
 MOST_MAPPED = 32 << 20  # bytes read of a file before it is mapped anew: pages that were read count as memory
 MANIFEST, STATE = "manifest.json", "state.json"
+NUMBERED = re.compile(r"-(\d{8,})$")  # the end of a published checkpoint's name
 KEPT_FOLDER = "kept"  # beside work/: checkpoints that are kept for good
 REQUIRED = ("step", "ranks", "owner", "files", "sha256")
 
@@ -56,7 +58,7 @@ class CheckpointWriter:
         self._step: int | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._removal: threading.Thread | None = None
+        self._removals: list[threading.Thread] = []
         self._not_removed: OSError | None = None
 
     @property
@@ -121,7 +123,7 @@ class CheckpointWriter:
         for left in {p.name for p in part.iterdir()} - {*names}:  # by an attempt that was killed
             (part / left).unlink()
         manifest = {"format": FORMAT, "step": step, "ranks": self.ranks, "owner": self.owner, "files": files}
-        with _said_if_full(part / MANIFEST):
+        with said_if_full(part / MANIFEST):
             write_json(part / MANIFEST, {**manifest, "sha256": manifest_hash(manifest)})
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
@@ -130,27 +132,32 @@ class CheckpointWriter:
         return step
 
     def _remove_surplus(self) -> None:
-        """Remove old checkpoints by a thread: on some file systems that takes longer than the rest of a publication."""
         self.close()
         aside: list[Path] = []
         for old in [p for p in checkpoints(self.work) if p.parent == self.work][: -self.keep]:
             aside.append(old.with_suffix(".tmp"))  # half removed it must not count
             shutil.rmtree(aside[-1], ignore_errors=True)
             old.rename(aside[-1])
-        self._removal = threading.Thread(target=self._remove, args=(aside,), name="removal", daemon=True)
-        self._removal.start()
+        self.remove(aside)
+
+    def remove(self, aside: list[Path]) -> None:
+        """Remove folders by a thread: on some file systems that takes longer than the rest of a publication."""
+        self._removals.append(threading.Thread(target=self._remove, args=(aside,), name="removal", daemon=True))
+        self._removals[-1].start()
 
     def _remove(self, aside: list[Path]) -> None:
         for folder in aside:
             try:
                 shutil.rmtree(folder)
+            except FileNotFoundError:  # somebody else did
+                pass
             except OSError as error:  # raised again by `close`, in the thread that trains
                 self._not_removed = error
 
     def close(self) -> None:
         """Until what was to be removed is."""
-        if self._removal is not None:
-            self._removal.join()
+        while self._removals:
+            self._removals.pop().join()
         if self._not_removed is not None:
             raise self._not_removed
 
@@ -169,13 +176,13 @@ class CheckpointWriter:
             part = self._part(self._step)
             part.mkdir(parents=True, exist_ok=True)
             path = part / _file_of(self.rank)
-            with _said_if_full(path):
+            with said_if_full(path):
                 save_file(tensors, path.with_suffix(".part"))
                 sync_and_rename(path.with_suffix(".part"), path)
-            with _said_if_full(path.with_suffix(".sha256")):
+            with said_if_full(path.with_suffix(".sha256")):
                 path.with_suffix(".sha256").write_text(sha256(path), encoding="ascii")
             if state is not None:
-                with _said_if_full(part / STATE):
+                with said_if_full(part / STATE):
                     (part / STATE).with_suffix(".part").write_text(state, encoding="utf-8")
                     sync_and_rename((part / STATE).with_suffix(".part"), part / STATE)
         except BaseException as error:  # raised again by `written`, in the thread that trains
@@ -187,7 +194,7 @@ def _file_of(rank: int) -> str:
 
 
 @contextmanager
-def _said_if_full(path: Path) -> Iterator[None]:
+def said_if_full(path: Path) -> Iterator[None]:
     """Raise an OSError that names the file that cannot be written: a full disk's own names none."""
     try:
         yield
@@ -216,9 +223,9 @@ def checkpoints(work: Path) -> list[Path]:
 
     One that lies in both counts as that in work/.
     """
-    kept = (work.parent / KEPT_FOLDER).glob("step-*")
-    published = [p for p in (*kept, *work.glob("checkpoint-*")) if p.suffix != ".tmp" and (p / MANIFEST).exists()]
-    of_step = {int(p.name.rpartition("-")[2]): p for p in published}
+    found = (*(work.parent / KEPT_FOLDER).glob("step-*"), *work.glob("checkpoint-*"))
+    named = ((NUMBERED.search(path.name), path) for path in found if (path / MANIFEST).exists())
+    of_step = {int(match[1]): path for match, path in named if match}
     return [of_step[step] for step in sorted(of_step)]
 
 
@@ -247,7 +254,7 @@ class Checkpoint:
         trusted: bool = False,
         alive: Callable[[], None] = unwatched,
     ) -> None:
-        self.folder, self._owner = folder, owner
+        self.folder, self._owner, self._alive = folder, owner, alive
         self._open: dict[str, Any] = {}
         self._mapped: Counter[str] = Counter()
         try:
@@ -271,8 +278,9 @@ class Checkpoint:
     def _damaged(self, what: str) -> DamagedCheckpoint:
         beside = self.folder.parent
         work = beside.parent / "work" if beside.name == KEPT_FOLDER else beside
-        good = [p.name for p in checkpoints(work) if p != self.folder and _is_whole(p, self._owner)]
-        after = f"the last good one is {good[-1]}: " if good else "there is no other: "
+        others = (p for p in reversed(checkpoints(work)) if p != self.folder)
+        good = next((p.name for p in others if _is_whole(p, self._owner, self._alive)), None)
+        after = f"the last good one is {good}: " if good else "there is no other: "
         ahead = "go on from there" if good else "begin from the start"
         return DamagedCheckpoint(f"{self.folder}: {what}; {after}remove {self.folder.name} to {ahead}")
 
@@ -399,12 +407,12 @@ def _difference(own: dict[str, Any], owner: dict[str, Any] | None) -> str | None
     return None
 
 
-def _is_whole(folder: Path, owner: dict[str, Any] | None) -> bool:
+def _is_whole(folder: Path, owner: dict[str, Any] | None, alive: Callable[[], None]) -> bool:
     try:
         manifest = _read_manifest(folder)
     except (OSError, ValueError):
         return False
-    return _difference(manifest["owner"], owner) is None and _first_wrong(folder, manifest["files"], unwatched) is None
+    return _difference(manifest["owner"], owner) is None and _first_wrong(folder, manifest["files"], alive) is None
 
 
 def last_checkpoint(

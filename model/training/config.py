@@ -186,7 +186,7 @@ class LayoutConfig(Config):
         title="Hang",
         description="Without a sign of life from any rank for so long the job is stopped, and tried again as often as "
         "`retries` says; more than a micro-batch, an optimizer's step, the copy of a checkpoint, sampled texts or "
-        "the compilation of one kernel takes. Each 100 MB built or saved in one go have a second more.",
+        "the compilation of one kernel takes. Each 100 MB built or saved in one go has a second more.",
     )
     kept_checkpoints: int = Field(default=2, ge=1, title="Checkpoints", description="How many are kept to resume from.")
     profile: tuple[Annotated[int, Field(ge=0)], ...] = Field(

@@ -35,6 +35,15 @@ def sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
+def copy(source: Path, path: Path, alive: Callable[[], None]) -> None:
+    """Copy a file onto the disk; `alive` is called at each part of it."""
+    with source.open("rb", buffering=0) as read, path.open("wb", buffering=0) as written:
+        while part := read.read(PART_BYTES):
+            written.write(part)
+            os.fsync(written.fileno())
+            alive()
+
+
 def sha256(path: Path, alive: Callable[[], None] | None = None) -> str:
     """Of a file's bytes, hexadecimal; `alive` is called at each part of it."""
     digest, room = hashlib.sha256(), memoryview(bytearray(PART_BYTES))

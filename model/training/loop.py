@@ -143,7 +143,7 @@ class Run:
         self.writer = CheckpointWriter(
             out / "work", self.owner, rank=self.rank, ranks=self.ranks, keep=layout.kept_checkpoints
         )
-        self.kept = KeptCheckpoints(out / KEPT_FOLDER, training.keep_every, training.keep_best)
+        self.kept = KeptCheckpoints(out / KEPT_FOLDER, training.keep_every, training.keep_best, self.alive)
         self.history = History()
 
     def alive(self) -> None:
@@ -182,7 +182,10 @@ class Run:
             recorder.close()
         if first < steps:
             self._publish()
+        self.life.ask_for(self._saving_seconds())
         self.writer.close()
+        if self.rank == 0:
+            self.kept.tidy()
         self._leave_model()
         return self.history
 
@@ -284,7 +287,7 @@ class Run:
 
     def _publish(self) -> None:
         if not self.writer.written():
-            self.life.ask_for(seconds_to_move(self.writer.size))  # and no more signs: a disk may hang
+            self.life.ask_for(self._saving_seconds())  # and no more signs: a disk may hang
         while not self.writer.written():
             time.sleep(0.01)
         dist.barrier()
@@ -294,7 +297,12 @@ class Run:
     def _keep(self, step: int) -> None:
         """Keep the last checkpoint, of this step, where that is asked for."""
         for name in self.kept.due(step, self.history.curves):
-            self.kept.keep(checkpoints(self.out / "work")[-1], name)
+            if before := self.kept.keep(checkpoints(self.out / "work")[-1], name):
+                self.writer.remove(before)
+
+    def _saving_seconds(self) -> float:
+        """What this machine's ranks may take to save what they hold, and to remove as much."""
+        return seconds_to_move(self.writer.size * self.ranks // self.engine.layout.nodes)
 
     def _resume(self) -> int:
         """Take up the last checkpoint, whose files the first rank hashes; the step to begin with."""

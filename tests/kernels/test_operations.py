@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from gristmill.kernels.mla_attention import attention, latent_attention, native
 from gristmill.kernels.mla_decode import mla_decode
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.norm_rope import add_rms_norm, rms_norm, rotate, rotate_halves
+from gristmill.kernels.norm_rope import native as native_norm
 from gristmill.kernels.optim import AdamW, Origin, adamw, orthogonalised, round_stochastically
 from gristmill.kernels.router import Choice, route
 from gristmill.kernels.swiglu import swiglu
@@ -304,6 +306,21 @@ def test_what_a_graph_runs_is_counted_and_chosen_when_it_runs() -> None:
     ran = {how: count - before.get(how, 0) for how, count in after.items() if count > before.get(how, 0)}
     assert ran.pop("reference") == 1
     assert list(ran.values()) == [1]
+
+
+def test_a_backward_pass_outside_of_the_reference_is_seen_to_be_wrong() -> None:
+    """Its forward pass has not kept what it needs; in another thread, but within, it is right."""
+    x, weight, eps = GRADED["rms_norm"].arguments(torch.float32)
+    wanted = torch.autograd.grad(rms_norm(x, weight, eps).sum(), (x, weight))
+    with kernels.use_reference():
+        result = OPERATIONS.rms_norm(x, weight, eps)[0].sum()
+        with ThreadPoolExecutor(1) as other:
+            got = other.submit(torch.autograd.grad, result, (x, weight), retain_graph=True).result()
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    outside = torch.autograd.grad(result, (x, weight))
+    if compiled(native_norm.SOURCE) is not None or TRITON:
+        assert not any(grad.isfinite().any() for grad in outside)
 
 
 def test_numbers_are_checked_when_a_graph_runs() -> None:

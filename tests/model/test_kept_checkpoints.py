@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -136,19 +137,59 @@ def test_what_is_kept_is_offered_where_the_others_are_damaged(stopped: Path, str
 
 def test_what_a_kill_left_out_is_kept_at_the_next_start(stopped: Path, straight: Path, tokens: Path) -> None:
     (stopped / "kept" / "step-00000008").rename(stopped / "kept" / "step-00000008.tmp")
+    (stopped / "kept" / "best-before.tmp").mkdir()  # what the best was, not removed yet
     shutil.rmtree(stopped / "kept" / "best")
     trained(tokens, stopped, KEEPING)
     assert starts(stopped) == [0, 8]
     assert content(stopped) == content(straight)
 
 
+def refusing(number: int) -> Any:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
 def test_a_file_system_without_second_names_gets_copies(
     straight: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*_: Any) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", refusing(errno.EPERM))
     trained(tokens, tmp_path / "out", KEEPING)
-    assert "is copied, for its files cannot have a second name here" in caplog.text
+    assert "is copied, for it cannot have a second name here" in caplog.text
     assert content(tmp_path / "out") == content(straight)
+
+
+def test_copying_shows_life(straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", refusing(errno.EXDEV))
+    told: list[str] = []
+    kept = KeptCheckpoints(tmp_path, 4, False, lambda: told.append("alive"))
+    assert kept.keep(straight / "kept" / "step-00000004", "step-00000004") == []
+    assert len(told) >= len(names(straight / "kept" / "step-00000004"))
+    assert content(tmp_path / "step-00000004") == content(straight / "kept" / "step-00000004")
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", refusing(errno.ENOSPC))
+    with pytest.raises(OSError, match=r"kept/best\.tmp cannot be written .*is the disk full\?"):
+        trained(tokens, tmp_path / "out", KEEPING)
+    assert [p.name for p in checkpoints(tmp_path / "out" / "work")][-1] == "checkpoint-00000002"
+
+
+def test_other_names_are_no_checkpoints_of_the_run(stopped: Path) -> None:
+    """As of copies that somebody made by hand."""
+    shutil.copytree(stopped / "work" / "checkpoint-00000006", stopped / "work" / "checkpoint-00000006.bak")
+    shutil.copytree(stopped / "work" / "checkpoint-00000006", stopped / "work" / "checkpoint-mine")
+    assert [p.name for p in checkpoints(stopped / "work")] == [
+        "step-00000004", "checkpoint-00000006", "checkpoint-00000008"
+    ]  # fmt: skip
+
+
+def test_looking_for_another_one_shows_life(stopped: Path) -> None:
+    spoil(stopped / "work" / "checkpoint-00000008", "truncated")
+    told: list[str] = []
+    with pytest.raises(DamagedCheckpoint, match="the last good one is checkpoint-00000006"):
+        Checkpoint(stopped / "work" / "checkpoint-00000008", alive=lambda: told.append("alive"))
+    assert len(told) >= 3  # of the files of the one before it
