@@ -361,8 +361,8 @@ class MultiTokenPrediction(nn.Module):
         return self.norm(self.block(self.joined(hidden_BSD, next_BSD), rotary, first_BS, routing))
 
     def joined(self, hidden_BSD: Tensor, next_BSD: Tensor) -> Tensor:
-        """The block's input (equation 21)."""
-        return self.eh_proj(torch.cat((self.enorm(next_BSD), self.hnorm(hidden_BSD)), -1))
+        """The block's input (equation 21), the beginning of a residual stream and in that one's dtype."""
+        return self.eh_proj(torch.cat((self.enorm(next_BSD), self.hnorm(hidden_BSD)), -1)).to(hidden_BSD.dtype)
 
 
 def token_behind(target_BS: Tensor) -> Tensor:

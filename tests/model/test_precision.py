@@ -16,7 +16,7 @@ from gristmill import kernels
 from gristmill.model.config import ModelConfig
 from gristmill.model.training.config import PretrainConfig, SFTConfig
 from gristmill.model.training.precision import apply_precision
-from gristmill.model.transformer import Batch, Experts, Linear, Routing, Transformer
+from gristmill.model.transformer import Batch, Block, Experts, Linear, Routing, Transformer
 
 LENGTH, VOCAB = 32, 100
 CONFIG = ModelConfig(
@@ -105,6 +105,19 @@ def test_the_gate_sees_float32(precision: str) -> None:
     for x_TD in seen:
         assert x_TD.dtype == torch.float32
         assert not x_TD.equal(x_TD.bfloat16().float())  # and numbers that are more than bfloat16's
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
+def test_the_residual_stream_is_float32(precision: str) -> None:
+    """That of an MTP module too, which begins with what a product gave."""
+    model = build(CONFIG, precision)
+    seen: list[torch.dtype] = []
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0].dtype, output.dtype)))
+    step(model)
+    assert len(seen) == 2 * (CONFIG.num_hidden_layers + CONFIG.num_nextn_predict_layers)
+    assert set(seen) == {torch.float32}
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
