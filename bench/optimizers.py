@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--adamw", type=float, nargs="+", default=[0.0005, 0.001, 0.002, 0.004, 0.008, 0.016])
     parser.add_argument("--muon", type=float, nargs="+", default=[0.005, 0.01, 0.02, 0.04, 0.08])
-    parser.add_argument("--muon-matrices", default="logical", choices=["stored", "logical"])
+    parser.add_argument("--muon-matrices", default="stored", choices=["stored", "logical"])
     parser.add_argument("--plot", type=Path, default=Path("docs/images/optimizers.png"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -24,7 +24,7 @@ class OptimizerConfig(Config):
         default=3e-3, gt=0, title="AdamW rate", description="For embeddings, head and norms."
     )
     muon_matrices: Literal["stored", "logical"] = Field(
-        default="logical",
+        default="stored",
         title="Muon's matrices",
         description="What is orthogonalised: whole stored ones, or the matrices of V3's equations that lie in one, "
         "apart (gate and up, keys and values, latent and rotary rows).",
