@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from gristmill.model.signs_of_life import unwatched
 from gristmill.model.stage_types import Metrics, Progress
 from gristmill.model.training import pretraining
 from gristmill.model.training.checkpoints import CheckpointWriter
@@ -23,14 +26,15 @@ class Stopped(Exception):
     """A run was to end here."""
 
 
-def stopping_at(step: int | None) -> Progress:
-    """A progress that ends the run when so many steps are done.
+def stopping_at(step: int | None, alive: Callable[[], None] = unwatched) -> Progress:
+    """A progress that ends the run when so many steps are done, and till then shows that it is alive.
 
     It waits at each step for what is written beside the steps: a checkpoint is published by the step after it is
     written, and which one that is must not depend on how fast a disk is.
     """
 
     def stop(done: int, total: int, **values: float) -> None:
+        alive()
         for thread in threading.enumerate():
             if thread.name in BESIDE_THE_STEPS:
                 thread.join()
@@ -41,13 +45,16 @@ def stopping_at(step: int | None) -> Progress:
 
 
 def run(job: dict[str, Any], out: Path, device: torch.device, progress: Progress) -> Metrics:
-    """Each of `job["runs"]` in a folder of its own below `out`, to its end or to the step at which it is to stop."""
+    """Each of `job["runs"]` in a folder of its own below `out`, to its end or to the step at which it is to stop.
+
+    What is watched is the job's own folder, and not the runs'.
+    """
     start_distributed(device)
     for name, asked in job["runs"].items():
         for folder in ("log", "work"):
             (out / name / folder).mkdir(parents=True, exist_ok=True)
         with suppress(Stopped):
-            pretraining.run(asked["job"], out / name, device, stopping_at(asked["stop_at"]))
+            pretraining.run(asked["job"], out / name, device, stopping_at(asked["stop_at"], partial(progress, 0, 1)))
         dist.barrier()
     return {}
 
