@@ -166,6 +166,7 @@ def training_memory(
     products = found.matrices.total() + (own if apart else found).experts.total()
     saved = own_moments + (FLOAT * own.total) * (2 if averaged else 1)
     saved += -(-(known.total * FLOAT * (2 if averaged else 1) + _moments(known, optimizer)) // place.ranks)
+    step = _step(known, own, optimizer, place.ranks if stage else 1, device)
     return RankMemory(
         weights=FLOAT * (resident + copy + gathered + own.total) + operands * products,
         gradients=FLOAT * (gradients + bucket + own.total),
@@ -173,7 +174,7 @@ def training_memory(
         average=(0 if away else average) + (FLOAT * own.total if averaged else 0),
         activations=_activations(model, tokens, layout, precision, device, mtp_modules)
         + _head(model, vocab_size, tokens, device, mtp_modules),
-        step=_step(known, own, optimizer, place.ranks if stage else 1) + (FLOAT * part if stage in (1, 2) else 0),
+        step=step + (FLOAT * part if stage in (1, 2) else 0),
         finished=FLOAT * found.total,
         offloaded=state,
         saving=saved,
@@ -192,24 +193,26 @@ def _moments(parameters: Parameters, optimizer: OptimizerConfig) -> int:
     return size * (of_hidden * hidden + 2 * (parameters.tables + parameters.vectors))
 
 
-def _step(known: Parameters, own: Parameters, optimizer: OptimizerConfig, shared_by: int) -> int:
+def _step(known: Parameters, own: Parameters, optimizer: OptimizerConfig, shared_by: int, device: str) -> int:
     """Bytes of Muon's step: the momenta of whole matrices, and the largest stack of one shape while it is worked on."""
     if not optimizer.muon_learning_rate:
         return 0
     held = []
     for parameters, ranks in ((known, shared_by), (own, 1)):
         stacks = parameters.experts + parameters.matrices
-        largest = max((_orthogonalising(shape, numbers) for shape, numbers in stacks.items()), default=0)
+        largest = max((_orthogonalising(shape, numbers, device) for shape, numbers in stacks.items()), default=0)
         held.append(stacks.total() + -(-largest // ranks))
     return FLOAT * max(held)
 
 
-def _orthogonalising(shape: Shape, numbers: int) -> int:
+def _orthogonalising(shape: Shape, numbers: int, device: str) -> int:
     """Numbers that a Newton–Schulz iteration holds of a stack: of its own size, and of its matrices' products with it.
 
-    Its polynomial takes three and four of them, its end five and two (`orthogonalised_reference`); the compiled path of
-    a CPU has fewer.
+    In torch its polynomial takes three and four of them, its end five and two (`orthogonalised_reference`). Compiled,
+    on a CPU, it is the stack and its factors, and of one matrix a thread two more and two products.
     """
+    if device == "cpu":
+        return 2 * numbers + 8 * shape[0] * shape[1]  # of two threads
     products = numbers * min(shape) // max(shape)
     return max(3 * numbers + 4 * products, 5 * numbers + 2 * products)
 
