@@ -250,16 +250,17 @@ def _follow(process: subprocess.Popen[bytes], told: Path, progress: Progress, si
                 progress(row["done"], row["total"], **row["values"])
         if code is not None:
             return code
-        if (hung := signs.hung()) is not None:
-            raise JobHung(
-                f"rank {hung[0]} showed no sign of life for {hung[1]:g} s, so the job was stopped; started again it "
-                f"goes on from its last checkpoint. If a batch takes longer, raise execution.layout.hang_seconds"
-            )
-        if (absent := signs.absent()) is not None:
+        hung, absent = signs.hung(), signs.absent()
+        if absent is not None:  # for which the others wait, who are silent too
             raise JobHung(
                 f"rank {absent} of {signs.ranks} has not appeared, {signs.seconds:g} s after the first one did, so the "
                 f"job was stopped: see that its machine is up and shares this store. If its start takes longer, raise "
                 f"execution.layout.hang_seconds"
+            )
+        if hung is not None:
+            raise JobHung(
+                f"rank {hung[0]} showed no sign of life for {hung[1]:g} s, so the job was stopped; started again it "
+                f"goes on from its last checkpoint. If a batch takes longer, raise execution.layout.hang_seconds"
             )
         time.sleep(POLL_SECONDS)
 
