@@ -308,7 +308,7 @@ def linear_product(device: str, dtype: torch.dtype, rows: int, inner: int, outer
 def router(
     device: str, _: torch.dtype, tokens: int, width: int, experts: int, active: int, groups: int, allowed: int
 ) -> Iterator[Case]:
-    """Against the router of `transformers`, in float32 as everywhere."""
+    """Against the router of `transformers`, alone and with what its experts make of the choices, as ours does."""
     x, bias = torch.randn(tokens, width, device=device), torch.zeros(experts, device=device)
     weight = torch.empty(experts, width, device=device).normal_(0, width**-0.5)
     how = Choice(active, groups=groups, groups_allowed=allowed)
@@ -321,12 +321,17 @@ def router(
         name = "transformers.models.deepseek_v3.modeling_deepseek_v3"
         module = importlib.import_module(name).DeepseekV3TopkRouter(config).to(device)
 
-        def theirs(a: Tensor, b: Tensor) -> Tensor:
+        def theirs(a: Tensor, b: Tensor, *, counted: bool = False) -> Tensor:
             _, gates, expert = torch.func.functional_call(module, {"weight": b}, (a,))
-            torch.bincount(expert.flatten(), minlength=experts)  # which ours gives too, and their experts count
+            if counted:  # as integrations/moe.py does for its grouped product
+                sorted_, _ = torch.sort(expert.flatten())
+                load = torch.histc(sorted_.float() if device == "cpu" else sorted_.int(), experts, 0, experts - 1)
+                load.cumsum(0, dtype=torch.int32)
             return gates
 
-        peers["transformers"] = (both_ways(theirs, x, weight), 2.0 if device == "cpu" else None)
+        goal = 2.0 if device == "cpu" else None
+        peers["transformers"] = (both_ways(theirs, x, weight), goal)
+        peers["transformers, sorted"] = (both_ways(partial(theirs, counted=True), x, weight), goal)
     ours = both_ways(lambda a, b: route(a, b, bias, how)[1], x, weight)
     shape = f"{tokens} × {width}, {active} of {experts}, {groups} groups"
     yield Case("router", shape, 6 * tokens * width * experts, ours, peers)

@@ -102,6 +102,46 @@ static inline void pack(Panel<Kind> &panel, const Matrix &b, int64_t k0, int64_t
     }
 }
 
+// The last rows of a block, fewer than a tile has: the sum of the products is added last to what is there.
+template <typename Kind, int64_t ROWS>
+static inline void low_tile(
+    const typename Kind::Number *const *a, int64_t stride, const typename Kind::Number *panel, int64_t count, float *c,
+    int64_t c_row, bool add
+) {
+    Vector s[ROWS][2] = {};
+    for (int64_t at = 0; at < count * stride; at += stride) {
+        typename Kind::Numbers b0, b1;
+        std::memcpy(&b0, panel, sizeof b0);
+        std::memcpy(&b1, panel + LANES, sizeof b1);
+        panel += TILE_COLUMNS;
+        for (int64_t i = 0; i < ROWS; i++) {
+            const typename Kind::Numbers x = Kind::spread(a[i][at]);
+            s[i][0] = Kind::add(s[i][0], x, b0);
+            s[i][1] = Kind::add(s[i][1], x, b1);
+        }
+    }
+    for (int64_t i = 0; i < ROWS; i++)
+        for (int64_t v = 0; v < 2; v++) {
+            float *to = c + i * c_row + v * LANES;
+            store(to, (add ? load(to) : Vector{}) + s[i][v]);
+        }
+}
+
+template <typename Kind>
+static inline void low_tile_of(
+    int64_t rows, const typename Kind::Number *const *a, int64_t stride, const typename Kind::Number *panel, int64_t count,
+    float *c, int64_t c_row, bool add
+) {
+    static_assert(TILE_ROWS == 6);
+    switch (rows) {
+        case 1: return low_tile<Kind, 1>(a, stride, panel, count, c, c_row, add);
+        case 2: return low_tile<Kind, 2>(a, stride, panel, count, c, c_row, add);
+        case 3: return low_tile<Kind, 3>(a, stride, panel, count, c, c_row, add);
+        case 4: return low_tile<Kind, 4>(a, stride, panel, count, c, c_row, add);
+        default: return low_tile<Kind, 5>(a, stride, panel, count, c, c_row, add);
+    }
+}
+
 // A tile of c, (TILE_ROWS, TILE_COLUMNS): a's rows, `stride` between the numbers of one, times a panel; added to what is
 // there or written over it.
 template <typename Kind>
@@ -210,6 +250,10 @@ static void product(
                     float *to = c + (i0 + i) * c_row + j;
                     if (high == TILE_ROWS && wide == TILE_COLUMNS) {
                         tile<Kind>(starts, step, panel.at, count, to, c_row, more);
+                        continue;
+                    }
+                    if (wide == TILE_COLUMNS) {
+                        low_tile_of<Kind>(high, starts, step, panel.at, count, to, c_row, more);
                         continue;
                     }
                     float edge[TILE_ROWS * TILE_COLUMNS];

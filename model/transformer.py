@@ -26,7 +26,7 @@ from gristmill.kernels.mla_attention import attention, latent_attention
 from gristmill.kernels.mla_decode import mla_decode
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.norm_rope import rms_norm, rotate_halves
-from gristmill.kernels.router import Choice, route
+from gristmill.kernels.router import Choice, Routes, route
 from gristmill.kernels.swiglu import swiglu
 from gristmill.model.config import ModelConfig
 
@@ -164,12 +164,13 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.cat((first.weight, self.kv_a_proj_with_mqa.weight))
 
     def absorbed(
-        self, x_BSD: Tensor, reading_XD: Tensor, rotary: tuple[Tensor, Tensor], start_B: Tensor, cache_BPC: Tensor
-    ) -> Tensor:
+        self, x_BSD: Tensor, reading_XD: Tensor, rotary: tuple[Tensor, Tensor], cache_BPC: Tensor, start_B: Tensor,
+        reach: int, table_BJ: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Decoding: `kv_b_proj` is absorbed into queries and outputs, and nothing is expanded (V2 section 2.1.2).
 
         Scores and values are taken in the cache, C + R numbers a token, where the tokens of row b are put at the places
-        from `start_B[b]` on; of places behind them nothing is read.
+        from `start_B[b]` on, all below `reach`; of places behind them nothing is read. A table names a row's pages.
         """
         c = self.config
         assert cache_BPC.shape[-1] == c.kv_lora_rank + c.qk_rope_head_dim
@@ -177,9 +178,9 @@ class MultiHeadLatentAttention(nn.Module):
         if c.q_lora_rank is not None:
             query = linear(self.q_a_layernorm(query), self.q_b_proj.weight)
         out_BSX = mla_decode(
-            query.unflatten(-1, (c.num_attention_heads, -1)), kv_BSY, cache_BPC, start_B, cache_BPC.shape[1], rotary,
+            query.unflatten(-1, (c.num_attention_heads, -1)), kv_BSY, cache_BPC, start_B, reach, rotary,
             self.kv_a_layernorm.weight, LATENT_EPS, self.kv_b_proj.weight.unflatten(0, (c.num_attention_heads, -1)),
-            self.scale,
+            self.scale, table_BJ,
         )  # fmt: skip
         return linear(out_BSX, self.o_proj.weight)
 
@@ -239,15 +240,15 @@ class Gate(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
         self.e_score_correction_bias: Tensor
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Chosen experts (T,K), their gate values (T,K) and all affinities (T,E), in float32, and loads (E)."""
+    def forward(self, x_TD: Tensor) -> Routes:
+        """Chosen experts, their gate values and all affinities, in float32, loads, and rows by expert."""
         return route(x_TD.float(), self.weight.float(), self.e_score_correction_bias, self.choice)
 
 
 class Experts(nn.Module):
     """The routed experts as two stacks of matrices, (E, 2F, D) gate-and-up and (E, D, F) down."""
 
-    product: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    product: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -256,8 +257,9 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
         self.product = moe_mlp
 
-    def forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, load_E: Tensor) -> Tensor:
-        return self.product(x_TD, expert_TK, gate_TK, self.gate_up_proj, self.down_proj, load_E)
+    def forward(self, x_TD: Tensor, to: Routes) -> Tensor:
+        stacks = self.gate_up_proj, self.down_proj
+        return self.product(x_TD, to.expert_TK, to.gate_TK, *stacks, to.load_E, to.order_M)
 
 
 class MixtureOfExperts(nn.Module):
@@ -276,14 +278,14 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_BSD: Tensor, routing: Routing | None) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        expert_TK, gate_TK, score_TE, load_E = self.gate(x_TD)
-        out_TD = self.experts(x_TD, expert_TK, gate_TK, load_E)
+        routes = self.gate(x_TD)
+        out_TD = self.experts(x_TD, routes)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
         if routing is not None:
-            routing.load_LE.append(load_E)
+            routing.load_LE.append(routes.load_E)
             if self.training and self.config.balance_loss_alpha:
-                routing.balance_loss.append(self.balance_loss(score_TE, expert_TK, x_BSD.shape[0]))
+                routing.balance_loss.append(self.balance_loss(routes.score_TE, routes.expert_TK, x_BSD.shape[0]))
         return out_TD.view_as(x_BSD)
 
     def balance_loss(self, score_TE: Tensor, expert_TK: Tensor, sequences: int) -> Tensor:

@@ -30,6 +30,7 @@ def moe_mlp(
     gate_up_E2FD: Tensor,
     down_EDF: Tensor,
     load_E: Tensor,
+    order_M: Tensor | None = None,
     *,
     rounded: bool = False,
 ) -> Tensor:
@@ -46,15 +47,17 @@ def moe_mlp(
         gate_up_E2FD: each expert's gate matrix above its up matrix, (E, 2F, D).
         down_EDF: each expert's down matrix, (E, D, F).
         load_E: how many rows each expert has, (E,): the counts of expert_TK.
+        order_M: the rows t·K + k in the order of their experts, those of one in the order of tokens, int64, (T·K,), as
+            `route` gives it; without it they are sorted here.
         rounded: whether products take their operands rounded to bfloat16, as in `linear`; on a CPU alone.
 
     Raises:
-        TypeError: x and a stack differ in dtype, expert or load is not of integers, or gate is of integers.
+        TypeError: x and a stack differ in dtype, expert, load or order is not of integers, or gate is of integers.
         ValueError: shapes or devices do not fit, rounding is asked for on a GPU, or (on a CPU; on a GPU where
-            GRISTMILL_KERNELS_CHECK=1) an expert is out of range or the load is not that of expert_TK; on a GPU, there
-            are 2³⁰ rows or more.
+            GRISTMILL_KERNELS_CHECK=1) an expert is out of range, the load or the order is not that of expert_TK; on a
+            GPU, there are 2³⁰ rows or more.
     """
-    _check(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
+    _check(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E, order_M)
     implementation = chosen("moe_mlp", x_TD, SOURCE, traceable=False)
     if implementation == "reference":
         return moe_mlp_reference(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, rounded=rounded)
@@ -62,19 +65,21 @@ def moe_mlp(
         require(not rounded, ValueError, "moe_mlp: rounded", rounded, "tensors in bfloat16 on a GPU")
         from gristmill.kernels.moe_mlp.gpu import TritonMoeMlp
 
-        return TritonMoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E)
+        return TritonMoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E, order_M)
     if implementation == "compiled":
         wanted = graded(x_TD, gate_TK, gate_up_E2FD, down_EDF)
         if not wanted and not rounded and expert_TK.numel() < FEW_ROWS * len(down_EDF):
             return few_rows(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF)
-        return NativeMoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, rounded)
+        return NativeMoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, order_M, load_E, rounded)
     if implementation == "operation":
         wanted = graded(x_TD, gate_TK, gate_up_E2FD, down_EDF)
-        return library.moe_mlp(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E, rounded, wanted)[0]
-    return MoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E, rounded)
+        return library.moe_mlp(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E, order_M, rounded, wanted)[0]
+    return MoeMlp.apply(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E, order_M, rounded)
 
 
-def _check(x: Tensor, expert: Tensor, gate: Tensor, gate_up: Tensor, down: Tensor, load: Tensor) -> None:
+def _check(
+    x: Tensor, expert: Tensor, gate: Tensor, gate_up: Tensor, down: Tensor, load: Tensor, order: Tensor | None
+) -> None:
     ranks = {"x_TD": (x, 2), "expert_TK": (expert, 2), "gate_up_E2FD": (gate_up, 3), "down_EDF": (down, 3)}
     for name, (tensor, rank) in ranks.items():
         require(tensor.ndim == rank, ValueError, f"moe_mlp: rank of {name}", tensor.ndim, rank)
@@ -83,6 +88,8 @@ def _check(x: Tensor, expert: Tensor, gate: Tensor, gate_up: Tensor, down: Tenso
     for name, tensor in (("expert_TK", expert), ("load_E", load)):
         whole = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
         require(whole, TypeError, f"moe_mlp: {name}", tensor.dtype, "integers")
+    if order is not None:
+        require(order.dtype == torch.int64, TypeError, "moe_mlp: order_M", order.dtype, torch.int64)
     require(gate.dtype.is_floating_point, TypeError, "moe_mlp: gate_TK", gate.dtype, "a floating dtype")
     (tokens, width), (experts, _, hidden) = x.shape, down.shape
     wanted = {
@@ -92,15 +99,17 @@ def _check(x: Tensor, expert: Tensor, gate: Tensor, gate_up: Tensor, down: Tenso
         "down_EDF": (down, (experts, width, hidden)),
         "load_E": (load, (experts,)),
     }
+    if order is not None:
+        wanted["order_M"] = order, (expert.numel(),)
     for name, (tensor, shape) in wanted.items():
         require(tuple(tensor.shape) == shape, ValueError, f"moe_mlp: shape of {name}", tuple(tensor.shape), shape)
         same = tensor.device == x.device
         require(same, ValueError, f"moe_mlp: device of {name}", tensor.device, f"that of x_TD, {x.device}")
     if (x.device.type == "cpu" or CHECKED) and not is_dynamo_compiling():
-        _check_indices(expert, load)
+        _check_indices(expert, load, order)
 
 
-def _check_indices(expert: Tensor, load: Tensor) -> None:
+def _check_indices(expert: Tensor, load: Tensor, order: Tensor | None) -> None:
     """The checks that read the tensors."""
     if expert.numel():
         low, high = (int(bound) for bound in expert.aminmax())
@@ -109,3 +118,10 @@ def _check_indices(expert: Tensor, load: Tensor) -> None:
     counts = torch.bincount(expert.reshape(-1), minlength=len(load))
     if not torch.equal(counts, load):
         raise ValueError(f"moe_mlp: load_E is {load.tolist()}; wanted the counts of expert_TK, {counts.tolist()}")
+    if order is not None and len(order):
+        low, high = (int(bound) for bound in order.aminmax())
+        within = low >= 0 and high < len(order)
+        require(within, ValueError, "moe_mlp: range of order_M", (low, high), f"rows from 0 to {len(order) - 1}")
+        # Sorted by expert and then by row, without a row that is there twice: so each is there
+        ascending = (expert.reshape(-1)[order].long() * len(order) + order).diff() > 0
+        require(bool(ascending.all()), ValueError, "moe_mlp: order_M", "another", "that of the rows' experts, stable")

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gristmill.kernels.expert_rows import places, rows_by_expert
 from gristmill.kernels.linear.reference import nearest
-from gristmill.kernels.moe_mlp.layout import places, rows_by_expert
 
 
 class MoeMlp(torch.autograd.Function):
@@ -31,10 +31,11 @@ class MoeMlp(torch.autograd.Function):
         gate_up_E2FD: Tensor,
         down_EDF: Tensor,
         load_E: Tensor,
+        order_M: Tensor | None,
         rounded: bool,
     ) -> Tensor:
         operand = nearest if rounded else _as_it_is
-        order_M = rows_by_expert(expert_TK)
+        order_M = rows_by_expert(expert_TK) if order_M is None else order_M
         token_M, gate_M1 = _by_row(order_M, gate_TK, x_TD.dtype)
         ctx.bounds = bounds = [0, *load_E.cumsum(0).tolist()]
         most, hidden = _longest(bounds), down_EDF.shape[2]
@@ -80,7 +81,8 @@ class MoeMlp(torch.autograd.Function):
             torch.mm(slope, operand(gate_up_E2FD[e]), out=grad_x_MD[rows])
         place_M = places(order_M)
         grad_gate_TK = grad_gate_M[place_M].view(gate_TK.shape).to(gate_TK.dtype)
-        return _summed(grad_x_MD, place_M.view(gate_TK.shape)), None, grad_gate_TK, grad_gate_up, grad_down, None, None
+        grad_x = _summed(grad_x_MD, place_M.view(gate_TK.shape))
+        return grad_x, None, grad_gate_TK, grad_gate_up, grad_down, None, None, None
 
 
 def _as_it_is(x: Tensor) -> Tensor:

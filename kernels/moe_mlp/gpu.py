@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gristmill.kernels.dispatch import require
+from gristmill.kernels.expert_rows import places, rows_by_expert
 from gristmill.kernels.grouped_gemm.gpu import MOST_ROWS, product, weight_gradient
-from gristmill.kernels.moe_mlp.layout import places, rows_by_expert
 
 BLOCK = 1024
 
@@ -127,9 +127,11 @@ class TritonMoeMlp(torch.autograd.Function):
         gate_up_E2FD: Tensor,
         down_EDF: Tensor,
         load_E: Tensor,
+        order_M: Tensor | None,
     ) -> Tensor:
         require(expert_TK.numel() < MOST_ROWS, ValueError, "moe_mlp: rows", expert_TK.numel(), "fewer than 2³⁰")
-        gate_TK, order_M, ends_E = gate_TK.contiguous(), rows_by_expert(expert_TK), load_E.cumsum(0)
+        order_M = rows_by_expert(expert_TK) if order_M is None else order_M.contiguous()
+        gate_TK, ends_E = gate_TK.contiguous(), load_E.cumsum(0)
         x_MD = x_TD.index_select(0, _tokens(order_M, expert_TK.shape[1]))
         pre_M2F = product(x_MD, gate_up_E2FD, ends_E, transposed=True)
         del x_MD  # its room is the output's
@@ -150,4 +152,4 @@ class TritonMoeMlp(torch.autograd.Function):
         grad_gate_up = weight_gradient(slope_M2F, x_TD.index_select(0, token_M), ends_E)
         grad_x_MD = product(slope_M2F, gate_up_E2FD, ends_E, transposed=False)
         grad_x_TD = _summed(grad_x_MD, places(order_M), len(x_TD))
-        return grad_x_TD, None, grad_gate_TK, grad_gate_up, grad_down, None
+        return grad_x_TD, None, grad_gate_TK, grad_gate_up, grad_down, None, None

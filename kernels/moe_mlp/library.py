@@ -16,34 +16,35 @@ GRADED = "x_TD", "gate_TK", "gate_up_E2FD", "down_EDF"
 
 def _fake(
     x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, load_E: Tensor,
-    rounded: bool = False, graded: bool = True,
+    order_M: Tensor | None = None, rounded: bool = False, graded: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows = expert_TK.numel() if graded else 0
-    order_M = x_TD.new_empty(rows, dtype=torch.int64)
-    return x_TD.new_empty(x_TD.shape), order_M, x_TD.new_empty(rows, gate_up_E2FD.shape[1])
+    kept_M = x_TD.new_empty(rows, dtype=torch.int64)
+    return x_TD.new_empty(x_TD.shape), kept_M, x_TD.new_empty(rows, gate_up_E2FD.shape[1])
 
 
 @operation(_fake)
 def moe_mlp(
     x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, load_E: Tensor,
-    rounded: bool = False, graded: bool = True,
+    order_M: Tensor | None = None, rounded: bool = False, graded: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The result, and for the backward pass the order of the rows, (M,), and gate_up·x, (M, 2F).
 
     Those have no rows where no gradient is asked for, and are minus infinity where it is taken from torch.
     """
-    inputs = x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E
+    inputs = x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E, order_M
     out_TD, saved = with_saved(
         lambda *tensors: public.moe_mlp(*tensors, rounded=rounded), inputs, of=(0, 2, 3, 4) if graded else ()
     )
-    order_M, pre_M2F = saved[-2:] or map(not_made, _fake(*inputs, rounded, graded)[1:])
-    return out_TD, order_M, pre_M2F
+    kept_M, pre_M2F = saved[-2:] or map(not_made, _fake(*inputs, rounded, graded)[1:])
+    return out_TD, kept_M if order_M is None else kept_M.clone(), pre_M2F
 
 
 @gradient(moe_mlp, *GRADED, kept=(1, 2))
 def moe_mlp_backward(
-    needs: list[bool], grad: Tensor, order_M: Tensor, pre_M2F: Tensor, x_TD: Tensor, expert_TK: Tensor,
-    gate_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, load_E: Tensor, rounded: bool, graded: bool,
+    needs: list[bool], grad: Tensor, kept_M: Tensor, pre_M2F: Tensor, x_TD: Tensor, expert_TK: Tensor,
+    gate_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, load_E: Tensor, order_M: Tensor | None, rounded: bool,
+    graded: bool,
 ):  # fmt: skip
     implementation, inputs = chosen("moe_mlp_backward", x_TD, native.SOURCE), (x_TD, gate_TK, gate_up_E2FD, down_EDF)
     if implementation == "reference":
@@ -55,17 +56,17 @@ def moe_mlp_backward(
     if implementation == "gpu":
         from gristmill.kernels.moe_mlp.gpu import TritonMoeMlp
 
-        saved = x_TD, gate_TK.contiguous(), gate_up_E2FD, down_EDF, load_E.cumsum(0), order_M, pre_M2F
+        saved = x_TD, gate_TK.contiguous(), gate_up_E2FD, down_EDF, load_E.cumsum(0), kept_M, pre_M2F
         return _graded(TritonMoeMlp.backward(Context(*saved), grad))
     ends_E = load_E.long().cumsum(0)
     if implementation == "cpu":
         operand, bounds = cpu.nearest if rounded else cpu._as_it_is, [0, *ends_E.tolist()]
-        return _graded(cpu.MoeMlp.backward(Context(*inputs, order_M, pre_M2F, operand=operand, bounds=bounds), grad))
+        return _graded(cpu.MoeMlp.backward(Context(*inputs, kept_M, pre_M2F, operand=operand, bounds=bounds), grad))
     x, gate, gate_up, down = x_TD.contiguous(), gate_TK.float().contiguous(), *(w.contiguous() for w in inputs[2:])
     sizes = (*expert_TK.shape, len(down), x.shape[1], down.shape[2])
     bounds_E = torch.cat((ends_E.new_zeros(1), ends_E))
     context = Context(
-        x, gate, gate_up, down, bounds_E, order_M, pre_M2F, sizes=sizes, rounded=int(rounded), gate_dtype=gate_TK.dtype
+        x, gate, gate_up, down, bounds_E, kept_M, pre_M2F, sizes=sizes, rounded=int(rounded), gate_dtype=gate_TK.dtype
     )
     return _graded(native.NativeMoeMlp.backward(context, grad))
 

@@ -20,14 +20,18 @@ class NativeMoeMlp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor,
-        rounded: bool,
+        order_M: Tensor | None, load_E: Tensor, rounded: bool,
     ) -> Tensor:  # fmt: skip
         (tokens, width), (experts, _, hidden), chosen = x_TD.shape, down_EDF.shape, expert_TK.shape[1]
         rows, library = tokens * chosen, needed(SOURCE)
         x_TD, gate_up_E2FD, down_EDF = (t.contiguous() for t in (x_TD, gate_up_E2FD, down_EDF))
         gate = gate_TK.float().contiguous()
-        order_M, bounds_E = (torch.empty(size, dtype=torch.int64) for size in (rows, experts + 1))
-        library("sort_choices", expert_TK.long().contiguous(), order_M, bounds_E, rows, experts)
+        bounds_E = torch.zeros(experts + 1, dtype=torch.int64)
+        torch.cumsum(load_E, 0, out=bounds_E[1:])
+        if order_M is None:
+            order_M = torch.empty(rows, dtype=torch.int64)
+            library("sort_choices", expert_TK.long().contiguous(), order_M, bounds_E, rows, experts)
+        order_M = order_M.contiguous()
         sizes = (tokens, chosen, experts, width, hidden)
         pre_M2F, y_MD, out_TD = empty(rows, 2 * hidden), empty(rows, width), torch.empty_like(x_TD)
         where = (order_M, *_places(order_M, chosen), bounds_E)
@@ -45,7 +49,7 @@ class NativeMoeMlp(torch.autograd.Function):
         grad_x, grad_gate, grad_gate_up, grad_down = made = [empty(*t.shape) for t in inputs]
         given, how = (grad_TD.contiguous(), *inputs, *where, pre_M2F), (*ctx.sizes, ctx.rounded)
         needed(SOURCE)("backward", *given, grad_rows_MD, *made, *how)
-        return grad_x, None, grad_gate.to(ctx.gate_dtype), grad_gate_up, grad_down, None
+        return grad_x, None, grad_gate.to(ctx.gate_dtype), grad_gate_up, grad_down, None, None, None
 
 
 def few_rows(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:

@@ -5,24 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gristmill.kernels.blocks import empty
 from gristmill.kernels.compiled import needed
 from gristmill.kernels.dispatch import chosen, require
-from gristmill.kernels.linear import LEAST_ROWS, linear, multiply
+from gristmill.kernels.linear import LEAST_ROWS
 from gristmill.kernels.router import library
-from gristmill.kernels.router.reference import Choice, route_reference
+from gristmill.kernels.router.reference import Choice, Routes, route_reference
 
-__all__ = ["Choice", "route"]
+__all__ = ["Choice", "Routes", "route"]
 SOURCE = "router/cpu.cpp"
 
 
-def route(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def route(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice) -> Routes:
     """Chosen experts (T, K), highest biased affinity first; their gates (T, K), all affinities (T, E) and loads (E,).
 
     The bias decides the choice alone (equation 16). Of equal affinities the expert with the lower number is chosen.
-    Gates and affinities are differentiable once in x and the weight; loads, int64, are the counts of the choices.
+    Gates and affinities are differentiable once in x and the weight; loads, int64, are the counts of the choices. For
+    what multiplies rows expert by expert there are the rows in the order of their experts, those of one in the order of
+    tokens, (T·K,), and where each expert's end, (E,), both int64. On a GPU nothing waits for the host.
 
     Args:
         x_TD: tokens, (T, D), in the weight's dtype.
@@ -52,15 +56,15 @@ def route(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice) -> tuple
     source = SOURCE if weight_ED.is_contiguous() else None
     implementation = chosen("router", x_TD, source, triton=x_TD.dtype == torch.float32, traceable=False)
     if implementation == "compiled":
-        return NativeRouter.apply(x_TD, weight_ED, bias_E, how)
+        return Routes(*NativeRouter.apply(x_TD, weight_ED, bias_E, how))
     if implementation == "gpu":
         from gristmill.kernels.router.gpu import TritonRouter
 
-        return TritonRouter.apply(x_TD, weight_ED, bias_E, how)
+        return Routes(*TritonRouter.apply(x_TD, weight_ED, bias_E, how))
     if implementation == "operation":
         numbers = (how.chosen, how.affinity, how.groups, how.groups_allowed, how.normalised, how.scale)
-        gate_TK, score_TE, expert_TK, load_E = library.route(x_TD, weight_ED, bias_E, *numbers)
-        return expert_TK, gate_TK, score_TE, load_E
+        gate_TK, score_TE, expert_TK, *counted = library.route(x_TD, weight_ED, bias_E, *numbers)
+        return Routes(expert_TK, gate_TK, score_TE, *counted)
     return route_reference(x_TD, weight_ED, bias_E, how)
 
 
@@ -69,44 +73,36 @@ class NativeRouter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice):
-        x_TD, tokens, experts = x_TD.contiguous(), len(x_TD), len(weight_ED)
-        score_TE = linear(x_TD, weight_ED)
-        if tokens < LEAST_ROWS:  # it may be torch's, which recomputation keeps and gives again: not to be written to
-            score_TE = score_TE.clone()
+        x_TD, (experts, width), tokens = x_TD.contiguous(), weight_ED.shape, len(x_TD)
+        many = tokens >= LEAST_ROWS
+        # Torch's product recomputation may keep and give again: it is not to be written to
+        score_TE = x_TD.new_empty(tokens, experts) if many else F.linear(x_TD, weight_ED).clone()
         expert_TK = torch.empty(tokens, how.chosen, dtype=torch.int64)
-        gate_TK, load_E = x_TD.new_empty(tokens, how.chosen), torch.empty(experts, dtype=torch.int64)
-        affinity = (int(how.affinity == "sigmoid"), int(how.normalised), float(how.scale))
-        limits = (how.groups, how.groups_allowed)
-        bias_E = bias_E.float().contiguous()
-        sizes = (tokens, experts, how.chosen)
-        needed(SOURCE)("choose", score_TE, bias_E, expert_TK, gate_TK, load_E, *sizes, *limits, *affinity)
+        gate_TK, order_M = x_TD.new_empty(tokens, how.chosen), torch.empty(expert_TK.numel(), dtype=torch.int64)
+        load_E, ends_E = (torch.empty(experts, dtype=torch.int64) for _ in range(2))  # each with memory of its own
+        sizes, affinity = (tokens, width, experts, how.chosen), (int(how.affinity == "sigmoid"), int(how.normalised))
+        given = x_TD if many else None, weight_ED, score_TE, bias_E.float().contiguous()
+        needed(SOURCE)(
+            "route", *given, expert_TK, gate_TK, load_E, order_M, ends_E, *sizes, how.groups, how.groups_allowed,
+            *affinity, float(how.scale),
+        )  # fmt: skip
         ctx.save_for_backward(x_TD, weight_ED, score_TE, expert_TK)
-        ctx.mark_non_differentiable(expert_TK, load_E)
+        ctx.mark_non_differentiable(expert_TK, load_E, order_M, ends_E)
         ctx.set_materialize_grads(False)  # a loss seldom asks for all affinities
-        ctx.numbers = (*sizes, *affinity)
-        return expert_TK, gate_TK, score_TE, load_E
+        ctx.numbers = (*sizes, *affinity, float(how.scale))
+        return expert_TK, gate_TK, score_TE, load_E, order_M, ends_E
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any,
-        _expert: Tensor | None,
-        grad_gate_TK: Tensor | None,
-        grad_score_TE: Tensor | None,
-        _load: Tensor | None,
-    ):
+    def backward(ctx: Any, _expert: Any, grad_gate_TK: Tensor | None, grad_score_TE: Tensor | None, *_: Any):
         x_TD, weight_ED, score_TE, expert_TK = ctx.saved_tensors
-        if grad_score_TE is None:
-            slope_TE = torch.zeros_like(score_TE)
-        else:
-            slope_TE = grad_score_TE.clone(memory_format=torch.contiguous_format)
         grad_gate = torch.zeros(expert_TK.shape) if grad_gate_TK is None else grad_gate_TK.contiguous()
-        needed(SOURCE)("choose_backward", score_TE, expert_TK, grad_gate, slope_TE, *ctx.numbers)
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x_TD)
-            multiply(slope_TE, weight_ED, grad_x)
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(weight_ED)
-            multiply(slope_TE.t(), x_TD, grad_weight)
+        grad_score = None if grad_score_TE is None else grad_score_TE.contiguous()
+        grad_x, grad_weight = (
+            empty(*to.shape) if wanted else None
+            for to, wanted in zip((x_TD, weight_ED), ctx.needs_input_grad, strict=False)
+        )
+        slope_TE = torch.empty_like(score_TE)
+        given = x_TD, weight_ED, score_TE, expert_TK, grad_gate, grad_score
+        needed(SOURCE)("route_backward", *given, slope_TE, grad_x, grad_weight, *ctx.numbers)
         return grad_x, grad_weight, None, None

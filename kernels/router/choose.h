@@ -31,14 +31,14 @@ struct Room {
     explicit Room(const Sizes &n) : key(padded(n.experts)), group_key(padded(n.groups)), best(n.groups) {}
 };
 
-constexpr int32_t LOWEST = INT32_MIN, INFINITE = 0x7f800000;  // a key below all values', and that of infinity
+constexpr int32_t LOWEST = INT32_MIN, NO_NUMBER = 0x7f800001;  // a key below all values', and one above infinity's
 
 // Whole numbers that ascend as the values do, which are sums and so never -0. What is not a number is above all numbers,
 // so that it is chosen and seen.
 inline Integers keys_of(Vector value) {
     Integers bits;
     std::memcpy(&bits, &value, sizeof bits);
-    return value != value ? Integers{} + INFINITE : bits ^ (bits >> 31 & INT32_MAX);
+    return value != value ? Integers{} + NO_NUMBER : bits ^ (bits >> 31 & INT32_MAX);
 }
 
 inline float value_of(int32_t key) {
@@ -51,7 +51,7 @@ inline float value_of(int32_t key) {
 inline int32_t key_of(float value) {
     int32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
-    return value != value ? INFINITE : bits ^ (bits >> 31 & INT32_MAX);
+    return value != value ? NO_NUMBER : bits ^ (bits >> 31 & INT32_MAX);
 }
 
 inline Integers keys_at(const int32_t *from) {

@@ -1,9 +1,12 @@
 // What a gate does behind its logits, a row at a time: affinities, the biased and group-limited choice, gates and loads;
-// and the way back to the gradient of the logits.
+// the choices in the order of their experts; and the way back to the gradient of the logits.
+#include <omp.h>
+
 #include <algorithm>
 #include <vector>
 
 #include "choose.h"
+#include "products.h"
 
 namespace {
 
@@ -13,55 +16,81 @@ constexpr int64_t LEAST_SCORES = 1 << 13;  // below so many the other threads ar
 
 extern "C" {
 
-// score (T, E) holds logits, and affinities afterwards; expert and gate (T, K), counts (E).
-void choose(
-    float *score, const float *bias, int64_t *expert, float *gate, int64_t *counts, int64_t tokens, int64_t experts,
-    int64_t chosen, int64_t groups, int64_t groups_allowed, int64_t sigmoid_affinity, int64_t normalised, double scale,
-    int64_t threads
+// Of x (T, D) and weight (E, D), or where there is no x of logits in `score`: affinities, score (T, E); expert and gate
+// (T, K), counts (E). The choices in the order of their experts, those of one in their own: order (T·K), and where each
+// expert's end (E).
+void route(
+    const float *x, const float *weight, float *score, const float *bias, int64_t *expert, float *gate, int64_t *counts,
+    int64_t *order, int64_t *ends, int64_t tokens, int64_t width, int64_t experts, int64_t chosen, int64_t groups,
+    int64_t groups_allowed, int64_t sigmoid_affinity, int64_t normalised, double scale, int64_t threads
 ) {
-    std::fill(counts, counts + experts, 0);
     const router::Sizes n{
         experts, chosen, groups, groups_allowed, sigmoid_affinity, normalised, static_cast<float>(scale)
     };
-    if (tokens * experts < LEAST_SCORES) threads = 1;
+    if (!x && tokens * experts < LEAST_SCORES) threads = 1;
+    std::vector<int64_t> next(threads * experts);  // choices in each thread's tokens, and then where the next one goes
 #pragma omp parallel num_threads(threads)
     {
+        if (x) multiply_by_all({x, width}, {weight, 1, width}, score, tokens, experts, width, 0, threads);
+#pragma omp barrier
+        const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+        const int64_t begin = tokens * thread / team, end = tokens * (thread + 1) / team;
+        int64_t *own = next.data() + thread * experts;
         router::Room room(n);
-        std::vector<int64_t> own_load(experts);
-#pragma omp for schedule(static) nowait
-        for (int64_t t = 0; t < tokens; t++) {
+        for (int64_t t = begin; t < end; t++) {
             const int64_t *mine = expert + t * chosen;
             router::choose_row(score + t * experts, bias, expert + t * chosen, gate + t * chosen, n, room);
-            for (int64_t k = 0; k < chosen; k++) own_load[mine[k]]++;
+            for (int64_t k = 0; k < chosen; k++) own[mine[k]]++;
         }
-#pragma omp critical
-        for (int64_t e = 0; e < experts; e++) counts[e] += own_load[e];
+#pragma omp barrier
+#pragma omp single
+        for (int64_t e = 0, at = 0; e < experts; e++) {
+            const int64_t first = at;
+            for (int64_t i = 0; i < team; i++) {
+                const int64_t here = next[i * experts + e];
+                next[i * experts + e] = at;
+                at += here;
+            }
+            counts[e] = at - first;
+            ends[e] = at;
+        }
+        for (int64_t i = begin * chosen; i < end * chosen; i++) order[own[expert[i]]++] = i;
     }
 }
 
-// grad_score (T, E) holds the gradient of the affinities, and that of the logits afterwards.
-void choose_backward(
-    const float *score, const int64_t *expert, const float *grad_gate, float *grad_score, int64_t tokens,
+// Of the gradients of the gates (T, K) and of the affinities (T, E), of which there may be none: those of the logits, slope
+// (T, E), of x (T, D) and of the weight (E, D), where these are wanted.
+void route_backward(
+    const float *x, const float *weight, const float *score, const int64_t *expert, const float *grad_gate,
+    const float *grad_score, float *slope, float *grad_x, float *grad_weight, int64_t tokens, int64_t width,
     int64_t experts, int64_t chosen, int64_t sigmoid_affinity, int64_t normalised, double scale, int64_t threads
 ) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t t = 0; t < tokens; t++) {
-        const float *s = score + t * experts, *g = grad_gate + t * chosen;
-        const int64_t *mine = expert + t * chosen;
-        float *d = grad_score + t * experts, total = 1e-20f, along = 0;
-        for (int64_t k = 0; k < chosen; k++) {
-            total += s[mine[k]];
-            along += g[k] * s[mine[k]];
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) {
+            const float *s = score + t * experts, *g = grad_gate + t * chosen;
+            const int64_t *mine = expert + t * chosen;
+            float *d = slope + t * experts, total = 1e-20f, along = 0;
+            if (grad_score) std::copy_n(grad_score + t * experts, experts, d);
+            else std::fill_n(d, experts, 0.0f);
+            for (int64_t k = 0; k < chosen; k++) {
+                total += s[mine[k]];
+                along += g[k] * s[mine[k]];
+            }
+            for (int64_t k = 0; k < chosen; k++)
+                d[mine[k]] += static_cast<float>(scale) * (normalised ? (g[k] - along / total) / total : g[k]);
+            if (sigmoid_affinity) {
+                for (int64_t e = 0; e < experts; e++) d[e] *= s[e] * (1.0f - s[e]);
+            } else {
+                float mean = 0;
+                for (int64_t e = 0; e < experts; e++) mean += d[e] * s[e];
+                for (int64_t e = 0; e < experts; e++) d[e] = s[e] * (d[e] - mean);
+            }
         }
-        for (int64_t k = 0; k < chosen; k++)
-            d[mine[k]] += static_cast<float>(scale) * (normalised ? (g[k] - along / total) / total : g[k]);
-        if (sigmoid_affinity) {
-            for (int64_t e = 0; e < experts; e++) d[e] *= s[e] * (1.0f - s[e]);
-        } else {
-            float mean = 0;
-            for (int64_t e = 0; e < experts; e++) mean += d[e] * s[e];
-            for (int64_t e = 0; e < experts; e++) d[e] = s[e] * (d[e] - mean);
-        }
+        if (grad_x) multiply_by_all({slope, experts}, {weight, width}, grad_x, tokens, width, experts, 0, threads);
+        if (grad_weight)
+            multiply_by_all({slope, 1, experts}, {x, width}, grad_weight, experts, width, tokens, 0, threads);
     }
 }
 }

@@ -1,5 +1,8 @@
 """The gate in Triton: what lies between the logits and the experts in one kernel, and the way back in another.
 
+Rows are sorted by counting: each program counts its rows of every expert, sums over programs before it say where its
+rows of an expert begin, and within a program a row comes behind those before it: no race decides.
+
 The choice goes by whole numbers that ascend as the affinities do and hold the expert's place below them, so each is
 there once: ties fall to the lower expert, what is not a number comes first, as the reference sorts, and whatever the
 affinities are, an expert that there is comes out.
@@ -19,6 +22,7 @@ from gristmill.kernels.dispatch import INTERPRETED
 from gristmill.kernels.router.reference import Choice
 
 NUMBERS = 8192 if INTERPRETED else 512  # affinities a program holds, in one warp: sums and choices need no barrier
+SORTED = 256  # rows a program puts into their places
 FEWEST = 16  # smaller groups are padded to it, so that fewer sizes are compiled
 LOWEST = tl.constexpr(-(2**63))  # below every affinity: of what is not there, or was chosen already
 
@@ -61,11 +65,11 @@ def _in_best_groups(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _choose(
-    logit_ptr, bias_ptr, score_ptr, expert_ptr, gate_ptr, load_ptr, tokens, groups, size, chosen, groups_allowed, scale,
+    logit_ptr, bias_ptr, score_ptr, expert_ptr, gate_ptr, tokens, groups, size, chosen, groups_allowed, scale,
     SIGMOID: tl.constexpr, NORMALISED: tl.constexpr,
     TOKENS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
-    """Of some tokens: affinities, experts, gates, and what they add to the loads."""
+    """Of some tokens: affinities, experts and gates."""
     LAST: tl.constexpr = GROUPS * SIZE - 1
     experts = groups * size
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
@@ -101,8 +105,50 @@ def _choose(
     to, wanted = token[:, None] * chosen + choice, there & (choice < chosen)
     tl.store(gate_ptr + to, gate * scale, mask=wanted)
     tl.store(expert_ptr + to, (found // SIZE * size + found % SIZE).to(tl.int64), mask=wanted)
-    count = tl.sum((here & (key == LOWEST)).to(tl.int32), 0)
-    tl.atomic_add(load_ptr + expert, count.to(tl.int64), mask=real & (count > 0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _count(expert_ptr, count_ptr, rows, experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """How many of a program's rows each expert has, a block of EXPERTS at a time."""
+    block = tl.program_id(0).to(tl.int64)
+    row = block * ROWS + tl.arange(0, ROWS)
+    own = tl.load(expert_ptr + row, mask=row < rows, other=-1).to(tl.int32)
+    expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
+    count = tl.sum((own[:, None] == expert[None, :]).to(tl.int32), 0)
+    tl.store(count_ptr + block * experts + expert, count.to(tl.int64), mask=expert < experts)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _place(expert_ptr, start_ptr, order_ptr, rows, experts, ROWS: tl.constexpr):
+    """A program's rows to their places; `start` says where its first row of each expert goes."""
+    block = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, ROWS)
+    row = block * ROWS + place
+    there = row < rows
+    own = tl.load(expert_ptr + row, mask=there, other=-1).to(tl.int32)
+    before = (own[:, None] == own[None, :]) & (place[None, :] < place[:, None])
+    start = tl.load(start_ptr + block * experts + own, mask=there, other=0)
+    tl.store(order_ptr + start + tl.sum(before.to(tl.int32), 1), row, mask=there)
+
+
+def sort_rows(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Loads, the rows in the order of their experts, and where each expert's end: (E,), (M,), (E,)."""
+    rows = expert_TK.numel()
+    blocks = triton.cdiv(rows, SORTED)
+    count_PE = torch.empty(blocks, experts, dtype=torch.int64, device=expert_TK.device)
+    order_M = torch.empty(rows, dtype=torch.int64, device=expert_TK.device)
+    if rows:
+        at_once = min(SORTED, triton.next_power_of_2(experts))
+        _count[(blocks, triton.cdiv(experts, at_once))](
+            expert_TK, count_PE, rows, experts, ROWS=SORTED, EXPERTS=at_once
+        )
+    upto_PE = count_PE.cumsum(0)
+    load_E = count_PE.sum(0)
+    ends_E = load_E.cumsum(0)
+    if rows:
+        start_PE = upto_PE - count_PE + (ends_E - load_E)
+        _place[(blocks,)](expert_TK, start_PE, order_M, rows, experts, ROWS=SORTED)
+    return load_E, order_M, ends_E
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -145,25 +191,25 @@ class TritonRouter(torch.autograd.Function):
         (tokens, experts), score_TE = logit_TE.shape, torch.empty_like(logit_TE)
         expert_TK = torch.empty(tokens, how.chosen, dtype=torch.int64, device=x_TD.device)
         gate_TK = score_TE.new_empty(tokens, how.chosen)
-        load_E = torch.zeros(experts, dtype=torch.int64, device=x_TD.device)
         size, groups = experts // how.groups, triton.next_power_of_2(how.groups)
         padded = max(FEWEST, triton.next_power_of_2(size))
         count = max(1, NUMBERS // (groups * padded))
         if tokens:
             _choose[(triton.cdiv(tokens, count),)](
-                logit_TE, bias_E.float().contiguous(), score_TE, expert_TK, gate_TK, load_E,
+                logit_TE, bias_E.float().contiguous(), score_TE, expert_TK, gate_TK,
                 tokens, how.groups, size, how.chosen, how.groups_allowed, float(how.scale),
                 SIGMOID=how.affinity == "sigmoid", NORMALISED=how.normalised, TOKENS=count, GROUPS=groups, SIZE=padded,
                 CHOSEN=max(FEWEST, triton.next_power_of_2(how.chosen)), num_warps=1,
             )  # fmt: skip
+        sorted_ = sort_rows(expert_TK, experts)
         ctx.save_for_backward(x_TD, weight_ED, score_TE, expert_TK)
-        ctx.mark_non_differentiable(expert_TK, load_E)
+        ctx.mark_non_differentiable(expert_TK, *sorted_)
         ctx.how = how
-        return expert_TK, gate_TK, score_TE, load_E
+        return expert_TK, gate_TK, score_TE, *sorted_
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _expert: Tensor, grad_gate_TK: Tensor, grad_score_TE: Tensor, _load: Tensor):
+    def backward(ctx: Any, _expert: Any, grad_gate_TK: Tensor, grad_score_TE: Tensor, *_: Any):
         (x_TD, weight_ED, score_TE, expert_TK), how = ctx.saved_tensors, ctx.how
         slope_TE, (tokens, experts) = torch.empty_like(score_TE), score_TE.shape
         padded = max(FEWEST, triton.next_power_of_2(experts))

@@ -14,21 +14,22 @@ from gristmill.kernels.router.reference import Choice, route_reference
 def _fake(
     x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, chosen: int, affinity: str = "sigmoid", groups: int = 1,
     groups_allowed: int = 1, normalised: bool = True, scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, experts = x_TD.shape[0], weight_ED.shape[0]
-    expert_TK, load_E = (x_TD.new_empty(size, dtype=torch.int64) for size in ((tokens, chosen), (experts,)))
-    return x_TD.new_empty(tokens, chosen), x_TD.new_empty(tokens, experts), expert_TK, load_E
+    sizes = (tokens, chosen), (experts,), (tokens * chosen,), (experts,)
+    expert_TK, load_E, order_M, ends_E = (x_TD.new_empty(size, dtype=torch.int64) for size in sizes)
+    return x_TD.new_empty(tokens, chosen), x_TD.new_empty(tokens, experts), expert_TK, load_E, order_M, ends_E
 
 
 @operation(_fake)
 def route(
     x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, chosen: int, affinity: str = "sigmoid", groups: int = 1,
     groups_allowed: int = 1, normalised: bool = True, scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gates, affinities, experts and loads: what has a gradient comes first."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gates, affinities, experts, loads, the order of rows and the experts' ends: what has a gradient comes first."""
     how = Choice(chosen, affinity, groups, groups_allowed, normalised, scale)  # type: ignore[arg-type]
-    expert_TK, gate_TK, score_TE, load_E = public.route(x_TD, weight_ED, bias_E, how)
-    return gate_TK, score_TE, expert_TK, load_E
+    expert_TK, gate_TK, score_TE, *counted = public.route(x_TD, weight_ED, bias_E, how)
+    return gate_TK, score_TE, expert_TK, *counted
 
 
 @gradient(route, "x_TD", "weight_ED", results=(0, 1), kept=(1, 2))
@@ -40,9 +41,17 @@ def route_backward(
     how = Choice(chosen, affinity, groups, groups_allowed, normalised, scale)  # type: ignore[arg-type]
     source = public.SOURCE if weight_ED.is_contiguous() else None
     implementation = chosen_implementation("router_backward", x_TD, source, triton=x_TD.dtype == torch.float32)
-    grads = expert_TK, grad_gate_TK, grad_score_TE, expert_TK  # of integers there are none
+    grads = None, grad_gate_TK, grad_score_TE  # of integers there are none
     if implementation == "compiled":
-        numbers = (len(x_TD), len(weight_ED), chosen, int(affinity == "sigmoid"), int(normalised), float(scale))
+        numbers = (
+            len(x_TD),
+            x_TD.shape[1],
+            len(weight_ED),
+            chosen,
+            int(affinity == "sigmoid"),
+            int(normalised),
+            float(scale),
+        )
         context = Context(x_TD.contiguous(), weight_ED, score_TE, expert_TK, needs=needs, numbers=numbers)
         return public.NativeRouter.backward(context, *grads)[:2]
     if implementation == "gpu":

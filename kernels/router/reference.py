@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gristmill.kernels.expert_rows import rows_by_expert
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,18 @@ class Choice:
     scale: float = 1.0
 
 
-def route_reference(
-    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Routes(NamedTuple):
+    """What a gate gives; M = T·K rows, of which row t·K + k is the k-th choice of token t."""
+
+    expert_TK: Tensor
+    gate_TK: Tensor
+    score_TE: Tensor
+    load_E: Tensor
+    order_M: Tensor
+    ends_E: Tensor
+
+
+def route_reference(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice) -> Routes:
     """See `route`."""
     logit_TE = F.linear(x_TD, weight_ED)
     score_TE = logit_TE.sigmoid() if how.affinity == "sigmoid" else logit_TE.softmax(-1)
@@ -34,10 +45,11 @@ def route_reference(
             choice_TE = choice_TE.masked_fill(~allowed(choice_TE, how), -torch.inf)
         expert_TK = highest(choice_TE, how.chosen)
         load_E = torch.bincount(expert_TK.reshape(-1), minlength=len(weight_ED))
+        order_M = rows_by_expert(expert_TK)
     gate_TK = score_TE.gather(1, expert_TK)
     if how.normalised:
         gate_TK = gate_TK / (gate_TK.sum(-1, keepdim=True) + 1e-20)
-    return expert_TK, gate_TK * how.scale, score_TE, load_E
+    return Routes(expert_TK, gate_TK * how.scale, score_TE, load_E, order_M, load_E.cumsum(0))
 
 
 def allowed(choice_TE: Tensor, how: Choice) -> Tensor:

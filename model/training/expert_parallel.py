@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from gristmill.kernels.moe_mlp.layout import places, rows_by_expert
+from gristmill.kernels.expert_rows import places, rows_by_expert
+from gristmill.kernels.router import Routes
 from gristmill.model.training.collectives import exchange_rows
 from gristmill.model.training.optimizers import Piece
 from gristmill.model.transformer import Experts, Transformer
@@ -78,19 +79,20 @@ class ShardedExperts(nn.Module):
         self.gate_up_proj = _own_part(whole.gate_up_proj, group)
         self.down_proj = _own_part(whole.down_proj, group)
 
-    def forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, load_E: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, to: Routes) -> Tensor:
         """As `Experts.forward`; every rank of the group must call it, with any number of tokens."""
-        order_M = rows_by_expert(expert_TK)  # and so by rank
+        order_M, gate_TK, chosen = to.order_M, to.gate_TK, to.expert_TK.shape[1]  # by expert, and so by rank
         place_M = places(order_M)
-        count_PO, send, receive = self._counts(load_E)
-        arrived_AD = exchange_rows(_Laid.apply(x_TD, order_M, place_M, expert_TK.shape[1]), send, receive, self.group)
+        count_PO, send, receive = self._counts(to.load_E)
+        arrived_AD = exchange_rows(_Laid.apply(x_TD, order_M, place_M, chosen), send, receive, self.group)
         # Rows lie rank by rank, those of a rank expert by expert; a stable sort keeps the order of the whole batch.
         own_O = torch.arange(count_PO.shape[1], device=x_TD.device)
         expert_A = own_O.repeat(count_PO.shape[0]).repeat_interleave(count_PO.reshape(-1), output_size=sum(receive))
         gate_A1 = gate_TK.new_ones(len(expert_A), 1)  # the gates wait at home
-        y_AD = self.product(arrived_AD, expert_A[:, None], gate_A1, self.gate_up_proj, self.down_proj, count_PO.sum(0))
+        stacks, load_O, order_A = (self.gate_up_proj, self.down_proj), count_PO.sum(0), rows_by_expert(expert_A)
+        y_AD = self.product(arrived_AD, expert_A[:, None], gate_A1, *stacks, load_O, order_A)
         y_MD = exchange_rows(y_AD, receive, send, self.group)
-        y_TKD = _Laid.apply(y_MD, place_M, order_M, 1).view(*expert_TK.shape, x_TD.shape[1])
+        y_TKD = _Laid.apply(y_MD, place_M, order_M, 1).view(*gate_TK.shape, x_TD.shape[1])
         return torch.bmm(gate_TK[:, None].to(y_TKD.dtype), y_TKD)[:, 0]
 
     def _counts(self, load_E: Tensor) -> tuple[Tensor, list[int], list[int]]:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
+from gristmill.kernels.expert_rows import places
 from gristmill.kernels.fp8_gemm.linear import fp8_feed_forward, fp8_linear, is_whole
 from gristmill.kernels.linear import linear
 from gristmill.kernels.moe_mlp import moe_mlp
@@ -66,12 +67,13 @@ def _bfloat16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _bfloat16_experts(
-    x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, load_E: Tensor
-) -> Tensor:
+    x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, load_E: Tensor,
+    order_M: Tensor,
+) -> Tensor:  # fmt: skip
     if x_TD.device.type == "cpu":
-        return moe_mlp(x_TD.float(), expert_TK, gate_TK, gate_up_EGD, down_EDF, load_E, rounded=True)
+        return moe_mlp(x_TD.float(), expert_TK, gate_TK, gate_up_EGD, down_EDF, load_E, order_M, rounded=True)
     x_TD, gate_up_EGD, down_EDF = (x.bfloat16() for x in (x_TD, gate_up_EGD, down_EDF))
-    return moe_mlp(x_TD, expert_TK, gate_TK, gate_up_EGD, down_EDF, load_E)
+    return moe_mlp(x_TD, expert_TK, gate_TK, gate_up_EGD, down_EDF, load_E, order_M)
 
 
 def _bfloat16_head_loss(x_TD: Tensor, weight_VD: Tensor, target_T: Tensor, weight_T: Tensor) -> Tensor:
@@ -86,12 +88,10 @@ def _fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _fp8_experts(
-    x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, load_E: Tensor
-) -> Tensor:
-    tokens, chosen = expert_TK.shape
-    order_M = expert_TK.reshape(-1).argsort(stable=True)
-    place_M = torch.empty_like(order_M)
-    place_M[order_M] = torch.arange(len(order_M), device=order_M.device)
+    x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, load_E: Tensor,
+    order_M: Tensor,
+) -> Tensor:  # fmt: skip
+    (tokens, chosen), place_M = expert_TK.shape, places(order_M)
     x_MD = x_TD.bfloat16()[:, None].expand(-1, chosen, -1).flatten(0, 1)
     x_MD = _Permute.apply(x_MD, order_M, place_M)
     y_MD = fp8_feed_forward(x_MD, gate_up_EGD, down_EDF, load_E.cumsum(0))

@@ -142,6 +142,16 @@ def test_a_token_of_few_does_not_depend_on_the_others(cpu_path: str) -> None:
 
 
 @pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize(("tokens", "how"), [(40, "even"), (3, "one"), (0, "even")])
+def test_an_order_that_is_given_changes_no_bit(tokens: int, how: str) -> None:
+    given_, seen = case(tokens, 6, 2, 9, 5, how), draw(4, tokens, 9)
+    order = given_["expert_TK"].flatten().argsort(stable=True)
+    apart = torch.stack((order, order), 1)[:, 0]  # as what lies in another tensor
+    for known in (order, apart):
+        assert all(map(torch.equal, both_ways({**given_, "order_M": known}, seen), both_ways(given_, seen)))
+
+
+@pytest.mark.usefixtures("cpu_path")
 def test_whole_tiles_for_the_copy_engine() -> None:
     """Rows of whole 16 bytes in bfloat16, more rows than a tile has, experts without any."""
     given_ = case(70, 3, 2, 64, 72, "one", torch.bfloat16)
@@ -254,6 +264,11 @@ def test_the_reference_on_demand_and_the_report(cpu_path: str) -> None:
         ({"load_E": torch.tensor([12, 0, 0])}, ValueError, r"load_E is \[12, 0, 0\]; wanted the counts of expert_TK"),
         ({"load_E": torch.ones(3)}, TypeError, "load_E is torch.float32; wanted integers"),
         ({"load_E": torch.ones(3, dtype=torch.long, device="meta")}, ValueError, "device of load_E is meta"),
+        ({"order_M": torch.arange(12.0)}, TypeError, "order_M is torch.float32; wanted torch.int64"),
+        ({"order_M": torch.arange(6)}, ValueError, r"shape of order_M is \(6,\); wanted \(12,\)"),
+        ({"order_M": torch.arange(12) + 1}, ValueError, r"range of order_M is \(1, 12\); wanted rows from 0 to 11"),
+        ({"order_M": torch.arange(12).flip(0)}, ValueError, "order_M is another; wanted that of the rows' experts"),
+        ({"order_M": torch.zeros(12, dtype=torch.long)}, ValueError, "order_M is another; wanted that of the rows'"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -87,6 +87,11 @@ def routed(dtype: torch.dtype) -> tuple[Any, ...]:
     )
 
 
+def sorted_(dtype: torch.dtype) -> tuple[Any, ...]:
+    given = routed(dtype)
+    return *given, given[1].flatten().argsort(stable=True)
+
+
 def attended(dtype: torch.dtype) -> tuple[Any, ...]:
     return draw(2, 5, 4, 4, dtype=dtype), draw(2, 5, 2, 4, dtype=dtype), draw(2, 5, 2, 8, dtype=dtype), 0.5
 
@@ -128,8 +133,8 @@ def first(results: tuple[Tensor, ...]) -> Tensor:
 
 
 def of_route(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    gate, score, expert, load = results
-    return expert, gate, score, load
+    gate, score, expert, *counted = results
+    return expert, gate, score, *counted
 
 
 def rotary(dtype: torch.dtype) -> tuple[Any, ...]:
@@ -168,6 +173,7 @@ GRADED = {
         lambda dtype: (draw(5, 4, dtype=dtype), draw(3, 2, 4, dtype=dtype), whole(2, 2, 5)), float32=TRITON,
     ),
     "moe_mlp": Case(moe_mlp, OPERATIONS.moe_mlp.default, routed, results=first, float32=TRITON),
+    "moe_mlp, sorted": Case(moe_mlp, OPERATIONS.moe_mlp.default, sorted_, results=first, float32=TRITON),
     "attention": Case(attention, OPERATIONS.attention.default, attended, results=first),
     "attention, masked": Case(attention, OPERATIONS.attention.default, masked, results=first),
     "attention, packed": Case(attention, OPERATIONS.attention.default, packed, results=first),

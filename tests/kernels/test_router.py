@@ -54,6 +54,14 @@ def chosen_by_hand(biased: list[float], how: Choice) -> list[int]:
     return sorted(free, key=lambda e: -biased[e])[: how.chosen]
 
 
+def assert_sorted(expert: torch.Tensor, load: torch.Tensor, order: torch.Tensor, ends: torch.Tensor) -> None:
+    """What follows from the choices alone."""
+    counts = torch.bincount(expert.flatten(), minlength=len(load))
+    assert load.equal(counts)
+    assert ends.equal(counts.cumsum(0))
+    assert order.equal(expert.flatten().argsort(stable=True))
+
+
 @pytest.mark.usefixtures("cpu_path")
 def test_recomputation_that_keeps_products_changes_nothing() -> None:
     """What a product gave is given again, so nothing may be written into it."""
@@ -69,7 +77,7 @@ def test_recomputation_that_keeps_products_changes_nothing() -> None:
         leaves = [t.clone().requires_grad_() for t in (x, weight)]
 
         def loss(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-            _, gate, score, _ = route(a, w, bias, Choice(3))
+            _, gate, score, *_ = route(a, w, bias, Choice(3))
             return (gate * seen_gate).sum() + (score * seen_score).sum()
 
         out = loss(*leaves) if contexts is None else checkpoint(loss, *leaves, use_reentrant=False, context_fn=contexts)
@@ -86,7 +94,7 @@ def test_choices_numbers_and_gradients(case: tuple[int, int, int, Choice]) -> No
     tokens, experts, width, how = case
     x, weight, bias = draw(0, tokens, width), draw(1, experts, width) * width**-0.5, draw(2, experts) * 0.1
     leaves = [x.requires_grad_(), weight.requires_grad_()]
-    expert, gate, score, load = route(*leaves, bias, how)
+    expert, gate, score, load, order, ends = route(*leaves, bias, how)
     exact = torch.sigmoid(x.double() @ weight.double().t())
     if how.affinity == "softmax":
         exact = torch.softmax(x.double() @ weight.double().t(), -1)
@@ -94,7 +102,7 @@ def test_choices_numbers_and_gradients(case: tuple[int, int, int, Choice]) -> No
     torch.testing.assert_close(score.double(), exact, rtol=0, atol=(width + 8) * 2**-24 * 4)
     # The choice is that of the affinities as they came out, to the last bit
     assert expert.tolist() == [chosen_by_hand(row, how) for row in (score + bias).tolist()]
-    assert torch.equal(load, torch.bincount(expert.flatten(), minlength=experts))
+    assert_sorted(expert, load, order, ends)
     of_gate, of_score = draw(3, tokens, how.chosen), draw(4, tokens, experts)
     got = torch.autograd.grad((gate, score), leaves, (of_gate, of_score))
     own = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -137,7 +145,7 @@ def test_both_paths_of_a_cpu_choose_alike(cpu_path: str) -> None:
 def test_what_is_no_number_is_passed_on_and_stays_in_its_row() -> None:
     x, weight = draw(0, 150, 8), draw(1, 6, 8)
     x[40] = math.nan
-    expert, gate, score, _ = route(x, weight, torch.zeros(6, device=DEVICE), Choice(chosen=2))
+    expert, gate, score, *_ = route(x, weight, torch.zeros(6, device=DEVICE), Choice(chosen=2))
     assert gate[40].isnan().all()
     assert score[40].isnan().all()
     others = [i for i in range(150) if i != 40]
@@ -162,22 +170,34 @@ def test_triton_sorts_as_the_reference_does(
         if spoilt:
             bias[::5], bias[1::7], bias[3::11] = -math.inf, math.nan, math.inf
             x[3], x[4], x[5] = math.nan, 1e38, -1e38
-        expert, gate, score, load = route(x, weight, bias, how)
+        expert, gate, score, load, order, ends = route(x, weight, bias, how)
         choice = score + bias
         if groups > 1:
             choice = choice.masked_fill(~allowed(choice, how), -math.inf)
         assert expert.equal(highest(choice, chosen))
-        assert load.equal(torch.bincount(expert.flatten(), minlength=experts))
+        assert_sorted(expert, load, order, ends)
         wanted = score.gather(1, expert)
         wanted = wanted / (wanted.sum(-1, keepdim=True) + 1e-20)
         torch.testing.assert_close(gate, wanted, rtol=1e-5, atol=0, equal_nan=True)  # a sum of 16 and a quotient
 
 
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize("tokens", [1, 128, 129, 700])
+def test_rows_are_sorted_by_expert_over_all_blocks(tokens: int) -> None:
+    """More rows than a program sorts, more experts than it counts at once, and one that nearly all tokens choose."""
+    x, weight, bias = draw(0, tokens, 6), draw(1, 300, 6), torch.zeros(300, device=DEVICE)
+    bias[7] = 10.0
+    routes = route(x, weight, bias, Choice(3))
+    assert int(routes.load_E[7]) == tokens
+    assert_sorted(routes.expert_TK, routes.load_E, routes.order_M, routes.ends_E)
+
+
 @pytest.mark.skipif(not TRITON, reason="of the GPU's code")
 def test_no_tokens_and_other_dtypes() -> None:
     x, weight, bias = draw(0, 0, 5).requires_grad_(), draw(1, 6, 5).requires_grad_(), torch.zeros(6, device=DEVICE)
-    expert, gate, score, load = route(x, weight, bias, Choice(2))
+    expert, gate, score, load, order, ends = route(x, weight, bias, Choice(2))
     assert (expert.shape, gate.shape, score.shape, load.tolist()) == ((0, 2), (0, 2), (0, 6), [0] * 6)
+    assert (order.tolist(), ends.tolist()) == ([], [0] * 6)
     of_x, of_weight = torch.autograd.grad(gate.sum() + score.sum(), (x, weight))
     assert of_x.shape == (0, 5)
     assert not of_weight.any()
@@ -193,8 +213,9 @@ def test_two_runs_give_equal_bits() -> None:
     of_gate, of_score, how = draw(3, 300, 4), draw(4, 300, 24), Choice(4, groups=4, groups_allowed=2)
 
     def both_ways() -> list[torch.Tensor]:
-        expert, gate, score, load = route(x, weight, bias, how)
-        return [expert, gate, score, load, *torch.autograd.grad((gate, score), (x, weight), (of_gate, of_score))]
+        routes = route(x, weight, bias, how)
+        gate, score = routes.gate_TK, routes.score_TE
+        return [*routes, *torch.autograd.grad((gate, score), (x, weight), (of_gate, of_score))]
 
     assert all(a.equal(b) for a, b in zip(both_ways(), both_ways(), strict=True))
     if DEVICE == "cuda":
@@ -209,7 +230,7 @@ def test_two_runs_give_equal_bits() -> None:
 @pytest.mark.parametrize("asked", ["gate", "score"])
 def test_a_gradient_of_one_result_alone_is_that_with_zeros_for_the_other(asked: str) -> None:
     x, weight = draw(0, 130, 12).requires_grad_(), draw(1, 8, 12).requires_grad_()
-    _, gate, score, _ = route(x, weight, torch.zeros(8, device=DEVICE), Choice(3))
+    _, gate, score, *_ = route(x, weight, torch.zeros(8, device=DEVICE), Choice(3))
     seen = {"gate": (draw(2, *gate.shape), 0 * score), "score": (0 * gate, draw(3, *score.shape))}[asked]
     both = torch.autograd.grad((gate, score), (x, weight), seen, retain_graph=True)
     alone = {"gate": (gate, seen[0]), "score": (score, seen[1])}[asked]
@@ -224,9 +245,9 @@ def test_ties_and_what_is_infinite_among_biases_are_chosen_as_by_hand(affinity: 
     x, weight, bias = draw(0, 120, 5).round(), draw(1, 44, 5).round(), draw(2, 44).round()
     bias[::9], bias[1::13] = -math.inf, math.inf
     how = Choice(5, affinity, groups, min(groups, 3))
-    expert, _, score, load = route(x, weight, bias, how)
+    expert, _, score, load, order, ends = route(x, weight, bias, how)
     assert expert.tolist() == [chosen_by_hand(row, how) for row in (score + bias).tolist()]
-    assert torch.equal(load, torch.bincount(expert.flatten(), minlength=44))
+    assert_sorted(expert, load, order, ends)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gristmill.kernels.expert_rows import rows_by_expert
+from gristmill.kernels.router import Routes
 from gristmill.model.config import ModelConfig
 from gristmill.model.training.batches import IGNORED, TrainingBatch, packed_inputs
 from gristmill.model.training.config import OptimizerConfig, Precision
@@ -313,7 +315,9 @@ def whole_experts(dtype: torch.dtype) -> Experts:
 def through(experts: torch.nn.Module, x: Tensor, choice: Tensor, gate: Tensor) -> dict[str, Tensor]:
     """Output and all gradients of the sum of squares of the output."""
     x, gate = x.clone().requires_grad_(), gate.clone().requires_grad_()
-    out = experts(x, choice, gate, torch.bincount(choice.reshape(-1), minlength=SMALL.n_routed_experts))
+    load = torch.bincount(choice.reshape(-1), minlength=SMALL.n_routed_experts)
+    affinities = torch.empty(0)  # of which experts know nothing
+    out = experts(x, Routes(choice, gate, affinities, load, rows_by_expert(choice), load.cumsum(0)))
     experts.zero_grad()
     out.square().sum().backward()
     assert x.grad is not None
