@@ -2,19 +2,22 @@
 
 A response that is over leaves its slot to the next request at once. The newcomer's prompt is read but for its last
 token, which goes through the model in the same step as the last tokens of the others. Memory is that of slots × length,
-and for the newcomers of a step their prompts once more; these are read a portion of positions at a time.
+and for the newcomers of a step their prompts once more; these are read a portion of positions at a time. Or it is that
+of a number of places, in pages (paged_cache.py) that responses take as they grow: the youngest then wait, laid aside in
+the host's memory, while there are too few for all.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from gristmill.model.cache import PAGE, Cache, PagedCache, SlotCache, pages_of
 from gristmill.model.config import ModelConfig
 from gristmill.model.decoding import Decoder, padded_prompts
 from gristmill.model.sampling import Sampling, choose
@@ -53,9 +56,21 @@ class Piece:
 
 @dataclass
 class _Response:
+    """What is known of a response on the host; `places` of the cache hold what is said of it, but for a token."""
+
     request: int
     speech: Speech | None
+    places: int
     length: int = 0
+
+
+@dataclass
+class _Aside:
+    """A response that waits for pages, with all that its row had."""
+
+    response: _Response
+    row: tuple[int, int, int, int]
+    latents: Tensor
 
 
 @dataclass
@@ -71,9 +86,17 @@ class _Rows:
     def free(self) -> list[int]:
         return [row for row, response in enumerate(self.responses) if response is None]
 
+    def speaking(self) -> list[tuple[int, _Response]]:
+        return [(row, response) for row, response in enumerate(self.responses) if response is not None]
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.token_B, self.position_B, self.seed_B, self.step_B
+
     def move_on(self) -> None:
         """To the next position; a row that is over stays where it is, within its slot."""
         alive = [response is not None for response in self.responses]
+        for _, response in self.speaking():
+            response.places += 1
         self.position_B = self.position_B + (1 if all(alive) else torch.tensor(alive, device=self.position_B.device))
 
     def select(self, kept: Tensor) -> None:
@@ -93,6 +116,7 @@ def stream(
     eos: int,
     pad: int,
     wording: Wording | None = None,
+    places: int | None = None,
 ) -> Iterator[Piece]:
     """The responses to all requests, token by token as they come; those of different requests are mixed.
 
@@ -100,40 +124,52 @@ def stream(
         requests: taken from as slots become free; the order in which they come changes no response.
         slots: responses at once.
         length: places of a slot: those of a prompt and its response.
+        places: of the cache, over all responses; none: those of the slots. It changes no response, but which wait.
 
     Raises:
-        ValueError: no slot; a length past the model's position limit; a request that is empty, or that does not fit the
-            length with its response (when it is taken from the queue).
+        ValueError: no slot; a length past the model's position limit, or that `places` do not hold once; a request that
+            is empty, or that does not fit the length with its response (when it is taken from the queue).
     """
     if slots < 1:
         raise ValueError(f"{slots} slots decode nothing: give at least one")
     check_length(model.config, length)
-    decoder, waiting = Decoder(model), enumerate(requests)
-    cache = decoder.cache(slots, length)
+    if places is not None and pages_of(length) > places // PAGE:
+        raise ValueError(
+            f"{places} places do not hold a slot of {length} in pages of {PAGE}: give more or lower length"
+        )
+    decoder = Decoder(model)
+    queue = _Queue(requests, sampling, length)
+    cache = decoder.cache(slots, length) if places is None else decoder.paged_cache(slots, length, places)
     zeros = torch.zeros(slots, dtype=torch.long, device=decoder.device)
     rows = _Rows(zeros, zeros.clone(), zeros.clone(), zeros.clone(), [None] * slots)
     while True:
         free = rows.free()
-        coming = list(islice(waiting, len(free)))
-        for number, request in coming:
-            _check_request(number, request, sampling, length)
-        places = free[: len(coming)]
-        for row, (number, _) in zip(places, coming, strict=True):
-            rows.responses[row] = _Response(number, Speech(wording) if wording else None)
+        if isinstance(cache, PagedCache):
+            queue.take_back(rows, free, cache)
+        coming = queue.next(len(free), cache, len(rows.responses) - len(free))
+        taken = free[: len(coming)]
+        for row, (number, request) in zip(taken, coming, strict=True):
+            speech = Speech(wording) if wording else None
+            rows.responses[row] = _Response(number, speech, len(request.prompt) - 1)
         if coming:
-            _admit(decoder, cache.latent_LBSC, rows, places, [request for _, request in coming], pad)
-        speaking = [row for row, response in enumerate(rows.responses) if response is not None]
+            _admit(decoder, cache, rows, taken, [request for _, request in coming], pad)
+        speaking = rows.speaking()
         if not speaking:
             return
-        if len(coming) < len(free) and len(speaking) < COMPACT_SHARE * len(rows.responses):
-            kept = torch.tensor(speaking, device=decoder.device)
+        if queue.dry and len(speaking) < COMPACT_SHARE * len(rows.responses):
+            kept = torch.tensor([row for row, _ in speaking], device=decoder.device)
             cache.keep(kept)
             rows.select(kept)
+        if isinstance(cache, PagedCache):
+            queue.lay_aside(rows, cache)
         _, logits_B1V = decoder.step(rows.token_B[:, None], rows.position_B, cache)
         rows.token_B, log_p_B = choose(logits_B1V[:, 0], sampling, rows.seed_B, rows.step_B)
         rows.step_B = rows.step_B + 1
         pieces = _pieces(rows, rows.token_B.tolist(), log_p_B.tolist(), sampling, eos)
         rows.move_on()
+        if isinstance(cache, PagedCache):
+            for row in rows.free():
+                cache.release(row)
         yield from pieces
 
 
@@ -144,6 +180,56 @@ def check_length(config: ModelConfig, length: int) -> None:
             f"a prompt and its response of {length} tokens pass the position limit {config.max_position_embeddings}: "
             "lower max_new_tokens or raise max_position_embeddings"
         )
+
+
+class _Queue:
+    """Requests that wait for a slot, and responses that wait for pages of the cache."""
+
+    def __init__(self, requests: Iterable[Request], sampling: Sampling, length: int) -> None:
+        self.requests, self.sampling, self.length = enumerate(requests), sampling, length
+        self.next_one: tuple[int, Request] | None = None
+        self.dry = False
+        self.aside: deque[_Aside] = deque()  # the oldest first
+
+    def next(self, slots: int, cache: Cache, speaking: int) -> list[tuple[int, Request]]:
+        """The next requests, as many as slots are free and, with those that speak, have a page to grow into."""
+        coming: list[tuple[int, Request]] = []
+        room = cache.free - speaking if isinstance(cache, PagedCache) else None
+        while len(coming) < slots and not self.aside and (found := self.next_one or next(self.requests, None)):
+            self.next_one = found
+            if room is not None:
+                room -= pages_of(len(found[1].prompt)) + 1
+                if room < 0 and (coming or speaking):
+                    break
+            _check_request(*found, self.sampling, self.length)
+            coming.append(found)
+            self.next_one = None
+        self.dry = len(coming) < slots and self.next_one is None and not self.aside
+        return coming
+
+    def lay_aside(self, rows: _Rows, cache: PagedCache) -> None:
+        """Give each row the page that its next token needs; where there are too few, the youngest wait."""
+        oldest = sorted(rows.speaking(), key=lambda at: at[1].request)
+        while sum(cache.missing(row, response.places + 1) for row, response in oldest) > cache.free:
+            row, response = oldest.pop()
+            numbers = tuple(int(tensor_B[row]) for tensor_B in rows.tensors())
+            self.aside.appendleft(_Aside(response, numbers, cache.lay_aside(row)))
+            rows.responses[row] = None
+        cache.grow([row for row, _ in oldest], [response.places + 1 for _, response in oldest])
+
+    def take_back(self, rows: _Rows, free: list[int], cache: PagedCache) -> None:
+        """Responses that were laid aside, as far as rows and pages are free."""
+        speaking = len(rows.speaking())
+        while self.aside and free:
+            first = self.aside[0]
+            if speaking and first.latents.shape[1] + 1 + speaking > cache.free:
+                return
+            self.aside.popleft()
+            row, speaking = free.pop(0), speaking + 1
+            cache.take_back(row, first.latents)
+            rows.responses[row] = first.response
+            for tensor_B, number in zip(rows.tensors(), first.row, strict=True):
+                tensor_B[row] = number
 
 
 def _check_request(number: int, request: Request, sampling: Sampling, length: int) -> None:
@@ -157,28 +243,36 @@ def _check_request(number: int, request: Request, sampling: Sampling, length: in
 
 
 def _admit(
-    decoder: Decoder, latent_LBSC: Tensor, rows: _Rows, places: list[int], requests: list[Request], pad: int
+    decoder: Decoder, cache: SlotCache | PagedCache, rows: _Rows, taken: list[int], requests: list[Request], pad: int
 ) -> None:
-    """Read the newcomers' prompts, equal ones once, into their slots, but for the last tokens."""
-    distinct = {tuple(request.prompt[:-1]): None for request in requests}
-    number = {prompt: n for n, prompt in enumerate(distinct)}
-    place_N = torch.tensor(places, device=decoder.device)
-    longest = max(map(len, distinct))
+    """Read the newcomers' prompts, equal ones once, into their rows, but for the last tokens."""
+    first: dict[tuple[int, ...], int] = {}  # which newcomer reads a prompt
+    for number, request in enumerate(requests):
+        first.setdefault(tuple(request.prompt[:-1]), number)
+    source = [first[tuple(request.prompt[:-1])] for request in requests]
+    row_N = torch.tensor(taken, device=decoder.device)
+    longest = max(map(len, first))
     if longest:
-        token_BS, _ = padded_prompts([list(prompt) for prompt in distinct], pad, decoder.device)
-        own = decoder.cache(len(distinct), longest)
-        start_N = torch.zeros(len(distinct), dtype=torch.long, device=decoder.device)
+        if isinstance(cache, PagedCache):
+            cache.grow([taken[n] for n in first.values()], [len(prompt) for prompt in first])
+            own: Cache = cache.part([taken[n] for n in first.values()])
+        else:
+            own = decoder.cache(len(first), longest)
+        token_BS, _ = padded_prompts([list(prompt) for prompt in first], pad, decoder.device)
+        start_N = torch.zeros(len(first), dtype=torch.long, device=decoder.device)
         for part in decoder.portions(longest, own):
             decoder.advance(token_BS[:, part], start_N + part.start, own)
-        source_N = torch.tensor([number[tuple(r.prompt[:-1])] for r in requests], device=decoder.device)
-        latent_LBSC[:, place_N, :longest] = own.latent_LBSC[:, source_N]
-    for tensor_B, values in (
-        (rows.token_B, [request.prompt[-1] for request in requests]),
-        (rows.position_B, [len(request.prompt) - 1 for request in requests]),
-        (rows.seed_B, [request.seed for request in requests]),
-        (rows.step_B, [0] * len(requests)),
-    ):
-        tensor_B[place_N] = torch.tensor(values, device=decoder.device)
+        if isinstance(cache, PagedCache):
+            for n, (row, request) in enumerate(zip(taken, requests, strict=True)):
+                if source[n] != n:
+                    cache.share(taken[source[n]], row, len(request.prompt) - 1)
+        else:
+            place = {n: place for place, n in enumerate(first.values())}
+            source_N = torch.tensor([place[n] for n in source], device=decoder.device)
+            cache.latent_LBSC[:, row_N, :longest] = own.latent_LBSC[:, source_N]
+    values = ((r.prompt[-1], len(r.prompt) - 1, r.seed, 0) for r in requests)
+    for tensor_B, numbers in zip(rows.tensors(), zip(*values, strict=True), strict=True):
+        tensor_B[row_N] = torch.tensor(numbers, device=decoder.device)
 
 
 def _pieces(rows: _Rows, tokens: list[int], log_probs: list[float], sampling: Sampling, eos: int) -> list[Piece]:

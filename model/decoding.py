@@ -21,7 +21,7 @@ from gristmill.kernels.linear import linear
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.kernels.moe_mlp.native import SOURCE
 from gristmill.kernels.router import Choice
-from gristmill.model.config import ModelConfig
+from gristmill.model.cache import Cache, PagedCache, SlotCache
 from gristmill.model.transformer import (
     LATENT_EPS,
     Block,
@@ -44,30 +44,15 @@ PROMPT_SCORES = (
 )  # numbers of a layer's scores while prompts are read, where torch holds them; a few such tensors at once
 
 
-class SlotCache:
-    """What decoding keeps, `cache_width` numbers a token and layer: a slot's token at position p lies at its place p.
-
-    A place beyond a slot's last token may hold what an earlier response or a refused draft left: nobody sees it, since
-    a token is written before anyone at or behind its position looks.
-    """
-
-    def __init__(self, config: ModelConfig, slots: int, length: int, like: Tensor, layers: int | None = None) -> None:
-        layers = config.num_hidden_layers if layers is None else layers
-        self.latent_LBSC = like.new_zeros(layers, slots, length, config.cache_width)
-
-    def keep(self, rows: Tensor) -> None:
-        """These slots alone, in this order, within the memory that is there."""
-        self.latent_LBSC[:, : len(rows)] = self.latent_LBSC[:, rows]
-        self.latent_LBSC = self.latent_LBSC[:, : len(rows)]
-
-
 class Step:
     """What all layers share of one step: where its tokens stand, whom they see, how far their rotary parts turn."""
 
-    def __init__(self, turn_SR: tuple[Tensor, Tensor], start_B: Tensor, length: int) -> None:
+    def __init__(
+        self, turn_SR: tuple[Tensor, Tensor], start_B: Tensor, length: int, table_BJ: Tensor | None = None
+    ) -> None:
         place_S = torch.arange(length, device=start_B.device)
         self.start_B, self.position_BS = start_B, start_B[:, None] + place_S
-        self.slot_B1 = torch.arange(len(start_B), device=start_B.device)[:, None]
+        self.slot_B1, self.table_BJ = torch.arange(len(start_B), device=start_B.device)[:, None], table_BJ
         self.reach = int(start_B.max()) + length
         self.cos_BSR, self.sin_BSR = (table[self.position_BS] for table in turn_SR)
 
@@ -78,8 +63,12 @@ class Step:
 
     def write(self, cache_BSC: Tensor, new_BSC: Tensor) -> Tensor:
         """Put what is new into a layer's cache; the places that this step looks at."""
-        cache_BSC[self.slot_B1, self.position_BS] = new_BSC
-        return cache_BSC[:, : self.reach]
+        if self.table_BJ is None:
+            cache_BSC[self.slot_B1, self.position_BS] = new_BSC
+            return cache_BSC[:, : self.reach]
+        page = cache_BSC.shape[1]
+        cache_BSC[self.table_BJ.gather(1, self.position_BS // page), self.position_BS % page] = new_BSC
+        return cache_BSC[self.table_BJ[:, : -(-self.reach // page)]].flatten(1, 2)[:, : self.reach]
 
 
 class _Attention(Protocol):
@@ -93,8 +82,8 @@ class LatentAttention:
         self.module, self.weight = module, module.reading()
 
     def __call__(self, x_BSD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:
-        cache_BPC = cache_BSC[:, : step.reach]
-        return self.module.absorbed(x_BSD, self.weight, (step.cos_BSR, step.sin_BSR), step.start_B, cache_BPC)
+        rotary, where = (step.cos_BSR, step.sin_BSR), (step.start_B, step.reach, step.table_BJ)
+        return self.module.absorbed(x_BSD, self.weight, rotary, cache_BSC, *where)
 
 
 class GroupedAttention:
@@ -244,41 +233,45 @@ class Decoder:
         """An empty cache; one for the MTP module has one layer."""
         return SlotCache(self.config, slots, length, self.model.lm_head.weight, layers)
 
-    def advance(self, token_BS: Tensor, start_B: Tensor, cache: SlotCache) -> Tensor:
+    def paged_cache(self, rows: int, length: int, places: int) -> PagedCache:
+        """An empty cache of so many places over all rows."""
+        return PagedCache(self.config, rows, length, places, self.model.lm_head.weight)
+
+    def advance(self, token_BS: Tensor, start_B: Tensor, cache: Cache) -> Tensor:
         """The last block's output before the final norm for tokens that begin at these positions, (B, S, D).
 
         Slot b keeps token s at place `start_B[b] + s`, which must be below its length.
         """
         return self._advanced(token_BS, start_B, cache, logits=False)[0]
 
-    def step(self, token_BS: Tensor, start_B: Tensor, cache: SlotCache) -> tuple[Tensor, Tensor]:
+    def step(self, token_BS: Tensor, start_B: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
         """What `advance` gives, and the logits of the tokens that come next, (B, S, V)."""
         hidden_BSD, logits_BSV = self._advanced(token_BS, start_B, cache, logits=True)
         return hidden_BSD, self.logits(hidden_BSD) if logits_BSV is None else logits_BSV
 
     def _advanced(
-        self, token_BS: Tensor, start_B: Tensor, cache: SlotCache, *, logits: bool
+        self, token_BS: Tensor, start_B: Tensor, cache: Cache, *, logits: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The states, and the logits where they are wanted and come along."""
         x_BSD = torch.embedding(self.embedding, token_BS)
         if self.whole is not None and runs(x_BSD, token_BS.numel()):
-            return self.whole.through(x_BSD, start_B, cache.latent_LBSC, logits=logits)
+            return self.whole.through(x_BSD, start_B, cache.latent_LBSC, table_BJ=cache.table_BJ, logits=logits)
         return self._one_by_one(x_BSD, start_B, cache), None
 
     @torch.no_grad()
-    def _one_by_one(self, x_BSD: Tensor, start_B: Tensor, cache: SlotCache) -> Tensor:
+    def _one_by_one(self, x_BSD: Tensor, start_B: Tensor, cache: Cache) -> Tensor:
         """All layers, operation by operation."""
-        step = Step(self.turn_SR, start_B, x_BSD.shape[1])
+        step = Step(self.turn_SR, start_B, x_BSD.shape[1], cache.table_BJ)
         for layer, cache_BSC in zip(self.layers, cache.latent_LBSC, strict=True):
             x_BSD = layer(x_BSD, step, cache_BSC)
         return x_BSD
 
-    def portions(self, length: int, cache: SlotCache) -> Iterator[slice]:
+    def portions(self, length: int, cache: Cache) -> Iterator[slice]:
         """Positions of prompts of this length, in order, so few at a time that `PROMPT_SCORES` holds their scores.
 
         Prompts that are read at once have a score for each pair of their positions: memory that grows with the square.
         """
-        slots, places = cache.latent_LBSC.shape[1:3]
+        slots, places = cache.shape
         size = max(1, PROMPT_SCORES // (slots * places * self.config.num_attention_heads))
         for first in range(0, length, size):
             yield slice(first, min(first + size, length))
@@ -288,7 +281,7 @@ class Decoder:
         """Of the next token, from what `advance` gives, (..., V)."""
         return self.model.lm_head(self.model.norm(hidden))
 
-    def draft(self, hidden_BSD: Tensor, next_BS: Tensor, start_B: Tensor, asked_B: Tensor, cache: SlotCache) -> Tensor:
+    def draft(self, hidden_BSD: Tensor, next_BS: Tensor, start_B: Tensor, asked_B: Tensor, cache: Cache) -> Tensor:
         """Logits of the token after next behind one of each row's tokens, (B, V).
 
         The MTP module reads `advance`'s states and the tokens behind them; its cache keeps all of them.
@@ -309,7 +302,7 @@ class Decoder:
     @torch.no_grad()
     def _drafted_one_by_one(
         self, module: MultiTokenPrediction, hidden_BSD: Tensor, next_BSD: Tensor, start_B: Tensor, asked_B: Tensor,
-        cache: SlotCache,
+        cache: Cache,
     ) -> Tensor:  # fmt: skip
         """What `draft` gives, operation by operation."""
         x_BSD = module.joined(self.model.norm(hidden_BSD), next_BSD)

@@ -53,6 +53,7 @@ def sample(
     pad: int,
     copies: int = 1,
     slots: int | None = None,
+    places: int | None = None,
     wording: Wording | None = None,
 ) -> list[Sample]:
     """`copies` responses to each prompt, prompt by prompt; copies that begin together read their prompt once.
@@ -60,17 +61,22 @@ def sample(
     Args:
         seeds: one for each response, `len(prompts) * copies` in all.
         slots: responses at once; none: all.
+        places: of the cache, over all responses, each a token and `cache_width` numbers a layer; none: as many as the
+            longest prompt and its response have, in each slot.
         wording: how tokens read as text, and the strings at which a response is over.
 
     Raises:
         ValueError: a prompt is empty, the seeds are too few or too many, or the longest prompt and its response pass
-            the model's position limit.
+            the model's position limit or the places.
     """
     requests = [Request(prompt, seed) for prompt, seed in zip(_repeated(prompts, copies), seeds, strict=True)]
     made = [Sample() for _ in requests]
     length = max(map(len, prompts), default=0) + sampling.max_new_tokens
     slots = min(slots or len(requests), len(requests)) if requests else 1
-    for piece in stream(model, requests, sampling, slots=slots, length=length, eos=eos, pad=pad, wording=wording):
+    pieces = stream(
+        model, requests, sampling, slots=slots, length=length, eos=eos, pad=pad, wording=wording, places=places
+    )
+    for piece in pieces:
         own = made[piece.request]
         own.tokens.append(piece.token)
         own.log_probs.append(piece.log_prob)

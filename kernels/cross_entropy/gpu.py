@@ -20,21 +20,22 @@ def _slope(
     Then weight/T · (softmax · (1 + 2 · z_loss · log Σ exp) − onehot) in the logits' place.
     """
     row = tl.program_id(0).to(tl.int64)
-    base = logits_ptr + row * row_stride
+    logits_ptr += row * row_stride
     target = tl.load(target_ptr + row)
     highest, total, weighted = -float("inf"), 0.0, 0.0
     for start in range(0, vocab, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
-        z = tl.load(base + v, mask=v < vocab, other=-float("inf")).to(tl.float32) * inverse_temperature
+        z = tl.load(logits_ptr + v, mask=v < vocab, other=-float("inf")).to(tl.float32) * inverse_temperature
         above = tl.maximum(highest, tl.max(z, 0))
-        kept, share = tl.exp(highest - above), tl.exp(z - above)
+        base = tl.where(above == -float("inf"), 0.0, above)  # nothing but infinite ones so far
+        kept, share = tl.exp(highest - base), tl.exp(z - base)
         if not WRITE:  # a probability of zero times its logarithm is zero
-            weighted = (weighted + total * tl.maximum(highest - above, -1e30)) * kept
-            weighted += tl.sum(share * tl.maximum(z - above, -1e30), 0)
+            weighted = (weighted + total * tl.maximum(highest - base, -1e30)) * kept
+            weighted += tl.sum(share * tl.maximum(z - base, -1e30), 0)
         total = total * kept + tl.sum(share, 0)
         highest = above
     log_total = highest + tl.log(total)
-    aimed = tl.load(base + target).to(tl.float32) * inverse_temperature
+    aimed = tl.load(logits_ptr + target).to(tl.float32) * inverse_temperature
     tl.store(loss_ptr + row, log_total - aimed + z_loss * log_total * log_total)
     if not WRITE:
         tl.store(entropy_ptr + row, tl.log(total) - weighted / total)
@@ -43,9 +44,9 @@ def _slope(
         weight = tl.load(weight_ptr + row).to(tl.float32) * inverse_temperature
         for start in range(0, vocab, BLOCK_V):
             v = start + tl.arange(0, BLOCK_V)
-            z = tl.load(base + v, mask=v < vocab, other=0.0).to(tl.float32) * inverse_temperature
+            z = tl.load(logits_ptr + v, mask=v < vocab, other=0.0).to(tl.float32) * inverse_temperature
             p = tl.exp(z - log_total) * pull - tl.where(v == target, 1.0, 0.0)
-            tl.store(base + v, (p * weight).to(logits_ptr.dtype.element_ty), mask=v < vocab)
+            tl.store(logits_ptr + v, (p * weight).to(logits_ptr.dtype.element_ty), mask=v < vocab)
 
 
 def softmax_loss(logits_RV: Tensor, target_R: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

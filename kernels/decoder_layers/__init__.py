@@ -117,25 +117,30 @@ class DecoderLayers:
         self._numbers = tuple(map(float, (shape.eps, shape.latent_eps, shape.scale, shape.choice.scale)))
 
     def through(
-        self, x_BSD: Tensor, start_B: Tensor, cache_LBPC: Tensor, asked_B: Tensor | None = None, *, logits: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x_BSD: Tensor, start_B: Tensor, cache_LBPC: Tensor, asked_B: Tensor | None = None, *,
+        table_BJ: Tensor | None = None, logits: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """What the last layer gives of new tokens, (B, S, D), and their logits, (B, S, V), where these are wanted.
 
         Args:
             x_BSD: the tokens' embeddings, or what else the first layer reads.
             start_B: the place of each row's first token in its slot, int64.
-            cache_LBPC: the layers' slots, (L, B, P, C + R), written at the tokens' places.
+            cache_LBPC: the layers' slots, (L, B, P, C + R), written at the tokens' places; with a table, pages of P
+                places, as many as there are for all rows.
+            table_BJ: the page of each P places of a row, in order, int64, (B, J), the same of all layers; what stands
+                behind a row's last token is not looked at.
             asked_B: which one of its tokens each row is asked for, int64, where there is one layer; the others only
                 leave in the cache what it keeps of them, and the results are (B, 1, D) and (B, 1, V).
 
         Raises:
-            TypeError: x is not float32, or places are not int64.
+            TypeError: x is not float32, or places or pages are not int64.
             ValueError: shapes do not fit, a place is not within the slots or past the angles, a token that is asked for
-                is not among its row's.
+                is not among its row's, a row's page is none of the cache.
         """
         (batch, length, width), n = x_BSD.shape, self.shape
         (layers, slots, places, cached), (layer_stride, slot, *inside) = cache_LBPC.shape, cache_LBPC.stride()
-        fits = (layers, slots, cached, width) == (len(self.layers), batch, n.latent + n.turning, n.width)
+        rows, most = (slots, places) if table_BJ is None else (len(table_BJ), table_BJ.shape[1] * places)
+        fits = (layers, rows, cached, width) == (len(self.layers), batch, n.latent + n.turning, n.width)
         fits = fits and inside == [cached, 1] and start_B.shape == (batch,)
         fits = fits and (asked_B is None or (layers == 1 and asked_B.shape == (batch,)))
         if not fits:
@@ -143,23 +148,29 @@ class DecoderLayers:
             raise ValueError(f"decoder_layers: x, start and cache are {got}; wanted those of {len(self.layers)} of {n}")
         if start_B.dtype != torch.int64 or (asked_B is not None and asked_B.dtype != torch.int64):
             raise TypeError(f"decoder_layers: places are {start_B.dtype}; wanted {torch.int64}")
+        if table_BJ is not None and table_BJ.dtype != torch.int64:
+            raise TypeError(f"decoder_layers: pages are {table_BJ.dtype}; wanted {torch.int64}")
         if not x_BSD.dtype == cache_LBPC.dtype == torch.float32:
             raise TypeError(f"decoder_layers: x is {x_BSD.dtype}, the cache {cache_LBPC.dtype}; wanted {torch.float32}")
-        rows = length if asked_B is None else 1
+        answers = length if asked_B is None else 1
         out_BSD = x_BSD = x_BSD.clone(memory_format=torch.contiguous_format)  # the source overwrites it
         if asked_B is not None:
             out_BSD = x_BSD.new_empty(batch, 1, width)
         norm_D, head_VD = self.head
-        logits_BSV = x_BSD.new_empty(batch, rows, len(head_VD)) if logits else None
+        logits_BSV = x_BSD.new_empty(batch, answers, len(head_VD)) if logits else None
+        table = (None, 0, 0, 0) if table_BJ is None else (table_BJ.contiguous(), table_BJ.shape[1], places, slots)
         failed = needed(SOURCE)(
             "layers", x_BSD, self._table, layers, self._sizes, *self._numbers, start_B.contiguous(), batch, length,
-            *self.turn_SR, cache_LBPC, layer_stride, slot, min(places, len(self.turn_SR[0])),
+            *self.turn_SR, cache_LBPC, layer_stride, slot, *table, min(most, len(self.turn_SR[0])),
             asked_B.contiguous() if asked_B is not None else None, out_BSD, norm_D, head_VD if logits else None,
             logits_BSV, len(head_VD),
         )  # fmt: skip
         if failed:
             got = f"{start_B.tolist()} of {length} tokens, {None if asked_B is None else asked_B.tolist()} asked for"
-            raise ValueError(f"decoder_layers: places are {got}; wanted them within {places} and the rotary angles")
+            pages = "" if table_BJ is None else f", in pages {table_BJ.tolist()} of {slots}"
+            raise ValueError(
+                f"decoder_layers: places are {got}{pages}; wanted them within {most} and the rotary angles"
+            )
         return out_BSD, logits_BSV
 
 

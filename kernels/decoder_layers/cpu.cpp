@@ -37,6 +37,18 @@ struct Rows {
     int64_t count() const { return slot.size(); }
 };
 
+// The slots of a layer's cache, `slot` numbers apart, or its pages, of `page` places, which a table (B, `pages`) names.
+struct Cache {
+    int64_t slot;
+    const int64_t *table;
+    int64_t pages, page;
+
+    latent_attention::Places row(float *layer, int64_t b) const {
+        return table ? latent_attention::Places{layer, table + b * pages, page, slot}
+                     : latent_attention::Places{layer + b * slot};
+    }
+};
+
 struct Head {
     const float *norm, *weight;
     float *logits;
@@ -45,12 +57,12 @@ struct Head {
 
 class Step {
 public:
-    Step(const Sizes &n, const Numbers &by, const float *cosine, const float *sine, int64_t slot, int64_t most_rows,
+    Step(const Sizes &n, const Numbers &by, const float *cosine, const float *sine, const Cache &lying, int64_t most_rows,
          int64_t widest, int64_t threads)
         : n(n), by(by), attention{n.heads, n.plain, n.turning, n.value, n.latent},
           router{n.experts, n.chosen, n.groups, n.groups_allowed, n.sigmoid_affinity, n.normalised,
                  static_cast<float>(by.routed_scale)},
-          cosine(cosine), sine(sine), slot(slot), threads(threads), query(n.heads * (n.plain + n.turning)),
+          cosine(cosine), sine(sine), lying(lying), threads(threads), query(n.heads * (n.plain + n.turning)),
           normed(most_rows * n.width), projected(most_rows * (first_columns())), turned(most_rows * query),
           mixed(most_rows * n.heads * n.value), inner(most_rows * 2 * widest), active(most_rows * widest),
           score(most_rows * n.experts), gates(most_rows * n.chosen), made(most_rows * (n.chosen + 1) * n.width),
@@ -87,7 +99,8 @@ private:
     const latent_attention::Sizes attention;
     const router::Sizes router;
     const float *cosine, *sine;
-    const int64_t slot, threads, query;
+    const Cache &lying;
+    const int64_t threads, query;
     std::vector<float> normed, projected, turned, mixed, inner, active, score, gates, made;
     std::vector<int64_t> expert, order, token, place, bounds;
 
@@ -120,7 +133,7 @@ private:
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows.count(); r++) {
             const int64_t p = rows.place[r];
-            float *to = cache + rows.slot[r] * slot + p * attention.cached();
+            float *to = lying.row(cache, rows.slot[r]).at(p, attention.cached());
             latent_attention::keep(
                 kv + r * kv_row, layer.latent_norm, by.latent_eps, cosine + p * half, sine + p * half, to, attention
             );
@@ -145,7 +158,7 @@ private:
         for (int64_t r = 0; r < count; r++) {
             const int64_t p = rows.place[r];
             latent_attention::attend(
-                q + r * q_row, {cache + rows.slot[r] * slot}, p + 1, cosine + p * half, sine + p * half, layer.up,
+                q + r * q_row, lying.row(cache, rows.slot[r]), p + 1, cosine + p * half, sine + p * half, layer.up,
                 by.scale, mixed.data() + r * out, attention, room
             );
         }
@@ -228,11 +241,14 @@ extern "C" {
 // x (B, S, D), token s of row b at place start[b] + s of slot b, goes through `count` layers of the table: its rows become
 // what the last one gives. Where `asked` (B) is given, each row's token of that number alone goes through the only layer,
 // into `picked` (B, D), and of the others the cache keeps what it keeps of tokens. Then logits (rows, V), where there is a
-// head. Gives 1, and does nothing, where a place is not within the slot, or a token that is asked for not within the row.
+// head. With a table (B, `pages`) a row's places are those of the slots that it names, of `slots`, of `page` places each.
+// Gives 1, and does nothing, where a place is not within the slot, a token that is asked for not within the row, or a page
+// none of the cache.
 int layers(
     float *x, const Layer *layer, int64_t count, const Sizes *sizes, double eps, double latent_eps, double scale,
     double routed_scale, const int64_t *start, int64_t batch, int64_t length, const float *cosine, const float *sine,
-    float *cache, int64_t layer_stride, int64_t slot, int64_t places, const int64_t *asked, float *picked,
+    float *cache, int64_t layer_stride, int64_t slot, const int64_t *table, int64_t pages, int64_t page, int64_t slots,
+    int64_t places, const int64_t *asked, float *picked,
     const float *head_norm, const float *head, float *logits, int64_t vocabulary, int64_t threads
 ) {
     const Sizes &n = *sizes;
@@ -240,6 +256,8 @@ int layers(
     Rows rows{x, {}, {}}, own{picked, {}, {}};
     for (int64_t b = 0; b < batch; b++) {
         if (start[b] < 0 || start[b] + length > places) return 1;
+        for (int64_t j = 0; table && j * page < start[b] + length; j++)
+            if (table[b * pages + j] < 0 || table[b * pages + j] >= slots) return 1;
         if (asked && (asked[b] < 0 || asked[b] >= length)) return 1;
         for (int64_t s = 0; s < length; s++) {
             rows.slot.push_back(b);
@@ -257,7 +275,8 @@ int layers(
         work += weights_of(layer[l], n);
     }
     if (work * through.count() < LEAST_WORK) threads = 1;
-    Step step(n, by, cosine, sine, slot, rows.count(), widest, threads);
+    const Cache lying{slot, table, pages, page};
+    Step step(n, by, cosine, sine, lying, rows.count(), widest, threads);
     const Head last{head_norm, head, logits, vocabulary};
 #pragma omp parallel num_threads(threads)
     {

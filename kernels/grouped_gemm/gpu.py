@@ -99,7 +99,7 @@ def _product(
                     other=0.0,
                 )
                 w = tl.load(
-                    b + group.to(tl.int64) * b_group + i[:, None] * b_in + outs[None, :] * b_out,
+                    b + group.to(tl.int64) * b_group + i[:, None] * b_in + outs.to(tl.int64)[None, :] * b_out,
                     mask=(i[:, None] < inner) & (outs[None, :] < outer),
                     other=0.0,
                 )

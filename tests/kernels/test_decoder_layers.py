@@ -93,6 +93,32 @@ def test_states_cache_and_logits(shape: str, threads: int, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("page", [4, 8])
+def test_pages_give_the_bits_of_slots(shape: str, page: int) -> None:
+    """Pages in any order, of a cache with more of them; what the table says behind a row's last token is not read."""
+    made, given = case(SHAPES[shape])
+    slots_LBPC, count = given["cache_LBPC"].clone(), PLACES // page
+    order = torch.randperm(3 * count + 2, generator=torch.Generator().manual_seed(3))[: 3 * count].view(3, count)
+    pages = torch.full((3, 3 * count + 2, page, slots_LBPC.shape[-1]), torch.nan)
+    pages[:, order] = slots_LBPC.view(3, 3, count, page, -1)
+    table = order.clone()
+    table[0, 1:] = -7
+    hidden, logits = made.through(given["x_BSD"], given["start_B"], pages, table_BJ=table)
+    wanted = made.through(given["x_BSD"], given["start_B"], slots_LBPC)
+    assert torch.equal(hidden, wanted[0])
+    assert logits is not None
+    assert wanted[1] is not None
+    assert torch.equal(logits, wanted[1])
+    assert torch.equal(pages[:, order].view_as(slots_LBPC), slots_LBPC)
+    for wrong in (-1, len(pages[0])):
+        table[2, 1] = wrong
+        before = pages.clone()
+        with pytest.raises(ValueError, match=rf"in pages \[.*{wrong}.*\] of {len(pages[0])}"):
+            made.through(given["x_BSD"], given["start_B"], pages, table_BJ=table)
+        assert torch.equal(pages.nan_to_num(9.0), before.nan_to_num(9.0))  # nothing was written
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_a_token_gets_the_same_bits_alone(shape: str) -> None:
     made, given = case(SHAPES[shape])
     alone_LBPC = given["cache_LBPC"].clone()
