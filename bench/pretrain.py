@@ -20,6 +20,10 @@ sides take turns. `small` is the shape of 22 M parameters (width 256, 6 layers, 
     loss_apart          largest difference of the losses of the two sides in float32, over the loss; exit code 1 where
                         it is above half a percent, since the work was then not the same
     loss_apart_fastest  that of the two that `ratio` compares, with the same limit
+
+The text is this Python's library, so that losses are those of that version. Among 53 batches of Debian's 3.11.2 is one
+at which any rounding moves the loss some twenty times as far as elsewhere, theirs in bfloat16 against theirs in float32
+included (0.5 % there, 0.08 % at most elsewhere): there the limit is passed.
 """
 
 from __future__ import annotations
