@@ -8,6 +8,8 @@ kernels do the same in 16 bits (gpu.py, `gpu`), many programs sharing a long row
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -23,7 +25,7 @@ from gristmill.kernels.dispatch import (
     require_shapes,
 )
 from gristmill.kernels.mla_decode import library
-from gristmill.kernels.mla_decode.reference import mla_decode_reference
+from gristmill.kernels.mla_decode.reference import mla_decode_reference, mla_decode_with_log_reference
 
 __all__ = ["mla_decode"]
 SOURCE = "mla_decode/cpu.cpp"
@@ -35,6 +37,18 @@ TAKES = (
 )
 
 
+@overload
+def mla_decode(
+    q_BSHQ: Tensor, kv_BSY: Tensor, cache_BPC: Tensor, start_B: Tensor, reach: int, rotary: tuple[Tensor, Tensor],
+    norm_C: Tensor, eps: float, up_HXC: Tensor, scale: float, table_BJ: Tensor | None = None, *,
+    with_log: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def mla_decode(
+    q_BSHQ: Tensor, kv_BSY: Tensor, cache_BPC: Tensor, start_B: Tensor, reach: int, rotary: tuple[Tensor, Tensor],
+    norm_C: Tensor, eps: float, up_HXC: Tensor, scale: float, table_BJ: Tensor | None = None, *,
+    with_log: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @torch.no_grad()
 def mla_decode(
     q_BSHQ: Tensor,
@@ -48,7 +62,9 @@ def mla_decode(
     up_HXC: Tensor,
     scale: float,
     table_BJ: Tensor | None = None,
-) -> Tensor:
+    *,
+    with_log: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Write new tokens into their slots, and let each attend to its slot up to itself, (B, S, H·W). No gradient.
 
     Args:
@@ -66,6 +82,8 @@ def mla_decode(
         table_BJ: the page of each P places of a row, in order, int32 or int64, (B, J); what stands behind a row's last
             token is not looked at. Pages that several rows read (of a common beginning) none of them may write. The
             result does not depend on where pages lie: on the compiled path to the bit.
+        with_log: whether the natural logarithms of each head's Σ exp(scaled score) over the places that it sees come
+            along, (B, S, H) in float32: by them results over several caches are joined.
 
     Raises:
         TypeError: q is not floating, dtypes differ, angles are not float32, places not int64, or pages neither int32
@@ -74,15 +92,15 @@ def mla_decode(
             GRISTMILL_KERNELS_CHECK=1) a place is negative or not below the reach, or a row's page is none of the cache.
     """
     if is_dynamo_compiling():
-        return library.mla_decode(
-            q_BSHQ, kv_BSY, cache_BPC, start_B, reach, *rotary, norm_C, eps, up_HXC, scale, table_BJ
-        )  # fmt: skip
+        node = library.mla_decode_with_log if with_log else library.mla_decode
+        return node(q_BSHQ, kv_BSY, cache_BPC, start_B, reach, *rotary, norm_C, eps, up_HXC, scale, table_BJ)
     _check(q_BSHQ, kv_BSY, cache_BPC, start_B, reach, rotary, norm_C, up_HXC, table_BJ)
     (batch, length, heads, wide), (latent,) = q_BSHQ.shape, norm_C.shape
     turning = kv_BSY.shape[-1] - latent
     value = up_HXC.shape[1] + turning - wide
     if not q_BSHQ.numel():
-        return q_BSHQ.new_empty(batch, length, heads * value)
+        out, log_BSH = q_BSHQ.new_empty(batch, length, heads * value), q_BSHQ.new_empty(0, dtype=torch.float32)
+        return (out, log_BSH.view(batch, length, heads)) if with_log else out
     read = (cache_BPC, rotary[0], rotary[1], norm_C, up_HXC, start_B)
     lies = all(t.is_contiguous() for t in read[1:]) and cache_BPC.stride()[1:] == (latent + turning, 1)
     lies = lies and _rows(q_BSHQ) is not None and _rows(kv_BSY) is not None
@@ -96,25 +114,25 @@ def mla_decode(
     path = chosen("mla_decode", q_BSHQ, SOURCE if lies else None, triton=fits, takes=TAKES)
     if table_BJ is not None and path != "compiled" and readable(table_BJ):
         _check_pages(table_BJ, cache_BPC, start_B + length)
+    given = q_BSHQ, kv_BSY, cache_BPC, start_B, reach, rotary, norm_C, eps, up_HXC, scale, table_BJ
     if path == "gpu":
         from gristmill.kernels.mla_decode.gpu import triton_mla_decode
 
-        return triton_mla_decode(
-            q_BSHQ, kv_BSY, cache_BPC, start_B, reach, rotary, norm_C, eps, up_HXC, scale, table_BJ
-        )
+        both = triton_mla_decode(*given)
+        return both if with_log else both[0]
     if path != "compiled":
-        given = q_BSHQ, kv_BSY, cache_BPC, start_B, reach, rotary, norm_C, eps, up_HXC, scale, table_BJ
-        return mla_decode_reference(*given)
+        return mla_decode_with_log_reference(*given) if with_log else mla_decode_reference(*given)
+    log_BSH = q_BSHQ.new_empty(batch, length, heads) if with_log else None
     out = q_BSHQ.new_empty(batch, length, heads * value)
     table: tuple[Tensor | None, int, int, int] = (None, 0, 0, 0)
     if table_BJ is not None:
         table = (table_BJ.long().contiguous(), table_BJ.shape[1], cache_BPC.shape[1], len(cache_BPC))
     inputs = (q_BSHQ, _rows(q_BSHQ), kv_BSY, _rows(kv_BSY), cache_BPC, cache_BPC.stride(0), *table, start_B)
     sizes = (batch, length, heads, wide - turning, turning, value, latent)
-    failed = needed(SOURCE)("decode", *inputs, *rotary, norm_C, up_HXC, out, *sizes, float(eps), float(scale))
+    failed = needed(SOURCE)("decode", *inputs, *rotary, norm_C, up_HXC, out, log_BSH, *sizes, float(eps), float(scale))
     if failed and table_BJ is not None:  # which it looked at before it wrote
         _check_pages(table_BJ, cache_BPC, start_B + length)
-    return out
+    return out if log_BSH is None else (out, log_BSH)
 
 
 def _check(
