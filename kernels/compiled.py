@@ -71,7 +71,14 @@ def may_compile() -> bool:
 
 def compiled(source: str) -> Compiled | None:
     """The functions of a source, named as `moe_mlp/cpu.cpp`; none where it cannot be compiled here."""
-    return None if TORCH_ALONE else _compiled(source)
+    if TORCH_ALONE:
+        return _torch_alone()
+    return _compiled(source)
+
+
+@functools.cache
+def _torch_alone() -> None:
+    log.warning("nothing is compiled, for GRISTMILL_KERNELS=torch: slower paths in torch run")
 
 
 def needed(source: str) -> Compiled:

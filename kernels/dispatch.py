@@ -11,62 +11,111 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import assume_constant_result, is_dynamo_compiling
 
 from gristmill.kernels.compiled import compiled, may_compile
 
 log = logging.getLogger("gristmill.kernels")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton looks once, too
+CHECKED = os.environ.get("GRISTMILL_KERNELS_CHECK") == "1"  # numbers are looked at on a GPU too, which waits for it
+INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 _counts: Counter[tuple[str, str]] = Counter()
 _reference = False  # of the whole process: on a GPU autograd has a thread of its own
-_said: set[tuple[str, str]] = set()
+_said: set[tuple[str, ...]] = set()
 
 
-def chosen(operation: str, x: Tensor, source: str | None = None, *, triton: bool = True, traceable: bool = True) -> str:
+def chosen(
+    operation: str,
+    x: Tensor,
+    source: str | None = None,
+    *,
+    triton: bool | None = True,
+    traceable: bool = True,
+    takes: str = "",
+) -> str:
     """`gpu`, `compiled`, `cpu`, `torch` or `reference` for an operation on x; the choice is counted.
 
     `compiled` is of float32 alone, and where the operation's C++ `source` compiles; `cpu` is a path in torch.
-    `torch` are torch's own operations on a GPU, where the operation has no code in `triton`, or none for such tensors.
-    GRISTMILL_KERNELS=gpu with TRITON_INTERPRET=1 runs the GPU's code on a CPU, for its tests.
+    `torch` are torch's own operations on a GPU, where the operation has no code in `triton` (none), or none for such
+    tensors (false). GRISTMILL_KERNELS=gpu with TRITON_INTERPRET=1 runs the GPU's code on a CPU, for its tests.
+
+    What falls back to them is logged once with its reason: where x has another dtype than the source; and where there
+    is no code for such tensors, as `takes` says what tensors there is some for. Without it, it is no fallback.
 
     Where torch.compile captures a graph it is `operation`: the operation of torch.library (operations.py) goes into the
     graph, and chooses, and is counted, whenever it runs. Where nothing of ours would run it is `torch`, whose
     operations are captured themselves, if they are `traceable`.
     """
     if is_dynamo_compiling():
-        return _captured(x, source, triton, traceable)
+        return _captured(operation, x, source, triton, traceable, takes)
     if _reference:
         picked = "reference"
-    elif x.is_cuda or (INTERPRETED and os.environ.get("GRISTMILL_KERNELS") == "gpu"):
+    elif _for_gpu(x):
         picked = "gpu" if triton else "torch"
-    elif x.device.type == "cpu":
+        if takes and triton is False and x.numel():
+            _fall_back(operation, x.device.type, x.dtype, takes)
+    elif x.is_cpu:
         picked = "compiled" if source is not None and runs_compiled(x, source) else "cpu"
+        if picked == "cpu" and x.numel() and (takes if source is None else x.dtype != torch.float32):
+            _fall_back(operation, "cpu", x.dtype, "float32" if source is not None else takes)
     else:
         picked = "reference"
-        if (operation, x.device.type) not in _said:
-            _said.add((operation, x.device.type))
-            log.warning("%s has no implementation for device %s: the reference runs", operation, x.device.type)
+        kind = x.device.type
+        _say((operation, kind), "%s has no implementation for device %s: the reference runs", operation, kind)
     _counts[operation, picked] += 1
     return picked
 
 
-def _captured(x: Tensor, source: str | None, triton: bool, traceable: bool) -> str:
+def _for_gpu(x: Tensor) -> bool:
+    return x.is_cuda or (INTERPRETED and os.environ.get("GRISTMILL_KERNELS") == "gpu")
+
+
+def _captured(
+    operation: str, x: Tensor, source: str | None, triton: bool | None, traceable: bool, takes: str
+) -> str:  # fmt: skip
     """What goes into a graph."""
-    if x.is_cuda or (INTERPRETED and os.environ.get("GRISTMILL_KERNELS") == "gpu"):
-        ours = triton
+    if _for_gpu(x):
+        ours, falls = triton, takes if triton is False else ""
     else:
-        ours = x.device.type == "cpu" and x.dtype == torch.float32 and source is not None and may_compile()
-    return "operation" if ours or not traceable else "torch"
+        here, right = x.device.type == "cpu", x.dtype == torch.float32
+        ours = here and right and source is not None and may_compile()
+        falls = "" if not here else takes if source is None else "" if right else "float32"
+    if ours or not traceable:
+        return "operation"
+    if falls:
+        _fall_back(operation, x.device.type, x.dtype, falls)
+    return "torch"
+
+
+@assume_constant_result  # within a graph it is called as the graph is made, and is not in it
+def _fall_back(operation: str, device: str, dtype: torch.dtype, takes: str) -> None:
+    """Say that torch's own operations run, and what tensors code of ours takes."""
+    said = "%s runs in torch's own operations on %s, here of %s: code of ours takes %s"
+    _say((operation, device, takes), said, operation, device, dtype, takes)
+
+
+def _say(key: tuple[str, ...], text: str, *details: Any) -> None:
+    """Log it, once for each key."""
+    if key not in _said:
+        _said.add(key)
+        log.warning(text, *details)
 
 
 def readable(x: Tensor) -> bool:
-    """Whether a check may look at its numbers: on a GPU, looking means waiting, and in a graph there are none yet."""
-    return x.device.type == "cpu" and not is_dynamo_compiling()
+    """Whether a check may look at its numbers: in a graph there are none yet, and on a GPU looking means waiting.
+
+    There it is done with GRISTMILL_KERNELS_CHECK=1.
+    """
+    return not is_dynamo_compiling() and (_on_host(x) or (CHECKED and _for_gpu(x)))
+
+
+def _on_host(x: Tensor) -> bool:
+    return x.is_cpu
 
 
 def runs_compiled(x: Tensor, source: str) -> bool:
     """Whether an operation with this C++ source is compiled for such tensors: float32 on a CPU, with a compiler."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and compiled(source) is not None
+    return x.is_cpu and x.dtype == torch.float32 and compiled(source) is not None
 
 
 @contextmanager
@@ -92,6 +141,39 @@ def report() -> dict[str, dict[str, int]]:
 
 
 def require(holds: bool, error: type[Exception], what: str, got: Any, wanted: Any) -> None:
-    """Raise `error` naming the argument, what was given and what is wanted, unless the condition holds."""
+    """Raise `error` naming the argument, what was given and what is wanted, unless the condition holds.
+
+    Whoever is called at every step passes what is there: a text or a tuple made of it costs more than the comparison.
+    """
     if not holds:
+        got, wanted = (tuple(said) if isinstance(said, torch.Size) else said for said in (got, wanted))
         raise error(f"{what} is {got}; wanted {wanted}")
+
+
+def require_dtype(operation: str, dtype: torch.dtype, of: str, **tensors: Tensor | None) -> None:
+    """Raise TypeError naming the first tensor that has another dtype, which is that of what is called `of`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"{operation}: {name} is {tensor.dtype}; wanted the dtype of {of}, {dtype}")
+
+
+def require_shapes(operation: str, **tensors: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Raise ValueError naming the first tensor that is not of the shape beside it."""
+    for name, (tensor, shape) in tensors.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{operation}: shape of {name} is {tuple(tensor.shape)}; wanted {shape}")
+
+
+def require_ranks(operation: str, **tensors: tuple[Tensor, int]) -> None:
+    """Raise ValueError naming the first tensor that has not as many dimensions as stand beside it."""
+    for name, (tensor, rank) in tensors.items():
+        if tensor.ndim != rank:
+            raise ValueError(f"{operation}: rank of {name} is {tensor.ndim}; wanted {rank}")
+
+
+def require_device(operation: str, name: str, of: Tensor, **tensors: Tensor | None) -> None:
+    """Raise ValueError naming the first tensor that lies on another device than `of`, which is called `name`."""
+    device = of.device
+    for other, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{operation}: device of {other} is {tensor.device}; wanted that of {name}, {device}")

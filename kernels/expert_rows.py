@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
+
+from gristmill.kernels.dispatch import INTEGERS, readable, require, require_device
 
 
 def rows_by_expert(expert_TK: Tensor) -> Tensor:
@@ -16,3 +20,37 @@ def places(order_M: Tensor) -> Tensor:
     place_M = torch.empty_like(order_M)
     place_M[order_M] = torch.arange(len(order_M), device=order_M.device)
     return place_M
+
+
+def check_ends(operation: str, ends_E: Tensor, groups: int, name: str, x_NK: Tensor) -> None:
+    """The ends of so many groups are those of all rows of x, which is called `name`.
+
+    Raises:
+        TypeError: they are no integers.
+        ValueError: shape or device do not fit, there are rows and no group, or (where numbers are looked at) they do
+            not ascend to the number of rows.
+    """
+    rows = x_NK.shape[0]
+    require(ends_E.shape == (groups,), ValueError, f"{operation}: shape of ends_E", ends_E.shape, (groups,))
+    require(groups > 0 or not rows, ValueError, f"{operation}: groups", 0, f"some, for {rows} rows")
+    last = check_ascent(operation, ends_E, name, x_NK)
+    if last is not None:
+        require(last == rows, ValueError, f"{operation}: last of ends_E", last, f"the {rows} rows of {name}")
+
+
+def check_ascent(operation: str, ends_E: Tensor, name: str, x: Tensor) -> int | None:
+    """The last of the ends, which ascend, where numbers are looked at.
+
+    Raises:
+        TypeError: they are no integers.
+        ValueError: they are not in one dimension, on another device than x, or do not ascend.
+    """
+    require(ends_E.dtype in INTEGERS, TypeError, f"{operation}: ends_E", ends_E.dtype, "integers")
+    require(ends_E.ndim == 1, ValueError, f"{operation}: rank of ends_E", ends_E.ndim, 1)
+    require_device(operation, name, x, ends_E=ends_E)
+    if not readable(ends_E) or not len(ends_E):
+        return None
+    ends = ends_E.tolist()
+    ascending = ends[0] >= 0 and all(a <= b for a, b in pairwise(ends))
+    require(ascending, ValueError, f"{operation}: ends_E", ends, "ascending ends")
+    return ends[-1]

@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels.decoder_layers import DecoderLayers, LayerWeights, MtpWeights, Shape, joined, runs
-from gristmill.kernels.dispatch import runs_compiled
 from gristmill.kernels.linear import linear
-from gristmill.kernels.moe_mlp import moe_mlp
-from gristmill.kernels.moe_mlp.native import SOURCE
+from gristmill.kernels.moe_mlp import experts_are_compiled, moe_mlp
 from gristmill.kernels.router import Choice
 from gristmill.model.cache import Cache, PagedCache, SlotCache
 from gristmill.model.transformer import (
@@ -113,7 +111,7 @@ class FewTokens:
         c = self.config = module.config
         self.module, experts = module, module.experts
         few = c.n_routed_experts <= DENSE_SHARE * c.num_experts_per_tok
-        self.dense = few and not runs_compiled(experts.down_proj, SOURCE)
+        self.dense = few and not experts_are_compiled(experts.down_proj)
         if self.dense:
             gate_up: list[Tensor] = [experts.gate_up_proj]
             down: list[Tensor] = [experts.down_proj.transpose(1, 2).flatten(0, 1)]

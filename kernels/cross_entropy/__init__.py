@@ -10,7 +10,7 @@ from gristmill.kernels.cross_entropy.reference import (
     linear_cross_entropy_mean_reference,
     linear_log_probs_and_entropy_reference,
 )
-from gristmill.kernels.dispatch import chosen, readable, require
+from gristmill.kernels.dispatch import INTEGERS, chosen, readable, require, require_device, require_dtype
 from gristmill.kernels.operations import graded
 
 __all__ = ["linear_cross_entropy_mean", "linear_log_probs", "linear_log_probs_and_entropy"]
@@ -27,18 +27,24 @@ def linear_cross_entropy_mean(
     Args:
         x_TD: hidden states, (T, D).
         w_VD: the head's matrix, (V, D).
-        target_T: token ids; a negative one leaves its row out.
-        weight_T: weight of each row; for a mean they sum to one.
+        target_T: token ids, integers, (T,); a negative one leaves its row out.
+        weight_T: weight of each row, (T,), of any floating dtype; for a mean they sum to one.
         rounded: whether products take their operands rounded to bfloat16, as in `linear`; for a CPU.
 
     Raises:
-        TypeError: x and w differ in dtype or device.
-        ValueError: the shapes do not fit, z_loss is negative, or (on a CPU) a target is not in the vocabulary.
+        TypeError: x, w or the weights are not floating, x and w differ in dtype, or targets are no integers.
+        ValueError: the shapes or devices do not fit, z_loss is negative, or (on a CPU; on a GPU where
+            GRISTMILL_KERNELS_CHECK=1) a target is not in the vocabulary.
         RuntimeError: (of the backward pass) its gradients were taken before.
     """
-    _check("linear_cross_entropy_mean", x_TD, w_VD, target_T)
-    require(z_loss >= 0, ValueError, "linear_cross_entropy_mean: z_loss", z_loss, "0 or more")
-    implementation = chosen("linear_cross_entropy_mean", x_TD, native.SOURCE, traceable=False)
+    name = "linear_cross_entropy_mean"
+    _check(name, x_TD, w_VD, target_T)
+    require(weight_T.shape == x_TD.shape[:1], ValueError, f"{name}: shape of weight_T", weight_T.shape, x_TD.shape[:1])
+    require(weight_T.is_floating_point(), TypeError, f"{name}: weight_T", weight_T.dtype, "a floating dtype")
+    require_device(name, "x_TD", x_TD, weight_T=weight_T)
+    target_T = target_T.long()
+    require(z_loss >= 0, ValueError, f"{name}: z_loss", z_loss, "0 or more")
+    implementation = chosen(name, x_TD, native.SOURCE, traceable=False)
     if implementation == "reference":
         return linear_cross_entropy_mean_reference(x_TD, w_VD, target_T, weight_T, z_loss=z_loss, rounded=rounded)
     if implementation == "compiled":
@@ -66,14 +72,15 @@ def linear_log_probs_and_entropy(
     The log-probabilities are differentiable in x and w; the entropies, which are there to be watched, are not.
 
     Raises:
-        TypeError: x and w differ in dtype or device.
-        ValueError: the shapes do not fit, the temperature is not positive, or (on a CPU) a target is not in the
-            vocabulary.
+        TypeError: x or w is not floating, they differ in dtype, or targets are no integers.
+        ValueError: the shapes or devices do not fit, the temperature is not positive, or (on a CPU; on a GPU where
+            GRISTMILL_KERNELS_CHECK=1) a target is not in the vocabulary.
     """
     _check("linear_log_probs", x_TD, w_VD, target_T)
     if readable(target_T) and target_T.numel():
         least = int(target_T.min())
         require(least >= 0, ValueError, "linear_log_probs: least of target_T", least, "a token id, 0 or more")
+    target_T = target_T.long()
     require(temperature > 0, ValueError, "linear_log_probs: temperature", temperature, "more than 0")
     implementation = chosen("linear_log_probs", x_TD, native.SOURCE, traceable=False)
     if implementation == "reference":
@@ -86,23 +93,14 @@ def linear_log_probs_and_entropy(
 
 
 def _check(operation: str, x: Tensor, w: Tensor, target: Tensor) -> None:
-    require(x.dtype == w.dtype, TypeError, f"{operation}: w_VD", w.dtype, f"the dtype of x_TD, {x.dtype}")
-    require(x.device == w.device, TypeError, f"{operation}: w_VD", w.device, f"the device of x_TD, {x.device}")
-    require(
-        x.ndim == 2 and w.ndim == 2,
-        ValueError,
-        f"{operation}: ranks of x_TD and w_VD",
-        (x.ndim, w.ndim),
-        (2, 2),
-    )
+    require(x.is_floating_point(), TypeError, f"{operation}: x_TD", x.dtype, "a floating dtype")
+    require(target.dtype in INTEGERS, TypeError, f"{operation}: target_T", target.dtype, "integers")
+    require_dtype(operation, x.dtype, "x_TD", w_VD=w)
+    require_device(operation, "x_TD", x, w_VD=w, target_T=target)
+    ranks = x.ndim, w.ndim
+    require(ranks == (2, 2), ValueError, f"{operation}: ranks of x_TD and w_VD", ranks, (2, 2))
     require(w.shape[1] == x.shape[1], ValueError, f"{operation}: inner size of w_VD", w.shape[1], x.shape[1])
-    require(
-        target.shape == x.shape[:1],
-        ValueError,
-        f"{operation}: shape of target_T",
-        tuple(target.shape),
-        (x.shape[0],),
-    )
+    require(target.shape == x.shape[:1], ValueError, f"{operation}: shape of target_T", target.shape, x.shape[:1])
     if readable(target) and target.numel():
         most, rows = int(target.max()), w.shape[0]
         require(most < rows, ValueError, f"{operation}: largest of target_T", most, f"less than the {rows} of w_VD")

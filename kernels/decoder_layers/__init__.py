@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gristmill.kernels.compiled import needed
-from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.dispatch import chosen, require, require_device, require_ranks
 from gristmill.kernels.linear import LEAST_ROWS
 from gristmill.kernels.router import Choice
 
@@ -88,7 +88,7 @@ class Shape:
 
 def runs(x: Tensor, tokens: int) -> bool:
     """Whether so many tokens go through all layers in one call, given a tensor of their kind; the choice is counted."""
-    return chosen("decoder_layers", x, SOURCE if 0 < tokens < LEAST_ROWS else None, triton=False) == "compiled"
+    return chosen("decoder_layers", x, SOURCE if 0 < tokens < LEAST_ROWS else None, triton=None) == "compiled"
 
 
 class DecoderLayers:
@@ -133,25 +133,35 @@ class DecoderLayers:
                 leave in the cache what it keeps of them, and the results are (B, 1, D) and (B, 1, V).
 
         Raises:
-            TypeError: x is not float32, or places or pages are not int64.
-            ValueError: shapes do not fit, a place is not within the slots or past the angles, a token that is asked for
-                is not among its row's, a row's page is none of the cache.
+            TypeError: x or the cache is not float32, or places or pages are not int64.
+            ValueError: shapes do not fit, a tensor is not on the CPU, a place is not within the slots or past the
+                angles, a token that is asked for is not among its row's, a row's page is none of the cache.
         """
+        if (x_BSD.ndim, cache_LBPC.ndim) != (3, 4):
+            require_ranks("decoder_layers", x_BSD=(x_BSD, 3), cache_LBPC=(cache_LBPC, 4))
         (batch, length, width), n = x_BSD.shape, self.shape
         (layers, slots, places, cached), (layer_stride, slot, *inside) = cache_LBPC.shape, cache_LBPC.stride()
-        rows, most = (slots, places) if table_BJ is None else (len(table_BJ), table_BJ.shape[1] * places)
+        if table_BJ is not None:
+            require_ranks("decoder_layers", table_BJ=(table_BJ, 2))
+            require(len(table_BJ) == batch, ValueError, "decoder_layers: rows of table_BJ", len(table_BJ), batch)
+        rows, most = (slots, places) if table_BJ is None else (batch, table_BJ.shape[1] * places)
         fits = (layers, rows, cached, width) == (len(self.layers), batch, n.latent + n.turning, n.width)
         fits = fits and inside == [cached, 1] and start_B.shape == (batch,)
         fits = fits and (asked_B is None or (layers == 1 and asked_B.shape == (batch,)))
         if not fits:
             got = tuple(x_BSD.shape), tuple(start_B.shape), tuple(cache_LBPC.shape), cache_LBPC.stride()
-            raise ValueError(f"decoder_layers: x, start and cache are {got}; wanted those of {len(self.layers)} of {n}")
-        if start_B.dtype != torch.int64 or (asked_B is not None and asked_B.dtype != torch.int64):
-            raise TypeError(f"decoder_layers: places are {start_B.dtype}; wanted {torch.int64}")
-        if table_BJ is not None and table_BJ.dtype != torch.int64:
-            raise TypeError(f"decoder_layers: pages are {table_BJ.dtype}; wanted {torch.int64}")
+            wanted = f"x_BSD, start_B, cache_LBPC and, of one layer, asked_B of {len(self.layers)} of {n}"
+            raise ValueError(f"decoder_layers: x, start and cache are {got}; wanted {wanted}")
+        for name, tensor in (("start_B", start_B), ("asked_B", asked_B), ("table_BJ", table_BJ)):
+            if tensor is not None and tensor.dtype != torch.int64:
+                raise TypeError(f"decoder_layers: places of {name} are {tensor.dtype}; wanted {torch.int64}")
         if not x_BSD.dtype == cache_LBPC.dtype == torch.float32:
-            raise TypeError(f"decoder_layers: x is {x_BSD.dtype}, the cache {cache_LBPC.dtype}; wanted {torch.float32}")
+            got = f"x is {x_BSD.dtype}, the cache {cache_LBPC.dtype}"
+            raise TypeError(f"decoder_layers: {got}; wanted x_BSD and cache_LBPC in {torch.float32}")
+        require_device(
+            "decoder_layers", "the weights", self.head[0], x_BSD=x_BSD, start_B=start_B, cache_LBPC=cache_LBPC,
+            asked_B=asked_B, table_BJ=table_BJ,
+        )  # fmt: skip
         answers = length if asked_B is None else 1
         out_BSD = x_BSD = x_BSD.clone(memory_format=torch.contiguous_format)  # the source overwrites it
         if asked_B is not None:
@@ -178,13 +188,22 @@ def joined(hidden_BSD: Tensor, embedding_BSD: Tensor, norm_D: Tensor, weights: M
     """What an MTP module's block reads (V3 equation 21), of states before the final norm, whose weight is norm_D.
 
     Raises:
-        ValueError: shapes do not fit.
+        TypeError: a tensor is not float32 on a CPU.
+        ValueError: shapes do not fit, or a weight's numbers do not lie one behind the other.
     """
     shape = embedding_BSD.shape
-    require(hidden_BSD.shape == shape, ValueError, "joined: shape of hidden_BSD", tuple(hidden_BSD.shape), tuple(shape))
+    if hidden_BSD.shape != shape:
+        got = tuple(hidden_BSD.shape)
+        raise ValueError(f"joined: shape of hidden_BSD is {got}; wanted that of embedding_BSD, {tuple(shape)}")
     wanted = (shape[-1], 2 * shape[-1])
     require(weights.join_DX.shape == wanted, ValueError, "joined: shape of join_DX", weights.join_DX.shape, wanted)
     given = (norm_D, weights.hidden_norm_D, weights.embedding_norm_D, weights.join_DX)
+    for name, norm in zip(("norm_D", "hidden_norm_D", "embedding_norm_D"), given[:3], strict=True):
+        require(norm.shape == shape[-1:], ValueError, f"joined: shape of {name}", norm.shape, shape[-1:])
+        _check_tensor(norm, name, "joined")
+    _check_tensor(weights.join_DX, "join_DX", "joined")
+    for name, states in (("hidden_BSD", hidden_BSD), ("embedding_BSD", embedding_BSD)):
+        _check_kind(states, name, "joined")
     out_BSD, rows = torch.empty_like(hidden_BSD), hidden_BSD.numel() // shape[-1]
     needed(SOURCE)("join", hidden_BSD.contiguous(), embedding_BSD.contiguous(), *given, out_BSD, rows, shape[-1], eps)
     return out_BSD
@@ -226,7 +245,11 @@ def _check(layer: LayerWeights, n: Shape, where: str) -> None:
             _check_tensor(weight, f"{name} of {where}")
 
 
-def _check_tensor(tensor: Tensor, name: str) -> None:
+def _check_tensor(tensor: Tensor, name: str, operation: str = "decoder_layers") -> None:
+    _check_kind(tensor, name, operation)
+    require(tensor.is_contiguous(), ValueError, f"{operation}: {name}", tensor.stride(), "contiguous")
+
+
+def _check_kind(tensor: Tensor, name: str, operation: str) -> None:
     kind = tensor.dtype, tensor.device.type
-    require(kind == (torch.float32, "cpu"), TypeError, f"decoder_layers: {name}", kind, (torch.float32, "cpu"))
-    require(tensor.is_contiguous(), ValueError, f"decoder_layers: {name}", tensor.stride(), "contiguous")
+    require(kind == (torch.float32, "cpu"), TypeError, f"{operation}: {name}", kind, (torch.float32, "cpu"))

@@ -6,22 +6,26 @@ rows, so both its sides have a scale for each column and 128 rows. `reference.py
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gristmill.kernels.dispatch import chosen, readable, require
+from gristmill.kernels.dispatch import chosen, require, require_device
+from gristmill.kernels.expert_rows import check_ascent, check_ends
 from gristmill.kernels.fp8_gemm import library, reference
+from gristmill.kernels.fp8_gemm.linear import fp8_feed_forward, fp8_linear, is_whole
 from gristmill.kernels.fp8_gemm.reference import BLOCK, LARGEST, most_tiles, tile_ends
 
 __all__ = [
     "BLOCK",
     "LARGEST",
+    "fp8_feed_forward",
     "fp8_gemm",
     "fp8_grouped_gemm",
+    "fp8_linear",
     "fp8_weight_gradient",
+    "is_whole",
     "most_tiles",
     "quantise_blocks",
     "quantise_columns",
@@ -54,12 +58,14 @@ def quantise_columns(x_NK: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
     groups; P is 128 · `most_tiles(N, E)`, and what no group needs is zero.
 
     Raises:
-        TypeError: x is not floating.
-        ValueError: x is no matrix, K is no multiple of 128, or the ends (looked at on a CPU) do not ascend to N.
+        TypeError: x is not floating, or the ends are no integers.
+        ValueError: x is no matrix, K is no multiple of 128, the ends are on another device or (on a CPU; on a GPU where
+            GRISTMILL_KERNELS_CHECK=1) do not ascend to N.
     """
     _check_values("quantise_columns", "x_NK", x_NK, 2)
     _check_blocks("quantise_columns: columns of x_NK", x_NK.shape[1])
-    _check_ends("quantise_columns", ends_E, x_NK, len(ends_E))
+    require(ends_E.ndim == 1, ValueError, "quantise_columns: rank of ends_E", ends_E.ndim, 1)
+    check_ends("quantise_columns", ends_E, len(ends_E), "x_NK", x_NK)
     return _module("quantise_columns", x_NK).quantise_columns(x_NK, ends_E)
 
 
@@ -100,7 +106,7 @@ def fp8_gemm(
     """
     _check_operand("fp8_gemm", "x_NK", x_NK, x_scale_NC, 2, (1, BLOCK))
     _check_operand("fp8_gemm", "w_MK", w_MK, w_scale_BC, 2, (BLOCK, BLOCK))
-    _check_pair("fp8_gemm", "w_MK", w_MK, x_NK)
+    _check_pair("fp8_gemm", "w_MK", w_MK, "x_NK", x_NK)
     ends_E = torch.full((1,), len(x_NK), device=x_NK.device)
     module = _module("fp8_gemm", x_NK)
     return module.fp8_grouped_gemm(x_NK, x_scale_NC, w_MK[None], w_scale_BC[None], ends_E, dtype)
@@ -117,14 +123,14 @@ def fp8_grouped_gemm(
     """y (N, M) in `dtype` with y[rows of e] = x[rows of e] · w[e]ᵀ; `ends_E` as `grouped_gemm` has it.
 
     Raises:
-        TypeError: values that are not E4M3 or scales that are not float32.
-        ValueError: shapes or devices that do not fit; K or M is no multiple of 128; the ends (looked at on a CPU) do
-            not ascend to N; on a GPU, there are 2³⁰ rows or more.
+        TypeError: values that are not E4M3, scales that are not float32, or ends that are no integers.
+        ValueError: shapes or devices that do not fit; K or M is no multiple of 128; the ends do not ascend to N (on a
+            CPU; on a GPU where GRISTMILL_KERNELS_CHECK=1); on a GPU, there are 2³⁰ rows or more.
     """
     _check_operand("fp8_grouped_gemm", "x_NK", x_NK, x_scale_NC, 2, (1, BLOCK))
     _check_operand("fp8_grouped_gemm", "w_EMK", w_EMK, w_scale_EBC, 3, (BLOCK, BLOCK))
-    _check_pair("fp8_grouped_gemm", "w_EMK", w_EMK, x_NK)
-    _check_ends("fp8_grouped_gemm", ends_E, x_NK, len(w_EMK))
+    _check_pair("fp8_grouped_gemm", "w_EMK", w_EMK, "x_NK", x_NK)
+    check_ends("fp8_grouped_gemm", ends_E, len(w_EMK), "x_NK", x_NK)
     module = _module("fp8_grouped_gemm", x_NK)
     return module.fp8_grouped_gemm(x_NK, x_scale_NC, w_EMK, w_scale_EBC, ends_E, dtype)
 
@@ -135,16 +141,16 @@ def fp8_weight_gradient(
     """dw (E, M, K) in float32 with dw[e] = grad[rows of e]ᵀ · x[rows of e], both sides by `quantise_columns`.
 
     Raises:
-        TypeError: values that are not E4M3 or scales that are not float32.
-        ValueError: shapes or devices that do not fit, M or K is no multiple of 128, or there are fewer tiles than the
-            groups have (looked at on a CPU).
+        TypeError: values that are not E4M3, scales that are not float32, or ends that are no integers.
+        ValueError: shapes or devices that do not fit, M or K is no multiple of 128, or (on a CPU; on a GPU where
+            GRISTMILL_KERNELS_CHECK=1) the ends do not ascend or there are fewer tiles than the groups have.
     """
     _check_operand("fp8_weight_gradient", "grad_MP", grad_MP, grad_scale_MQ, 2, (1, BLOCK))
     _check_operand("fp8_weight_gradient", "x_KP", x_KP, x_scale_KQ, 2, (1, BLOCK))
-    _check_pair("fp8_weight_gradient", "x_KP", x_KP, grad_MP)
+    _check_pair("fp8_weight_gradient", "x_KP", x_KP, "grad_MP", grad_MP)
     _check_blocks("fp8_weight_gradient: rows of grad_MP", len(grad_MP))
     _check_blocks("fp8_weight_gradient: rows of x_KP", len(x_KP))
-    if readable(ends_E) and len(ends_E):
+    if check_ascent("fp8_weight_gradient", ends_E, "grad_MP", grad_MP) is not None:
         tiles, wanted = grad_scale_MQ.shape[1], int(tile_ends(ends_E)[-1])
         require(tiles >= wanted, ValueError, "fp8_weight_gradient: tiles of grad_MP", tiles, f"at least {wanted}")
     module = _module("fp8_weight_gradient", grad_MP)
@@ -182,22 +188,9 @@ def _check_operand(operation: str, name: str, q: Tensor, scale: Tensor, rank: in
     wanted = (*q.shape[:-2], q.shape[-2] // block[0], q.shape[-1] // block[1])
     what = f"{operation}: shape of the scales of {name}"
     require(tuple(scale.shape) == wanted, ValueError, what, tuple(scale.shape), wanted)
-    require(
-        scale.device == q.device, ValueError, f"{operation}: device of the scales of {name}", scale.device, q.device
-    )
+    require_device(operation, name, q, **{f"the scales of {name}": scale})
 
 
-def _check_pair(operation: str, name: str, w: Tensor, x: Tensor) -> None:
+def _check_pair(operation: str, name: str, w: Tensor, other: str, x: Tensor) -> None:
     require(w.shape[-1] == x.shape[-1], ValueError, f"{operation}: columns of {name}", w.shape[-1], x.shape[-1])
-    require(w.device == x.device, ValueError, f"{operation}: device of {name}", w.device, f"{x.device}")
-
-
-def _check_ends(operation: str, ends: Tensor, x: Tensor, groups: int) -> None:
-    require(ends.shape == (groups,), ValueError, f"{operation}: shape of ends_E", tuple(ends.shape), (groups,))
-    require(ends.device == x.device, ValueError, f"{operation}: device of ends_E", ends.device, f"{x.device}")
-    require(bool(groups) or not len(x), ValueError, f"{operation}: groups", 0, f"some, for {len(x)} rows")
-    if readable(ends) and groups:
-        places = ends.tolist()
-        ascending = places[0] >= 0 and all(a <= b for a, b in pairwise(places))
-        require(ascending, ValueError, f"{operation}: ends_E", places, "ascending ends")
-        require(places[-1] == len(x), ValueError, f"{operation}: last of ends_E", places[-1], f"the {len(x)} rows")
+    require_device(operation, other, x, **{name: w})

@@ -13,15 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gristmill.kernels.fp8_gemm import (
-    BLOCK,
-    fp8_grouped_gemm,
-    fp8_weight_gradient,
-    quantise_blocks,
-    quantise_columns,
-    quantise_rows,
-    swiglu_quantise,
-)
+from gristmill.kernels import fp8_gemm as public
+from gristmill.kernels.dispatch import require, require_device, require_ranks, require_shapes
+from gristmill.kernels.expert_rows import check_ends
+from gristmill.kernels.fp8_gemm.reference import BLOCK
 
 
 def is_whole(*widths: int) -> bool:
@@ -30,8 +25,18 @@ def is_whole(*widths: int) -> bool:
 
 
 def fp8_linear(x_NK: Tensor, w_MK: Tensor) -> Tensor:
-    """x · wᵀ in x's dtype, (N, M); the gradient of w is float32 where w is."""
-    (outer, inner), rows = w_MK.shape, len(x_NK)
+    """x · wᵀ in x's dtype, (N, M); the gradient of w is float32 where w is.
+
+    Raises:
+        TypeError: x or w is not floating.
+        ValueError: one of them is no matrix, or their inner sizes or devices differ.
+    """
+    require_ranks("fp8_linear", x_NK=(x_NK, 2), w_MK=(w_MK, 2))
+    _check_floating("fp8_linear", x_NK=x_NK, w_MK=w_MK)
+    inner = x_NK.shape[1]
+    require(w_MK.shape[1] == inner, ValueError, "fp8_linear: inner size of w_MK", w_MK.shape[1], inner)
+    require_device("fp8_linear", "x_NK", x_NK, w_MK=w_MK)
+    outer, rows = len(w_MK), len(x_NK)
     if not is_whole(outer, inner):
         x_NK, w_MK = F.pad(x_NK, (0, -inner % BLOCK)), F.pad(w_MK, (0, -inner % BLOCK, 0, -outer % BLOCK))
     ends_E = torch.full((1,), rows, device=x_NK.device)
@@ -47,8 +52,19 @@ def fp8_feed_forward(x_MD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, ends_E
         gate_up_EGD: (E, 2F, D), gate first.
         down_EDF: (E, D, F).
         ends_E: where each group's rows end, as `grouped_gemm` has it.
+
+    Raises:
+        TypeError: x or a stack is not floating, or the ends are no integers.
+        ValueError: shapes or devices do not fit, or (on a CPU; on a GPU where GRISTMILL_KERNELS_CHECK=1) the ends do
+            not ascend to M.
     """
-    width, hidden = down_EDF.shape[1:]
+    name = "fp8_feed_forward"
+    require_ranks(name, x_MD=(x_MD, 2), gate_up_EGD=(gate_up_EGD, 3), down_EDF=(down_EDF, 3))
+    _check_floating(name, x_MD=x_MD, gate_up_EGD=gate_up_EGD, down_EDF=down_EDF)
+    (experts, width, hidden), rows = down_EDF.shape, len(x_MD)
+    require_shapes(name, x_MD=(x_MD, (rows, width)), gate_up_EGD=(gate_up_EGD, (experts, 2 * hidden, width)))
+    require_device(name, "x_MD", x_MD, gate_up_EGD=gate_up_EGD, down_EDF=down_EDF)
+    check_ends(name, ends_E, experts, "x_MD", x_MD)
     if not is_whole(width, hidden):
         wider, deeper = -width % BLOCK, -hidden % BLOCK
         x_MD, down_EDF = F.pad(x_MD, (0, wider)), F.pad(down_EDF, (0, deeper, 0, wider))
@@ -58,16 +74,21 @@ def fp8_feed_forward(x_MD: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, ends_E
     return y_MD if y_MD.shape[1] == width else y_MD[:, :width]
 
 
+def _check_floating(operation: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        require(tensor.is_floating_point(), TypeError, f"{operation}: {name}", tensor.dtype, "a floating dtype")
+
+
 class _Product(torch.autograd.Function):
     """y[rows of e] = x[rows of e] · w[e]ᵀ."""
 
     @staticmethod
     def forward(ctx, x_NK: Tensor, w_EMK: Tensor, ends_E: Tensor) -> Tensor:
-        w, w_scale = quantise_blocks(w_EMK)
-        kept = quantise_columns(x_NK, ends_E) if ctx.needs_input_grad[1] else ()
+        w, w_scale = public.quantise_blocks(w_EMK)
+        kept = public.quantise_columns(x_NK, ends_E) if ctx.needs_input_grad[1] else ()
         ctx.save_for_backward(ends_E, w, w_scale, *kept)
         ctx.dtype = w_EMK.dtype
-        return fp8_grouped_gemm(*quantise_rows(x_NK), w, w_scale, ends_E, x_NK.dtype)
+        return public.fp8_grouped_gemm(*public.quantise_rows(x_NK), w, w_scale, ends_E, x_NK.dtype)
 
     @staticmethod
     def backward(ctx, grad_NM: Tensor):
@@ -76,7 +97,8 @@ class _Product(torch.autograd.Function):
         grad_w = None
         if ctx.needs_input_grad[1]:
             x, x_scale = kept
-            grad_w = fp8_weight_gradient(*quantise_columns(grad_NM, ends_E), x, x_scale, ends_E).to(ctx.dtype)
+            grad = public.quantise_columns(grad_NM, ends_E)
+            grad_w = public.fp8_weight_gradient(*grad, x, x_scale, ends_E).to(ctx.dtype)
         return grad_x, grad_w, None
 
 
@@ -85,10 +107,10 @@ class _SwiGLUProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_NG: Tensor, w_EMF: Tensor, ends_E: Tensor) -> Tensor:
-        w, w_scale = quantise_blocks(w_EMF)
+        w, w_scale = public.quantise_blocks(w_EMF)
         ctx.save_for_backward(ends_E, w, w_scale, x_NG)
         ctx.dtype = w_EMF.dtype
-        return fp8_grouped_gemm(*swiglu_quantise(x_NG), w, w_scale, ends_E, x_NG.dtype)
+        return public.fp8_grouped_gemm(*public.swiglu_quantise(x_NG), w, w_scale, ends_E, x_NG.dtype)
 
     @staticmethod
     def backward(ctx, grad_NM: Tensor):
@@ -100,10 +122,10 @@ class _SwiGLUProduct(torch.autograd.Function):
             grad_gate = torch.ops.aten.silu_backward(grad_h * up, gate)
             grad_x = torch.cat((grad_gate, grad_h * F.silu(gate)), 1).to(x_NG.dtype)
         if ctx.needs_input_grad[1]:
-            h = quantise_columns(F.silu(gate) * up, ends_E)
-            grad_w = fp8_weight_gradient(*quantise_columns(grad_NM, ends_E), *h, ends_E).to(ctx.dtype)
+            h = public.quantise_columns(F.silu(gate) * up, ends_E)
+            grad_w = public.fp8_weight_gradient(*public.quantise_columns(grad_NM, ends_E), *h, ends_E).to(ctx.dtype)
         return grad_x, grad_w, None
 
 
 def _input_gradient(grad_NM: Tensor, w_EMK: Tensor, w_scale_EBC: Tensor, ends_E: Tensor) -> Tensor:
-    return fp8_grouped_gemm(*quantise_rows(grad_NM), w_EMK.mT, w_scale_EBC.mT, ends_E, grad_NM.dtype)
+    return public.fp8_grouped_gemm(*public.quantise_rows(grad_NM), w_EMK.mT, w_scale_EBC.mT, ends_E, grad_NM.dtype)

@@ -6,11 +6,10 @@ dtypes torch's products, group by group. On a GPU it is Triton's.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from torch import Tensor
 
-from gristmill.kernels.dispatch import chosen, readable, require
+from gristmill.kernels.dispatch import chosen, require, require_device, require_dtype, require_ranks
+from gristmill.kernels.expert_rows import check_ends
 from gristmill.kernels.grouped_gemm import library
 from gristmill.kernels.grouped_gemm.cpu import GroupedGemm
 from gristmill.kernels.grouped_gemm.native import SOURCE, NativeGroupedGemm
@@ -29,9 +28,10 @@ def grouped_gemm(x_NK: Tensor, w_EMK: Tensor, ends_E: Tensor, *, rounded: bool =
         rounded: whether products take their operands rounded to bfloat16, as in `linear`; on a CPU alone.
 
     Raises:
-        TypeError: x and w differ in dtype or device.
-        ValueError: the shapes do not fit, there are rows and no group, the ends are on another device or (checked on a
-            CPU) do not ascend to N; on a GPU, there are 2³⁰ rows or more, or rounding is asked for.
+        TypeError: x is not floating, w has another dtype, or the ends are no integers.
+        ValueError: the shapes or devices do not fit, there are rows and no group, or (on a CPU; on a GPU where
+            GRISTMILL_KERNELS_CHECK=1) the ends do not ascend to N; on a GPU, there are 2³⁰ rows or more, or rounding is
+            asked for.
     """
     _check(x_NK, w_EMK, ends_E)
     implementation = chosen("grouped_gemm", x_NK, SOURCE, traceable=False)
@@ -50,23 +50,10 @@ def grouped_gemm(x_NK: Tensor, w_EMK: Tensor, ends_E: Tensor, *, rounded: bool =
 
 
 def _check(x: Tensor, w: Tensor, ends: Tensor) -> None:
-    require(x.dtype == w.dtype, TypeError, "grouped_gemm: w_EMK", w.dtype, f"the dtype of x_NK, {x.dtype}")
-    require(x.device == w.device, TypeError, "grouped_gemm: w_EMK", w.device, f"the device of x_NK, {x.device}")
-    require(x.ndim == 2, ValueError, "grouped_gemm: rank of x_NK", x.ndim, "2")
-    require(w.ndim == 3, ValueError, "grouped_gemm: rank of w_EMK", w.ndim, "3")
+    require_ranks("grouped_gemm", x_NK=(x, 2), w_EMK=(w, 3))
+    require(x.is_floating_point(), TypeError, "grouped_gemm: x_NK", x.dtype, "a floating dtype")
+    require_dtype("grouped_gemm", x.dtype, "x_NK", w_EMK=w)
     require(w.shape[2] == x.shape[1], ValueError, "grouped_gemm: inner size of w_EMK", w.shape[2], x.shape[1])
-    require(
-        ends.shape == (w.shape[0],),
-        ValueError,
-        "grouped_gemm: shape of ends_E",
-        tuple(ends.shape),
-        (w.shape[0],),
-    )
-    require(ends.device == x.device, ValueError, "grouped_gemm: device of ends_E", ends.device, f"{x.device}")
-    require(bool(len(ends)) or not len(x), ValueError, "grouped_gemm: groups of w_EMK", 0, f"some, for {len(x)} rows")
-    if readable(ends) and ends.numel():
-        places = ends.tolist()
-        ascending = places[0] >= 0 and all(a <= b for a, b in pairwise(places))
-        require(ascending, ValueError, "grouped_gemm: ends_E", places, "ascending ends")
-        rows = x.shape[0]
-        require(places[-1] == rows, ValueError, "grouped_gemm: last of ends_E", places[-1], f"the {rows} rows of x_NK")
+    require_device("grouped_gemm", "x_NK", x, w_EMK=w)
+    require(len(w) > 0 or not len(x), ValueError, "grouped_gemm: groups of w_EMK", 0, f"some, for {len(x)} rows")
+    check_ends("grouped_gemm", ends, w.shape[0], "x_NK", x)

@@ -23,10 +23,13 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     Of equal ones it is the first, and what is not a number is above all numbers. No gradient.
 
     Raises:
+        TypeError: logits are not floating.
         ValueError: there is nothing to choose from.
     """
-    require(logits.ndim > 0 and logits.shape[-1] > 0, ValueError, "likeliest: shape", tuple(logits.shape), "(..., V)")
-    implementation = chosen("likeliest", logits, SOURCE, triton=False)
+    require(logits.is_floating_point(), TypeError, "likeliest: logits", logits.dtype, "a floating dtype")
+    some = logits.ndim > 0 and logits.shape[-1] > 0
+    require(some, ValueError, "likeliest: shape of logits", logits.shape, "(..., V)")
+    implementation = chosen("likeliest", logits, SOURCE, triton=None)
     if implementation == "operation":
         return library.likeliest(logits)
     if implementation != "compiled":

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from gristmill.kernels.blocks import empty
 from gristmill.kernels.compiled import needed
-from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.dispatch import chosen, require, require_device, require_dtype
 from gristmill.kernels.linear import library
 from gristmill.kernels.linear.reference import linear_reference
 
@@ -23,6 +23,7 @@ __all__ = ["linear", "multiply"]
 SOURCE = "linear/cpu.cpp"
 LEAST_ROWS = 96  # with fewer, packing the weights costs more than it saves
 LEAST_PRODUCTS = 1 << 17  # with fewer, torch's product takes less than the preparation of a call here
+TAKES = "float32 and a contiguous w_MK"
 
 
 def linear(x: Tensor, w_MK: Tensor, bias_M: Tensor | None = None, *, rounded: bool = False) -> Tensor:
@@ -36,14 +37,15 @@ def linear(x: Tensor, w_MK: Tensor, bias_M: Tensor | None = None, *, rounded: bo
             gradients are in x's dtype either way; on a CPU that multiplies bfloat16 numbers it is faster.
 
     Raises:
-        ValueError: the inner sizes differ, or w is no matrix.
+        TypeError: x is not floating, or w or the bias has another dtype.
+        ValueError: the inner sizes differ, w is no matrix, the bias is no number a row of it, or devices differ.
     """
-    require(w_MK.ndim == 2, ValueError, "linear: rank of w_MK", w_MK.ndim, 2)
-    require(x.shape[-1] == w_MK.shape[1], ValueError, "linear: inner size of w_MK", w_MK.shape[1], x.shape[-1])
+    _check(x, w_MK, bias_M)
     many = has_many_rows(x)
     graded = torch.is_grad_enabled() and (x.requires_grad or w_MK.requires_grad)
     fits = many or (not graded and not rounded and x.numel() * len(w_MK) >= LEAST_PRODUCTS)
-    implementation = chosen("linear", x, SOURCE if fits and fits_source(w_MK) else None, triton=False)
+    source, takes = SOURCE if fits and fits_source(w_MK) else None, TAKES if fits else ""
+    implementation = chosen("linear", x, source, triton=None, takes=takes)
     if implementation == "compiled":
         y = NativeLinear.apply(x, w_MK, rounded) if many else few(x, w_MK)
     elif implementation == "operation":
@@ -51,6 +53,18 @@ def linear(x: Tensor, w_MK: Tensor, bias_M: Tensor | None = None, *, rounded: bo
     else:
         return linear_reference(x, w_MK, bias_M, rounded=rounded)
     return y if bias_M is None else y + bias_M
+
+
+def _check(x: Tensor, w_MK: Tensor, bias_M: Tensor | None) -> None:
+    require(x.ndim > 0, ValueError, "linear: rank of x", x.ndim, "1 or more")
+    require(w_MK.ndim == 2, ValueError, "linear: rank of w_MK", w_MK.ndim, 2)
+    (rows, width), dtype = w_MK.shape, x.dtype
+    require(x.shape[-1] == width, ValueError, "linear: inner size of w_MK", width, x.shape[-1])
+    require(dtype.is_floating_point, TypeError, "linear: x", dtype, "a floating dtype")
+    if bias_M is not None:
+        require(bias_M.shape == (rows,), ValueError, "linear: shape of bias_M", bias_M.shape, (rows,))
+    require_dtype("linear", dtype, "x", w_MK=w_MK, bias_M=bias_M)
+    require_device("linear", "x", x, w_MK=w_MK, bias_M=bias_M)
 
 
 def has_many_rows(x: Tensor) -> bool:

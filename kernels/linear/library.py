@@ -21,8 +21,9 @@ def linear(x: Tensor, w_MK: Tensor, rounded: bool = False) -> Tensor:
 
 @gradient(linear, "x", "w_MK")
 def linear_backward(needs: list[bool], grad: Tensor, x: Tensor, w_MK: Tensor, rounded: bool):
-    source = public.SOURCE if public.has_many_rows(x) and public.fits_source(w_MK) else None
-    if chosen("linear_backward", x, source, triton=False) == "compiled":
+    many = public.has_many_rows(x)
+    source, takes = public.SOURCE if many and public.fits_source(w_MK) else None, public.TAKES if many else ""
+    if chosen("linear_backward", x, source, triton=None, takes=takes) == "compiled":
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         context = Context(rows, w_MK, needs=needs, shape=x.shape, rounded=rounded)
         return public.NativeLinear.backward(context, grad)[:2]

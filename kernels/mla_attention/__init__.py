@@ -19,6 +19,7 @@ from gristmill.kernels.mla_attention.sdpa import sdpa_attention, sdpa_latent_att
 __all__ = ["attention", "latent_attention", "operation"]
 LOGS = -2
 """Where a Function's saved tensors have the logarithms of the sums of exponentials."""
+TAKES = "16 bits on a Hopper GPU, a scale above zero, and heads whose parts have whole 16 bytes and at most 128 numbers"
 
 
 def attention(
@@ -48,8 +49,8 @@ def attention(
 
     Raises:
         TypeError: dtypes differ, the mask is not boolean, or the first keys are not int32 or int64.
-        ValueError: shapes or devices do not fit, a mask and first keys are given together, or, on a CPU, a first key
-            is below zero.
+        ValueError: shapes or devices do not fit, a mask and first keys are given together, or (on a CPU; on a GPU where
+            GRISTMILL_KERNELS_CHECK=1) a first key is below zero.
     """
     _check_tensors("attention", {"q_BSHN": (q_BSHN, 4), "k_BSGN": (k_BSGN, 4), "v_BSGW": (v_BSGW, 4)})
     (batch, length, heads, width), groups = q_BSHN.shape, k_BSGN.shape[2]
@@ -58,7 +59,8 @@ def attention(
     divides = groups > 0 and heads % groups == 0
     require(divides, ValueError, "attention: heads of k_BSGN", groups, f"a divisor of the {heads} of q_BSHN")
     _check_seen("attention", mask_BSS, first_BS, q_BSHN)
-    implementation = chosen("attention", q_BSHN, SOURCE, triton=in_triton(q_BSHN, width, v_BSGW.shape[3], scale))
+    fits = in_triton(q_BSHN, width, v_BSGW.shape[3], scale)
+    implementation = chosen("attention", q_BSHN, SOURCE, triton=fits, takes=TAKES)
     if implementation == "reference":
         return attention_reference(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS, first_BS)
     if implementation == "compiled":
@@ -107,9 +109,10 @@ def latent_attention(
     for what, angle in (("cosines", cos), ("sines", sin)):
         _check_shape(f"{name}: shape of the {what}", angle, (batch, length, turning // 2))
         _check_device(f"{name}: device of the {what}", angle, q_BSHQ)
+        require(angle.dtype == torch.float32, TypeError, f"{name}: dtype of the {what}", angle.dtype, torch.float32)
     _check_seen(name, mask_BSS, first_BS, q_BSHQ)
-    source, triton = latent_paths(q_BSHQ, kv_BSHX, key_BSR, rotary, scale)
-    implementation = chosen(name, q_BSHQ, source, triton=triton)
+    fits = latent_in_triton(q_BSHQ, kv_BSHX, key_BSR, scale)
+    implementation = chosen(name, q_BSHQ, SOURCE, triton=fits, takes=TAKES)
     if implementation == "reference":
         return latent_attention_reference(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS, first_BS)
     if implementation == "compiled":
@@ -125,14 +128,10 @@ def latent_attention(
     return sdpa_latent_attention(q_BSHQ, kv_BSHX, key_BSR, rotary, scale, mask_BSS, first_BS)
 
 
-def latent_paths(
-    q_BSHQ: Tensor, kv_BSHX: Tensor, key_BSR: Tensor, rotary: tuple[Tensor, Tensor], scale: float
-) -> tuple[str | None, bool]:
-    """The source of what a CPU runs, if it takes such angles, and whether the code in Triton takes such tensors."""
-    if not rotary[0].dtype == rotary[1].dtype == torch.float32:
-        return None, False
+def latent_in_triton(q_BSHQ: Tensor, kv_BSHX: Tensor, key_BSR: Tensor, scale: float) -> bool:
+    """Whether the code in Triton takes what MLA's projections give."""
     wide, turning = q_BSHQ.shape[3], key_BSR.shape[2]
-    return SOURCE, in_triton(q_BSHQ, wide, kv_BSHX.shape[3] - wide + turning, scale, turning)
+    return in_triton(q_BSHQ, wide, kv_BSHX.shape[3] - wide + turning, scale, turning)
 
 
 def in_triton(q: Tensor, width: int, values: int, scale: float, turning: int | None = None) -> bool:

@@ -38,7 +38,7 @@ def attention_backward(
 ):  # fmt: skip
     given, seen = (q_BSHN, k_BSGN, v_BSGW), (mask_BSS, first_BS)
     triton = public.in_triton(q_BSHN, q_BSHN.shape[3], v_BSGW.shape[3], scale)
-    implementation = chosen("attention_backward", q_BSHN, native.SOURCE, triton=triton)
+    implementation = chosen("attention_backward", q_BSHN, native.SOURCE, triton=triton, takes=public.TAKES)
     if implementation == "compiled":
         inputs, first = native.of_whole(*given, *seen)
         reach = native.reach(inputs.mask_BSS, first, *q_BSHN.shape[:2])
@@ -79,8 +79,8 @@ def latent_attention_backward(
     cos: Tensor, sin: Tensor, scale: float, mask_BSS: Tensor | None, first_BS: Tensor | None,
 ):  # fmt: skip
     given, angles, seen = (q_BSHQ, kv_BSHX, key_BSR), (cos.detach(), sin.detach()), (mask_BSS, first_BS)
-    source, triton = public.latent_paths(*given, angles, scale)
-    implementation = chosen("latent_attention_backward", q_BSHQ, source, triton=triton)
+    triton = public.latent_in_triton(*given, scale)
+    implementation = chosen("latent_attention_backward", q_BSHQ, native.SOURCE, triton=triton, takes=public.TAKES)
     if implementation == "compiled":
         kv, inputs, first = native.of_latents(*given, *angles, *seen)
         reach = native.reach(inputs.mask_BSS, first, *q_BSHQ.shape[:2])

@@ -263,8 +263,8 @@ def triton_mla_decode(
     up_HXC: Tensor,
     scale: float,
     table_BJ: Tensor | None = None,
-) -> Tensor:
-    """See `mla_decode`; of a cache whose slots' places lie one behind the other, in 16 bits or float32."""
+) -> tuple[Tensor, Tensor]:
+    """See `mla_decode`, with its logarithms; places of the cache lie one behind the other, in 16 bits or float32."""
     (batch, length, heads, wide), latent, turning = q_BSHQ.shape, len(norm_C), cache_BPC.shape[2] - len(norm_C)
     plain, tokens, start_B = wide - turning, batch * length, start_B.contiguous()
     q_BSHQ, kv_BSY = (t if t.stride(-1) == 1 else t.contiguous() for t in (q_BSHQ, kv_BSY))
@@ -279,6 +279,6 @@ def triton_mla_decode(
     )  # fmt: skip
     plain_HTN = q_BSHQ[..., :plain].reshape(tokens, heads, plain).transpose(0, 1)
     q_HTC = torch.bmm(plain_HTN, up_HXC[:, :plain])
-    mixed_HTC, _ = attend(q_HTC, turned_THR, cache_BPC, start_B, reach, scale, table_BJ=table_BJ)
+    mixed_HTC, log_TH = attend(q_HTC, turned_THR, cache_BPC, start_B, reach, scale, table_BJ=table_BJ)
     out_HTW = torch.bmm(mixed_HTC, up_HXC[:, plain:].transpose(1, 2))
-    return out_HTW.transpose(0, 1).reshape(batch, length, -1)
+    return out_HTW.transpose(0, 1).reshape(batch, length, -1), log_TH.view(batch, length, heads)

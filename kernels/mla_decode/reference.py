@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,21 @@ def mla_decode_reference(
     table_BJ: Tensor | None = None,
 ) -> Tensor:
     """`mla_decode`, all places up to the furthest token at once; scores in the queries' dtype, softmax in float32."""
+    given = q_BSHQ, kv_BSY, cache_BPC, start_B, reach, rotary, norm_C, eps, up_HXC, scale, table_BJ
+    return _attended(*given)[0]
+
+
+def mla_decode_with_log_reference(q_BSHQ: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    """`mla_decode_reference`, and log Σ exp of each head's scores, (B, S, H)."""
+    out, scores_BMP = _attended(q_BSHQ, *given)
+    return out, scores_BMP.logsumexp(-1).view(q_BSHQ.shape[:3])
+
+
+def _attended(
+    q_BSHQ: Tensor, kv_BSY: Tensor, cache_BPC: Tensor, start_B: Tensor, reach: int, rotary: tuple[Tensor, Tensor],
+    norm_C: Tensor, eps: float, up_HXC: Tensor, scale: float, table_BJ: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The result, and the scaled scores in float32, (B, S·H, P), minus infinity where a place is not seen."""
     (batch, length, heads, _), latent, turning = q_BSHQ.shape, len(norm_C), cache_BPC.shape[2] - len(norm_C)
     cos, sin = rotary
     key_BSR = rotate_reference(kv_BSY[..., latent:], cos, sin)
@@ -46,6 +63,8 @@ def mla_decode_reference(
     query_BMC = torch.cat((q_BSHC, q_BSHR.to(q_BSHC.dtype)), -1).view(batch, length * heads, -1)
     scores_BMP = torch.bmm(query_BMC, seen_BPC.transpose(1, 2)) * scale
     hidden_BMP = hidden_BSP.repeat_interleave(heads, 1)
-    weight_BMP = scores_BMP.float().masked_fill_(hidden_BMP, -torch.inf).softmax(-1).to(seen_BPC.dtype)
+    scores_BMP = scores_BMP.float().masked_fill_(hidden_BMP, -torch.inf)
+    weight_BMP = scores_BMP.softmax(-1).to(seen_BPC.dtype)
     mixed_HTC = torch.bmm(weight_BMP, seen_BPC[..., :latent]).view(batch * length, heads, -1).transpose(0, 1)
-    return torch.bmm(mixed_HTC, up_HWC.transpose(1, 2)).transpose(0, 1).reshape(batch, length, -1)
+    out_HTW = torch.bmm(mixed_HTC, up_HWC.transpose(1, 2))
+    return out_HTW.transpose(0, 1).reshape(batch, length, -1), scores_BMP

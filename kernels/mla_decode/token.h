@@ -68,7 +68,8 @@ inline void weighted(
     }
 }
 
-inline void softmax(float *scores, int64_t places) {
+// And the logarithm of the sum of the exponentials.
+inline float softmax(float *scores, int64_t places) {
     Vector most = all(-__builtin_inff());
     for (int64_t p = 0; p < places; p += LANES) {
         Vector v = load(scores + p, places - p);
@@ -83,8 +84,9 @@ inline void softmax(float *scores, int64_t places) {
         store(scores + p, v, places - p);
         sums += v;
     }
-    const float scale = 1.0f / total(sums);
+    const float sum = total(sums), scale = 1.0f / sum;
     for (int64_t p = 0; p < places; p += LANES) store(scores + p, load(scores + p, places - p) * scale, places - p);
+    return high + std::log(sum);
 }
 
 // A row's places: side by side at `first`, or in pages of so many, `stride` numbers apart, which a table names in order.
@@ -107,10 +109,11 @@ struct Room {
     explicit Room(const Sizes &n) : query(n.heads * n.cached()), mixed(n.heads * n.latent), from(n.heads), to(n.heads), at(n.heads) {}
 };
 
-// out (H, W) of queries (H, N + R) as projected, over the first places of a row; `up` (H, N + W, C).
+// out (H, W) of queries (H, N + R) as projected, over the first places of a row; `up` (H, N + W, C). Where `logs` are
+// wanted, (H), they are log Σ exp of the scaled scores.
 inline void attend(
     const float *q, const Places &cache, int64_t places, const float *cosine, const float *sine, const float *up,
-    float scale, float *out, const Sizes &n, Room &room
+    float scale, float *out, const Sizes &n, Room &room, float *logs = nullptr
 ) {
     const int64_t width = n.cached(), half = n.turning / 2;
     room.scores.resize(n.heads * places);
@@ -129,7 +132,8 @@ inline void attend(
         dots(room.from.data(), n.heads, cache.of_page(p / cache.page), width, here, width, room.at.data());
     }
     for (int64_t h = 0; h < n.heads; h++) {
-        softmax(room.to[h], places);
+        const float log = softmax(room.to[h], places);
+        if (logs) logs[h] = log;
         float *mixed = room.mixed.data() + h * n.latent;
         for (int64_t p = 0; p < places; p += std::min(cache.page, places)) {
             const int64_t here = std::min(cache.page, places - p);

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
-from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.dispatch import (
+    INTEGERS,
+    chosen,
+    readable,
+    require,
+    require_device,
+    require_dtype,
+    require_ranks,
+    require_shapes,
+    runs_compiled,
+)
 from gristmill.kernels.moe_mlp import library
 from gristmill.kernels.moe_mlp.cpu import MoeMlp
 from gristmill.kernels.moe_mlp.native import SOURCE, NativeMoeMlp, few_rows
 from gristmill.kernels.moe_mlp.reference import moe_mlp_reference
 from gristmill.kernels.operations import graded
 
-__all__ = ["moe_mlp"]
+__all__ = ["experts_are_compiled", "moe_mlp"]
 
 FEW_ROWS = 24
 """So many rows an expert on average, on a CPU: with fewer, packing its matrices for them costs more than it saves."""
-CHECKED = os.environ.get("GRISTMILL_KERNELS_CHECK") == "1"
-"""Whether indices are looked at on a GPU too, where that waits for the device."""
+
+
+def experts_are_compiled(down_EDF: Tensor) -> bool:
+    """Whether compiled code takes experts with such matrices: then few rows read those of their own experts alone."""
+    return runs_compiled(down_EDF, SOURCE)
 
 
 def moe_mlp(
@@ -52,7 +62,7 @@ def moe_mlp(
         rounded: whether products take their operands rounded to bfloat16, as in `linear`; on a CPU alone.
 
     Raises:
-        TypeError: x and a stack differ in dtype, expert, load or order is not of integers, or gate is of integers.
+        TypeError: x is not floating, a stack has another dtype, expert, load or order is not of integers, or gate is.
         ValueError: shapes or devices do not fit, rounding is asked for on a GPU, or (on a CPU; on a GPU where
             GRISTMILL_KERNELS_CHECK=1) an expert is out of range, the load or the order is not that of expert_TK; on a
             GPU, there are 2³⁰ rows or more.
@@ -80,32 +90,26 @@ def moe_mlp(
 def _check(
     x: Tensor, expert: Tensor, gate: Tensor, gate_up: Tensor, down: Tensor, load: Tensor, order: Tensor | None
 ) -> None:
-    ranks = {"x_TD": (x, 2), "expert_TK": (expert, 2), "gate_up_E2FD": (gate_up, 3), "down_EDF": (down, 3)}
-    for name, (tensor, rank) in ranks.items():
-        require(tensor.ndim == rank, ValueError, f"moe_mlp: rank of {name}", tensor.ndim, rank)
-    for name, tensor in (("gate_up_E2FD", gate_up), ("down_EDF", down)):
-        require(tensor.dtype == x.dtype, TypeError, f"moe_mlp: {name}", tensor.dtype, f"the dtype of x_TD, {x.dtype}")
-    for name, tensor in (("expert_TK", expert), ("load_E", load)):
-        whole = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
-        require(whole, TypeError, f"moe_mlp: {name}", tensor.dtype, "integers")
+    name = "moe_mlp"
+    require_ranks(name, x_TD=(x, 2), expert_TK=(expert, 2), gate_up_E2FD=(gate_up, 3), down_EDF=(down, 3))
+    require(x.is_floating_point(), TypeError, "moe_mlp: x_TD", x.dtype, "a floating dtype")
+    require_dtype(name, x.dtype, "x_TD", gate_up_E2FD=gate_up, down_EDF=down)
+    require(expert.dtype in INTEGERS, TypeError, "moe_mlp: expert_TK", expert.dtype, "integers")
+    require(load.dtype in INTEGERS, TypeError, "moe_mlp: load_E", load.dtype, "integers")
+    require(gate.is_floating_point(), TypeError, "moe_mlp: gate_TK", gate.dtype, "a floating dtype")
+    (tokens, width), (experts, _, hidden), chosen_each = x.shape, down.shape, expert.shape[1]
+    require_shapes(
+        name, expert_TK=(expert, (tokens, chosen_each)), gate_TK=(gate, (tokens, chosen_each)),
+        gate_up_E2FD=(gate_up, (experts, 2 * hidden, width)), down_EDF=(down, (experts, width, hidden)),
+        load_E=(load, (experts,)),
+    )  # fmt: skip
     if order is not None:
         require(order.dtype == torch.int64, TypeError, "moe_mlp: order_M", order.dtype, torch.int64)
-    require(gate.dtype.is_floating_point, TypeError, "moe_mlp: gate_TK", gate.dtype, "a floating dtype")
-    (tokens, width), (experts, _, hidden) = x.shape, down.shape
-    wanted = {
-        "expert_TK": (expert, (tokens, expert.shape[1])),
-        "gate_TK": (gate, tuple(expert.shape)),
-        "gate_up_E2FD": (gate_up, (experts, 2 * hidden, width)),
-        "down_EDF": (down, (experts, width, hidden)),
-        "load_E": (load, (experts,)),
-    }
-    if order is not None:
-        wanted["order_M"] = order, (expert.numel(),)
-    for name, (tensor, shape) in wanted.items():
-        require(tuple(tensor.shape) == shape, ValueError, f"moe_mlp: shape of {name}", tuple(tensor.shape), shape)
-        same = tensor.device == x.device
-        require(same, ValueError, f"moe_mlp: device of {name}", tensor.device, f"that of x_TD, {x.device}")
-    if (x.device.type == "cpu" or CHECKED) and not is_dynamo_compiling():
+        require_shapes(name, order_M=(order, (tokens * chosen_each,)))
+    require_device(
+        name, "x_TD", x, expert_TK=expert, gate_TK=gate, gate_up_E2FD=gate_up, down_EDF=down, load_E=load, order_M=order
+    )
+    if readable(expert):
         _check_indices(expert, load, order)
 
 

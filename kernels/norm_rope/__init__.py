@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gristmill.kernels.dispatch import chosen
+from gristmill.kernels.dispatch import chosen, require_device
 from gristmill.kernels.norm_rope import library, native
 from gristmill.kernels.norm_rope.layout import rows_of
 from gristmill.kernels.norm_rope.reference import (
@@ -22,6 +22,8 @@ __all__ = ["add_rms_norm", "rms_norm", "rotate", "rotate_halves"]
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 16_384
 """Numbers of a row that a Triton program takes; of wider rows and of other dtypes torch's operations run on a GPU."""
+TAKES = f"float32, bfloat16 and float16, and rows of at most {WIDEST} numbers"
+TAKES_ANGLES = f"{TAKES}, and angles in float32 that want no gradient and lie evenly apart, as the rows do"
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -31,11 +33,11 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     that depend on their number and width alone.
 
     Raises:
-        TypeError: x and weight differ in dtype.
+        TypeError: x is not floating, or weight has another dtype.
         ValueError: the shapes or devices do not fit, or eps is negative.
     """
     _check_norm("rms_norm", x, weight_D, eps)
-    implementation = chosen("rms_norm", x, native.SOURCE, triton=fits_triton(x))
+    implementation = chosen("rms_norm", x, native.SOURCE, triton=fits_triton(x), takes=TAKES)
     if implementation == "reference":
         return rms_norm_reference(x, weight_D, eps)
     if implementation == "compiled":
@@ -63,17 +65,17 @@ def add_rms_norm(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Te
         eps: of the norm.
 
     Raises:
-        TypeError: weight has another dtype than x, or y one that x's does not hold.
+        TypeError: x or y is not floating, weight has another dtype than x, or y one that x's does not hold.
         ValueError: the shapes or devices do not fit, or eps is negative.
     """
     _check_norm("add_rms_norm", x, weight_D, eps)
-    if torch.promote_types(x.dtype, y.dtype) != x.dtype:
+    if not y.is_floating_point() or torch.promote_types(x.dtype, y.dtype) != x.dtype:
         raise TypeError(f"add_rms_norm: y is {y.dtype}; wanted the dtype of x, {x.dtype}, or a narrower one")
     if x.device != y.device:
         raise ValueError(f"add_rms_norm: device of y is {y.device}; wanted that of x, {x.device}")
     if x.shape != y.shape:
         raise ValueError(f"add_rms_norm: shape of y is {tuple(y.shape)}; wanted that of x, {tuple(x.shape)}")
-    implementation = chosen("add_rms_norm", x, native.SOURCE, triton=fits_triton(x))
+    implementation = chosen("add_rms_norm", x, native.SOURCE, triton=fits_triton(x), takes=TAKES)
     if implementation == "reference":
         return add_rms_norm_reference(x, y, weight_D, eps)
     if implementation == "compiled":
@@ -100,7 +102,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         sin: their sines, of the same shape.
 
     Raises:
-        ValueError: the shapes do not fit.
+        TypeError: one of them is not floating.
+        ValueError: the shapes or devices do not fit.
     """
     return _rotated("rotate", rotate_reference, x, cos, sin)
 
@@ -113,8 +116,11 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _rotated(operation: str, reference: Callable[..., Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     _check(operation, x, cos, sin)
     rows, interleaved = rows_of(x, cos, sin), operation == "rotate"
+    if rows is None:
+        _check_broadcast(operation, x, cos)
     source = native.SOURCE if rows is not None else None
-    implementation = chosen(operation, x, source, triton=rows is not None and fits_triton(x))
+    fits = rows is not None and fits_triton(x)
+    implementation = chosen(operation, x, source, triton=fits, takes=TAKES_ANGLES)
     if implementation == "operation":
         return (library.rotate if interleaved else library.rotate_halves)(x, cos, sin)
     if rows is None or implementation not in ("compiled", "gpu"):
@@ -131,6 +137,8 @@ def fits_triton(x: Tensor) -> bool:
 
 
 def _check_norm(operation: str, x: Tensor, weight_D: Tensor, eps: float) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{operation}: x is {x.dtype}; wanted a floating dtype")
     if x.dtype != weight_D.dtype:
         raise TypeError(f"{operation}: weight_D is {weight_D.dtype}; wanted the dtype of x, {x.dtype}")
     if x.device != weight_D.device:
@@ -148,3 +156,14 @@ def _check(operation: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"{operation}: shape of cos is {tuple(cos.shape)}; wanted {wanted}")
     if sin.shape != cos.shape:
         raise ValueError(f"{operation}: shape of sin is {tuple(sin.shape)}; wanted that of cos, {tuple(cos.shape)}")
+    for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{operation}: {name} is {tensor.dtype}; wanted a floating dtype")
+    require_device(operation, "x", x, cos=cos, sin=sin)
+
+
+def _check_broadcast(operation: str, x: Tensor, cos: Tensor) -> None:
+    """The angles' leading dimensions are those of x, or one."""
+    if any(mine not in (1, theirs) for mine, theirs in zip(cos.shape[:-1], x.shape[:-1], strict=True)):
+        wanted = f"dimensions that are broadcast to those of x, {tuple(x.shape)}"
+        raise ValueError(f"{operation}: shape of cos is {tuple(cos.shape)}; wanted {wanted}")

@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @gradient(rms_norm, "x", "weight_D", kept=(1,))
 def rms_norm_backward(needs: list[bool], grad: Tensor, scale: Tensor, x: Tensor, weight_D: Tensor, eps: float):
-    implementation = chosen("rms_norm_backward", x, native.SOURCE, triton=public.fits_triton(x))
+    implementation = chosen("rms_norm_backward", x, native.SOURCE, triton=public.fits_triton(x), takes=public.TAKES)
     rows, distance = in_rows(x)
     context = Context(rows, weight_D, scale, distance=distance)
     if implementation == "compiled":
@@ -57,7 +57,7 @@ def add_rms_norm_backward(
     needs: list[bool], grad_total: Tensor, grad_normed: Tensor, total: Tensor, scale: Tensor, x: Tensor, y: Tensor,
     weight_D: Tensor, eps: float,
 ):  # fmt: skip
-    implementation = chosen("add_rms_norm_backward", x, native.SOURCE, triton=public.fits_triton(x))
+    implementation = chosen("add_rms_norm_backward", x, native.SOURCE, triton=public.fits_triton(x), takes=public.TAKES)
     context = Context(total, weight_D, scale, dtype=y.dtype)
     if implementation == "compiled":
         grad_x, grad_y, grad_weight = native.NativeAddRMSNorm.backward(context, grad_total, grad_normed)[:3]
@@ -103,7 +103,7 @@ def rotate_halves_backward(needs: list[bool], grad: Tensor, x: Tensor, cos: Tens
 def _turned_back(name: str, grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rows = rows_of(x, cos, sin)
     source, fits = (None, False) if rows is None else (native.SOURCE, public.fits_triton(x))
-    implementation = chosen(f"{name}_backward", x, source, triton=fits)
+    implementation = chosen(f"{name}_backward", x, source, triton=fits, takes=public.TAKES_ANGLES)
     context = Context(cos, sin, rows=rows, interleaved=name == "rotate", dtype=x.dtype)
     if implementation == "compiled":
         return native.NativeRotate.backward(context, grad)[0]

@@ -14,6 +14,10 @@ from gristmill.kernels.optim.reference import AdamW, adamw_reference
 from gristmill.kernels.optim.rounding import Origin
 from gristmill.kernels.optim.stochastic import SOURCE, check_dtypes, check_rounding, round_stochastically, table
 
+TAKES = (
+    "tensors that are contiguous on one device; on a CPU parameters and gradients in float32 and moments all in it or "
+    "all in bfloat16, on a GPU these two dtypes"
+)
 __all__ = ["AdamW", "Origin", "adamw", "orthogonalised", "round_stochastically"]
 
 
@@ -36,7 +40,7 @@ def adamw(
     torch's.
 
     Raises:
-        TypeError: with a seed, gradients are not float32 or moments not bfloat16.
+        TypeError: a tensor is not floating; with a seed, gradients are not float32 or moments not bfloat16.
         ValueError: the lists differ in length, or a gradient or moment in shape or device from its parameter; a seed
             without origins, or one of the numbers of the rounding is out of its range.
     """
@@ -50,7 +54,13 @@ def adamw(
         for i, (tensor, parameter) in enumerate(zip(tensors, parameters, strict=True)):
             if tensor.shape != parameter.shape or tensor.device != parameter.device:
                 got, wanted = (tuple(tensor.shape), tensor.device), (tuple(parameter.shape), parameter.device)
-                raise ValueError(f"adamw: shape and device of {name}[{i}] is {got}; wanted {wanted}")
+                raise ValueError(
+                    f"adamw: shape and device of {name}[{i}] is {got}; wanted those of parameters[{i}], {wanted}"
+                )
+    for name, tensors in (("parameters", parameters), *lists.items()):
+        for i, tensor in enumerate(tensors):
+            if not tensor.is_floating_point():
+                raise TypeError(f"adamw: dtype of {name}[{i}] is {tensor.dtype}; wanted a floating one")
     if how.seed is not None:
         check_rounding("adamw", how.seed, how.step, origins, len(parameters))
         check_dtypes("adamw", "gradients", gradients, torch.float32)
@@ -64,7 +74,7 @@ def adamw(
     moments = {t.dtype for tensors in (exp_avg, exp_avg_sq) for t in tensors}
     compiles = plain and float32 and moments in ({torch.float32}, {torch.bfloat16})
     runs = plain and {t.dtype for t in every} <= {torch.float32, torch.bfloat16}
-    path = chosen("adamw", parameters[0], SOURCE if compiles else None, triton=runs)
+    path = chosen("adamw", parameters[0], SOURCE if compiles else None, triton=runs, takes=TAKES)
     if path == "gpu":
         from gristmill.kernels.optim.gpu import triton_adamw
 

@@ -33,7 +33,7 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
     require(matrices.is_floating_point(), TypeError, "orthogonalised: dtype", matrices.dtype, "a floating point")
     require(matrices.ndim >= 2, ValueError, "orthogonalised: rank", matrices.ndim, "2 or more")
     require(steps >= 0, ValueError, "orthogonalised: steps", steps, "0 or more")
-    path = chosen("orthogonalised", matrices, SOURCE if matrices.numel() else None, triton=False)
+    path = chosen("orthogonalised", matrices, SOURCE if matrices.numel() else None, triton=None)
     if path == "operation":
         return torch.ops.gristmill.orthogonalised(matrices, steps)
     if path != "compiled":

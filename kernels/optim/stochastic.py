@@ -11,6 +11,7 @@ from gristmill.kernels.dispatch import chosen, require
 from gristmill.kernels.optim.rounding import WORD, Origin, round_reference
 
 SOURCE = "optim/cpu.cpp"
+TAKES = "contiguous tensors on one device"
 
 
 @torch.no_grad()
@@ -48,7 +49,7 @@ def round_stochastically(
     if not exact:
         return
     plain = len({t.device for t in exact}) == 1 and all(t.is_contiguous() for t in (*exact, *rounded))
-    path = chosen(operation, exact[0], SOURCE if plain else None, triton=plain)
+    path = chosen(operation, exact[0], SOURCE if plain else None, triton=plain, takes=TAKES)
     if path == "gpu":
         from gristmill.kernels.optim.gpu import triton_round
 

@@ -11,13 +11,14 @@ from torch.autograd.function import once_differentiable
 
 from gristmill.kernels.blocks import empty
 from gristmill.kernels.compiled import needed
-from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.dispatch import chosen, require, require_device
 from gristmill.kernels.linear import LEAST_ROWS
 from gristmill.kernels.router import library
 from gristmill.kernels.router.reference import Choice, Routes, route_reference
 
 __all__ = ["Choice", "Routes", "route"]
 SOURCE = "router/cpu.cpp"
+TAKES = "float32, and on a CPU a contiguous weight_ED"
 
 
 def route(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice) -> Routes:
@@ -31,30 +32,17 @@ def route(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice) -> Route
     Args:
         x_TD: tokens, (T, D), in the weight's dtype.
         weight_ED: a centroid an expert, (E, D).
-        bias_E: what is added to the affinities for the choice, (E,).
+        bias_E: what is added to the affinities for the choice, (E,), of any floating dtype.
         how: the numbers of the choice.
 
     Raises:
-        TypeError: x and the weight differ in dtype.
-        ValueError: shapes do not fit, groups do not divide the experts or hold fewer than are chosen.
+        TypeError: x and the weight differ in dtype, or one of the three is not floating.
+        ValueError: shapes or devices do not fit, groups do not divide the experts or hold fewer than are chosen.
     """
-    experts = len(weight_ED)
-    require(x_TD.dtype == weight_ED.dtype, TypeError, "route: dtype of x_TD", x_TD.dtype, f"{weight_ED.dtype}")
-    require(x_TD.ndim == 2, ValueError, "route: rank of x_TD", x_TD.ndim, 2)
-    require(
-        x_TD.shape[1:] == weight_ED.shape[1:], ValueError, "route: width of x_TD", x_TD.shape[1], weight_ED.shape[1]
-    )
-    require(bias_E.shape == (experts,), ValueError, "route: shape of bias_E", tuple(bias_E.shape), (experts,))
-    require(experts % how.groups == 0, ValueError, "route: groups", how.groups, f"a divisor of {experts} experts")
-    least = 2 if how.affinity == "sigmoid" and how.groups > 1 else 1
-    require(experts // how.groups >= least, ValueError, "route: experts a group", experts // how.groups, f">= {least}")
-    require(
-        1 <= how.groups_allowed <= how.groups, ValueError, "route: groups allowed", how.groups_allowed, "1 to groups"
-    )
-    held = experts // how.groups * how.groups_allowed
-    require(1 <= how.chosen <= held, ValueError, "route: experts chosen", how.chosen, f"1 to {held}")
-    source = SOURCE if weight_ED.is_contiguous() else None
-    implementation = chosen("router", x_TD, source, triton=x_TD.dtype == torch.float32, traceable=False)
+    _check(x_TD, weight_ED, bias_E)
+    _check_choice(len(weight_ED), how)
+    source, fits = SOURCE if weight_ED.is_contiguous() else None, x_TD.dtype == torch.float32
+    implementation = chosen("router", x_TD, source, triton=fits, traceable=False, takes=TAKES)
     if implementation == "compiled":
         return Routes(*NativeRouter.apply(x_TD, weight_ED, bias_E, how))
     if implementation == "gpu":
@@ -66,6 +54,30 @@ def route(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice) -> Route
         gate_TK, score_TE, expert_TK, *counted = library.route(x_TD, weight_ED, bias_E, *numbers)
         return Routes(expert_TK, gate_TK, score_TE, *counted)
     return route_reference(x_TD, weight_ED, bias_E, how)
+
+
+def _check(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor) -> None:
+    dtype = weight_ED.dtype
+    if x_TD.dtype != dtype:
+        raise TypeError(f"route: dtype of x_TD is {x_TD.dtype}; wanted {dtype}, that of weight_ED")
+    require(dtype.is_floating_point, TypeError, "route: dtype of weight_ED", dtype, "a floating one")
+    require(bias_E.is_floating_point(), TypeError, "route: dtype of bias_E", bias_E.dtype, "a floating one")
+    require(x_TD.ndim == 2, ValueError, "route: rank of x_TD", x_TD.ndim, 2)
+    require(weight_ED.ndim == 2, ValueError, "route: rank of weight_ED", weight_ED.ndim, 2)
+    experts, width = weight_ED.shape
+    require(x_TD.shape[1] == width, ValueError, "route: width of x_TD", x_TD.shape[1], width)
+    require(bias_E.shape == (experts,), ValueError, "route: shape of bias_E", bias_E.shape, (experts,))
+    require_device("route", "x_TD", x_TD, weight_ED=weight_ED, bias_E=bias_E)
+
+
+def _check_choice(experts: int, how: Choice) -> None:
+    groups, allowed = how.groups, how.groups_allowed
+    require(experts % groups == 0, ValueError, "route: groups", groups, f"a divisor of {experts} experts")
+    least = 2 if how.affinity == "sigmoid" and groups > 1 else 1
+    require(experts // groups >= least, ValueError, "route: experts a group", experts // groups, f">= {least}")
+    require(allowed <= groups, ValueError, "route: groups allowed", allowed, "1 to groups")
+    held = experts // groups * allowed
+    require(how.chosen <= held, ValueError, "route: experts chosen", how.chosen, f"1 to {held}")
 
 
 class NativeRouter(torch.autograd.Function):

@@ -9,12 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gristmill.kernels.dispatch import require
 from gristmill.kernels.expert_rows import rows_by_expert
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How experts are chosen: so many of those in the best groups, and what their affinities become."""
+    """How experts are chosen: so many of those in the best groups, and what their affinities become.
+
+    Raises:
+        ValueError: the affinity is unknown, or a count is below one.
+    """
 
     chosen: int
     affinity: Literal["sigmoid", "softmax"] = "sigmoid"
@@ -22,6 +27,13 @@ class Choice:
     groups_allowed: int = 1
     normalised: bool = True
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        known = self.affinity in ("sigmoid", "softmax")
+        require(known, ValueError, "Choice: affinity", repr(self.affinity), "'sigmoid' or 'softmax'")
+        for name in ("chosen", "groups", "groups_allowed"):
+            count = getattr(self, name)
+            require(count >= 1, ValueError, f"Choice: {name}", count, "1 or more")
 
 
 class Routes(NamedTuple):

@@ -11,6 +11,7 @@ from gristmill.kernels.swiglu import library, native
 from gristmill.kernels.swiglu.reference import swiglu_reference
 
 __all__ = ["swiglu"]
+TAKES = "float32, bfloat16 and float16"
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -25,11 +26,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu: shape of gate_up is {tuple(gate_up.shape)}; wanted a last dimension of two halves")
-    implementation = chosen("swiglu", gate_up, native.SOURCE, triton=fits_triton(gate_up))
-    if implementation == "compiled":
-        return native.swiglu(gate_up)
     if not gate_up.is_floating_point():
         raise TypeError(f"swiglu: gate_up is {gate_up.dtype}; wanted a floating dtype")
+    implementation = chosen("swiglu", gate_up, native.SOURCE, triton=fits_triton(gate_up), takes=TAKES)
+    if implementation == "compiled":
+        return native.swiglu(gate_up)
     if implementation == "gpu":
         from gristmill.kernels.swiglu.gpu import TritonSwiGLU
 

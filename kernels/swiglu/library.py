@@ -21,7 +21,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 @gradient(swiglu, "gate_up")
 def swiglu_backward(needs: list[bool], grad: Tensor, gate_up: Tensor):
-    implementation = chosen("swiglu_backward", gate_up, SOURCE, triton=public.fits_triton(gate_up))
+    implementation = chosen("swiglu_backward", gate_up, SOURCE, triton=public.fits_triton(gate_up), takes=public.TAKES)
     if implementation == "compiled":
         return [NativeSwiGLU.backward(Context(gate_up.contiguous()), grad)]
     if implementation == "gpu":

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gristmill.kernels.cross_entropy import linear_cross_entropy_mean
 from gristmill.kernels.expert_rows import places
-from gristmill.kernels.fp8_gemm.linear import fp8_feed_forward, fp8_linear, is_whole
+from gristmill.kernels.fp8_gemm import fp8_feed_forward, fp8_linear, is_whole
 from gristmill.kernels.linear import linear
 from gristmill.kernels.moe_mlp import moe_mlp
 from gristmill.model.stage_types import Metrics
