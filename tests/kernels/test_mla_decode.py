@@ -256,7 +256,7 @@ def test_what_is_no_number_in_a_query_stays_in_its_head() -> None:
 @pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_runs_give_equal_bits(dtype: torch.dtype) -> None:
-    slots = case(5, 3, 6, (16, 16, 16, 64), 200)
+    slots = case(2, 3, 6, (16, 16, 16, 64), 160)
     slots = slots if dtype == torch.float32 else halved(slots)
     for given_ in (slots, paged(slots, 16)):
         first, second = run(given_), run(given_)
