@@ -141,7 +141,8 @@ def _product(
         total = tl.zeros((ROWS, OUT), dtype=tl.float32)
         for step in range(steps):
             a, b = x.load([first, step * BLOCK]), w.load([group, column, step * BLOCK]).reshape(OUT, BLOCK)
-            scale = tl.load(x_scale + rows.to(tl.int64) * s_row + step * s_block, mask=rows < last, other=0.0)
+            at = rows.to(tl.int64) * s_row + tl.cast(step, tl.int64) * s_block
+            scale = tl.load(x_scale + at, mask=rows < last, other=0.0)
             total += _block_sum(a, b, NATIVE) * (scale * tl.load(own_scale + step))[:, None]
         place = [MOST, last, MOST - last + first, column]
         y.store(place, total.to(y.dtype).reshape(1, 1, ROWS, OUT))
@@ -165,8 +166,8 @@ def _weight_gradient(
         for step in range(end - begin):
             block = begin + step
             a, b = grad.load([out, block * BLOCK]), x.load([into, block * BLOCK])
-            own = tl.load(grad_scale + outs * g_row + block.to(tl.int64) * g_block)
-            other = tl.load(x_scale + ins * x_row + block.to(tl.int64) * x_block)
+            own = tl.load(grad_scale + outs.to(tl.int64) * g_row + block.to(tl.int64) * g_block)
+            other = tl.load(x_scale + ins.to(tl.int64) * x_row + block.to(tl.int64) * x_block)
             total += _block_sum(a, b, NATIVE) * (own[:, None] * other[None, :])
         y.store([group, out, into], total.reshape(1, OUT, IN))
 

@@ -149,7 +149,7 @@ def forward(
     top = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     total, sums = tl.zeros((ROWS,), dtype=tl.float32), tl.zeros((ROWS, W), dtype=tl.float32)
     if SEEN != "causal":
-        at = batch * blocks + block
+        at = (batch * blocks + block).to(tl.int64)
         list_ptr += at * tl.cdiv(length, KEYS)
         complete, end = _bounds(whole_ptr, part_ptr, at)
     else:
@@ -233,7 +233,7 @@ def gradient_of_queries(
     product = tl.load(product_ptr + at, mask=rows < length, other=0.0)
     dq, dq_second = tl.zeros((ROWS, N), dtype=tl.float32), tl.zeros((ROWS, R), dtype=tl.float32)
     if SEEN != "causal":
-        lists = batch * blocks + block
+        lists = (batch * blocks + block).to(tl.int64)
         list_ptr += lists * tl.cdiv(length, KEYS)
         complete, end = _bounds(whole_ptr, part_ptr, lists)
     else:
@@ -300,7 +300,7 @@ def gradient_of_keys(
     dk, dk_second = tl.zeros((KEYS, N), dtype=tl.float32), tl.zeros((KEYS, R), dtype=tl.float32)
     dv, tiles = tl.zeros((KEYS, W), dtype=tl.float32), tl.cdiv(length, ROWS)
     if SEEN != "causal":
-        lists = batch * blocks + block
+        lists = (batch * blocks + block).to(tl.int64)
         list_ptr += lists * tiles
         end, part_end = _bounds(whole_ptr, part_ptr, lists)
         begin, part = 0, end

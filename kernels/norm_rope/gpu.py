@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gristmill.kernels.dispatch import INTERPRETED
+from gristmill.kernels.dispatch import INTERPRETED, require
 from gristmill.kernels.norm_rope.layout import Rows, in_rows, rows_of
 
 TILE = 4096  # numbers of an operand at a time
@@ -23,6 +23,7 @@ PROGRAMS = 3 if INTERPRETED else 264
 """At most so many sums of a weight's gradient are added up last: two a multiprocessor of an H100, and as many
 elsewhere, so that the order is that of the rows alone. Few under the interpreter, to have several tiles each."""
 COLUMNS = 1024 if INTERPRETED else 16  # of those sums that a program adds up
+MOST_ROWS = 1 << 30  # their number is one of 32 bits, which divides faster
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -142,8 +143,18 @@ def _tile(width: int, numbers: int) -> tuple[int, int]:
     return max(1, numbers // padded), padded
 
 
+def _check_rows(operation: str, x: Tensor) -> None:
+    rows = x.shape[:-1].numel()
+    require(rows < MOST_ROWS, ValueError, f"{operation}: rows of x", rows, "fewer than 2³⁰")
+
+
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As the public function, on a GPU; x is of 32 or 16 bits, and its rows fit a tile."""
+    """As the public function, on a GPU; x is of 32 or 16 bits, and its rows fit a tile.
+
+    Raises:
+        ValueError: there are 2³⁰ rows or more.
+    """
+    _check_rows("rms_norm", x)
     if torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad):
         return TritonRMSNorm.apply(x, weight_D, eps)
     return _normed(*in_rows(x), weight_D, eps)[0]
@@ -204,6 +215,7 @@ def _gradients(
 
 def add_rms_norm(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As the public function, on a GPU, of what `rms_norm` takes."""
+    _check_rows("add_rms_norm", x)
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or weight_D.requires_grad):
         return TritonAddRMSNorm.apply(x, y, weight_D, eps)
     return _summed(x, y, weight_D, eps)[:2]
@@ -245,7 +257,12 @@ class TritonAddRMSNorm(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rows: Rows, interleaved: bool) -> Tensor:
-    """x turned, its pairs interleaved or half a row apart; the result, float32 as the angles, is half-split."""
+    """x turned, its pairs interleaved or half a row apart; the result, float32 as the angles, is half-split.
+
+    Raises:
+        ValueError: there are 2³⁰ rows or more.
+    """
+    _check_rows("rotate" if interleaved else "rotate_halves", x)
     if torch.is_grad_enabled() and x.requires_grad:
         return TritonRotate.apply(x, cos, sin, rows, interleaved)
     return _turned(x, cos, sin, rows, torch.float32, 1.0, interleaved, False)

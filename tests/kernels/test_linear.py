@@ -31,13 +31,18 @@ def close(got: torch.Tensor, wanted: torch.Tensor, size: torch.Tensor, terms: in
     inner=st.integers(1, 600),
     outer=st.integers(1, 70),
     bias=st.booleans(),
-    strided=st.booleans(),
+    strided=st.sampled_from(["", "rows", "weight", "columns"]),
+    scale=st.sampled_from([1.0, 1e4, 1e-4]),
 )
 @settings(max_examples=40, deadline=None)
-def test_result_and_gradients(rows: int, inner: int, outer: int, bias: bool, strided: bool) -> None:
-    x, w, b, seen = draw(0, rows, inner), draw(1, outer, inner), draw(2, outer), draw(3, rows, outer)
-    if strided:
+def test_result_and_gradients(rows: int, inner: int, outer: int, bias: bool, strided: str, scale: float) -> None:
+    x, w, b, seen = draw(0, rows, inner) * scale, draw(1, outer, inner), draw(2, outer), draw(3, rows, outer) * scale
+    if strided == "rows":
         x, seen = x.t().contiguous().t(), seen.t().contiguous().t()
+    elif strided == "weight":
+        w = w.t().contiguous().t()
+    elif strided == "columns":
+        x, w, seen = (torch.stack((t, t), -1)[..., 0] for t in (x, w, seen))
     x, w = x.requires_grad_(), w.requires_grad_()
     y = linear(x[None], w, b if bias else None)[0]
     grad_x, grad_w = torch.autograd.grad(y, (x, w), seen)
@@ -90,9 +95,29 @@ def test_nan_and_infinity_reach_their_rows_alone() -> None:
 
 
 @pytest.mark.usefixtures("cpu_path")
-def test_two_runs_give_equal_bits() -> None:
-    x, w = draw(0, 700, 300), draw(1, 90, 300)
+@pytest.mark.parametrize("rows", [3, 700])
+def test_two_runs_give_equal_bits(rows: int) -> None:
+    x, w, seen = draw(0, rows, 300), draw(1, 900, 300), draw(2, rows, 900)
     assert torch.equal(linear(x, w), linear(x, w))
+    leaves = [t.requires_grad_() for t in (x, w)]
+    runs = [torch.autograd.grad(linear(x, w), leaves, seen) for _ in range(2)]
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.usefixtures("cpu_path")
+@given(rows=st.integers(1, 200), inner=st.integers(1, 300), outer=st.integers(1, 70), scale=st.sampled_from([1.0, 1e4]))
+@settings(max_examples=20, deadline=None)
+def test_in_bfloat16(rows: int, inner: int, outer: int, scale: float) -> None:
+    x, w, seen = (t.bfloat16() for t in (draw(0, rows, inner) * scale, draw(1, outer, inner), draw(2, rows, outer)))
+    leaves = [t.requires_grad_() for t in (x, w)]
+    y = linear(x, w)
+    got = y.detach(), *torch.autograd.grad(y, leaves, seen)
+    x, w, seen = (t.detach().double() for t in (x, w, seen))
+    for mine, a, b in zip(got, (x, seen, seen.t()), (w.t(), w, x), strict=True):
+        assert mine.dtype == torch.bfloat16
+        # The sum in float32, and the rounding of the result
+        allowed = (a.shape[1] + 2) * EPS * (a.abs() @ b.abs())
+        assert bool(((mine.double() - a @ b).abs() <= allowed + 2**-8 * ((a @ b).abs() + allowed)).all())
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -275,6 +275,37 @@ def test_other_dtypes_run_in_torch() -> None:
     assert float((got.double() - wanted).norm()) <= 2 * 2**-8 * float(wanted.norm())  # weights and result are rounded
 
 
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="torch's operations on a CPU")
+@given(
+    batch=st.integers(1, 2), length=st.integers(1, 70), heads=st.integers(1, 3), shared=st.integers(1, 2),
+    width=st.sampled_from([8, 13, 64]), turning=st.sampled_from([2, 16]), values=st.sampled_from([8, 11, 32]),
+    how=st.sampled_from(HOW), scale=st.sampled_from([0.3, 2.0]),
+)  # fmt: skip
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_in_bfloat16_on_a_cpu(
+    batch: int, length: int, heads: int, shared: int, width: int, turning: int, values: int, how: str, scale: float
+) -> None:
+    """Weights, slopes of scores, rotated parts and results are rounded, as by the code for GPUs below."""
+    (told, mask), scale = seen_by(how, batch, length), scale / (width + turning) ** 0.5
+    parts, rotary = projections(batch, length, heads, width, turning, values)
+    exact, all_heads = (rotary[0].double(), rotary[1].double()), heads * shared
+    latent, latent_reference = (
+        partial(latent_attention, rotary=rotary),
+        partial(latent_attention_reference, rotary=exact),
+    )
+    for function, reference, leaves, of in (
+        (attention, attention_reference, whole(batch, length, all_heads, heads, width, values), all_heads),
+        (latent, latent_reference, parts, heads),
+    ):
+        leaves, seen = tuple(t.bfloat16() for t in leaves), draw(4, batch, length, of, values).bfloat16()
+        got = both_ways(lambda *x, f=function: f(*x, scale=scale, **told), leaves, seen)
+        wanted = both_ways(lambda *x, f=reference: f(*x, scale=scale, mask_BSS=mask), doubled(leaves), seen.double())
+        for i, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
+            size = max(float(theirs.norm()), 0.0 if i == 0 else float(seen.norm()))
+            assert mine.dtype == torch.bfloat16
+            assert float((mine.double() - theirs).norm()) <= 4 * 2**-9 * size
+
+
 @pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="code for GPUs")
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("sizes", [(16, 16, 32), (128, 64, 128), (24, 8, 40)])

@@ -55,20 +55,35 @@ def case(
 
 def wanted_of(given_: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The result and the cache, token by token: keys and values of every place made whole (V3 equations 1 to 10)."""
+    return wanted_and_terms(given_)[:2]
+
+
+def wanted_and_terms(given_: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Also, number by number of the result, what its terms come to without their signs, and what the terms of the
+    largest score that its weights are of do, (B, S, H·W)."""
     q, kv, cache, norm, up, cos, sin = (t.double().cpu() for t in (*(given_[n] for n in HALVES), *given_["rotary"]))
     cache, latent, turning = cache.clone(), len(norm), cache.shape[2] - len(norm)
     plain, out = q.shape[3] - turning, []
+    up_key, up_value = up.split([plain, up.shape[1] - plain], 1)
     for b, start in enumerate(given_["start_B"].tolist()):
         for s in range(q.shape[1]):
             cache[b, start + s, :latent] = rms_norm_reference(kv[b, s, :latent], norm, EPS)
             cache[b, start + s, latent:] = rotate_reference(kv[b, s, latent:], cos[b, s], sin[b, s])
-            seen = cache[b, : start + s + 1]
-            keys_values = torch.einsum("hxc,pc->hpx", up, seen[:, :latent])
-            key, value = keys_values.split([plain, up.shape[1] - plain], -1)
+            seen, query = cache[b, : start + s + 1], q[b, s, :, :plain]
             turned = rotate_reference(q[b, s, :, plain:], cos[b, s], sin[b, s])
-            score = torch.einsum("hn,hpn->hp", q[b, s, :, :plain], key) + turned @ seen[:, latent:].t()
-            out.append(torch.einsum("hp,hpw->hw", (score * given_["scale"]).softmax(-1), value).flatten())
-    return torch.stack(out).view(q.shape[0], q.shape[1], -1), cache
+            made = []
+            for sign in (lambda t: t, torch.abs):
+                key = torch.einsum("hnc,pc->hpn", sign(up_key), sign(seen[:, :latent]))
+                value = torch.einsum("hwc,pc->hpw", sign(up_value), sign(seen[:, :latent]))
+                score = torch.einsum("hn,hpn->hp", sign(query), key) + sign(turned) @ sign(seen[:, latent:]).t()
+                made.append((score * given_["scale"], value))
+            (score, value), (score_terms, value_terms) = made
+            weight, most = score.softmax(-1), score_terms.amax(1)[:, None].expand(-1, value.shape[2])
+            out.append(
+                [torch.einsum("hp,hpw->hw", weight, v).flatten() for v in (value, value_terms)] + [most.flatten()]
+            )
+    result, terms, most = (torch.stack(t).view(q.shape[0], q.shape[1], -1) for t in zip(*out, strict=True))
+    return result, cache, terms, most
 
 
 def run(given_: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -205,6 +220,50 @@ def test_in_16_bits(batch: int, heads: int, places: int) -> None:
     torch.testing.assert_close(cache.double(), kept, rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.usefixtures("cpu_path")
+@given(
+    batch=st.integers(1, 4), length=st.integers(1, 4), heads=st.integers(1, 9), page=st.sampled_from([None, 4, 16]),
+    sizes=st.tuples(st.integers(1, 20), st.sampled_from([2, 4, 10]), st.integers(1, 20), st.integers(1, 90)),
+    places=st.integers(6, 50), large=st.sampled_from([1.0, 4.0]),
+)  # fmt: skip
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_number_by_number_in_16_bits(
+    batch: int, length: int, heads: int, page: int | None, sizes: tuple[int, int, int, int], places: int, large: float
+) -> None:
+    given_ = case(batch, length, heads, sizes, places)
+    given_ = halved({**given_, "q_BSHQ": given_["q_BSHQ"] * large})
+    out, _ = run(given_ if page is None else paged(given_, page))
+    wanted, _, terms, score_terms = wanted_and_terms(given_)
+    # Half a step of bfloat16 each: a latent, a weight, what is mixed of them and the result; and of a score's terms
+    # the absorbed query, the latent, the rotated part, the score and it scaled, which move every weight of its row,
+    # twice, as a softmax has it. The interpreter cuts off: a whole step.
+    allowed = (2**-7 if INTERPRETED else 2**-8) * (4 + 2 * 5 * score_terms) * terms
+    assert out.dtype == torch.bfloat16
+    assert bool(((out.double() - wanted).abs() <= allowed).all())
+
+
+@pytest.mark.usefixtures("cpu_path")
+def test_what_is_no_number_in_a_query_stays_in_its_head() -> None:
+    given_ = case(2, 3, 4, (8, 4, 6, 16), 30)
+    given_["q_BSHQ"][1, 2, 3, 5], given_["q_BSHQ"][0, 1, 0, 9] = torch.nan, torch.nan  # plain, and rotated
+    out, cache = run(given_)
+    spoilt = out.unflatten(-1, (4, 6)).isnan()
+    assert spoilt.any(-1).nonzero().tolist() == [[0, 1, 0], [1, 2, 3]]
+    assert spoilt.any(-1).equal(spoilt.all(-1))
+    assert cache.isfinite().all()
+
+
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_runs_give_equal_bits(dtype: torch.dtype) -> None:
+    slots = case(2, 3, 6, (16, 16, 16, 64), 160)
+    slots = slots if dtype == torch.float32 else halved(slots)
+    for given_ in (slots, paged(slots, 16)):
+        first, second = run(given_), run(given_)
+        assert first[0].equal(second[0])
+        assert first[1].nan_to_num().equal(second[1].nan_to_num())
+
+
 def test_a_token_does_not_depend_on_the_others(cpu_path: str) -> None:
     if cpu_path != "compiled" or ON_TRITON:
         pytest.skip("torch's products may cut sums elsewhere")
@@ -273,7 +332,8 @@ def test_no_rows_at_all() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"kv_BSY": torch.zeros(2, 1, 9)}, ValueError, "mla_decode"),
+        ({"kv_BSY": torch.zeros(2, 1, 9)}, ValueError, r"shape of cache_BPC is \(2, 9, 10\); wanted \(2, 9, 9\)"),
+        ({"kv_BSY": torch.zeros(2, 2, 10)}, ValueError, r"shape of kv_BSY is \(2, 2, 10\); wanted \(2, 1, 10\)"),
         ({"reach": 10}, ValueError, "reach is 10; wanted at most 9"),
         ({"start_B": torch.zeros(2, dtype=torch.int32)}, TypeError, r"start_B is torch\.int32"),
         ({"start_B": torch.zeros(3, dtype=torch.int64)}, ValueError, r"shape of start_B is \(3,\); wanted \(2,\)"),

@@ -76,6 +76,51 @@ def test_rms_norm(rows: int, width: int, strided: bool, size: float) -> None:
     close(got[2], grad_weight, allowed + 2 * (rows + 1) * EPS)  # a sum over the rows
 
 
+def off_by(x: Tensor, weight: Tensor, seen: Tensor, more: Tensor | None = None) -> list[Tensor]:
+    """Of a norm's result and gradients in bfloat16, in float64: what they are rounded by. What goes in is exact; the
+    factor, products and differences are rounded as they are made, by half a step of their terms, four times at most."""
+    x, weight, seen = x.double(), weight.double(), seen.double()
+    scale = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    along = (seen * weight * x).abs().mean(-1, keepdim=True) * scale**2
+    of_x = scale * ((seen * weight).abs() + x.abs() * along) + (0.0 if more is None else more.double().abs())
+    terms = (x * scale * weight).abs(), of_x, (seen * x * scale).abs().flatten(0, -2).sum(0)
+    return [4 * 2**-8 * t for t in terms]
+
+
+@pytest.mark.usefixtures("cpu_path")
+@given(
+    rows=st.integers(1, 9) | st.sampled_from([65, 200]), width=st.integers(1, 40) | st.sampled_from([256, 301]),
+    strided=st.booleans(), size=st.sampled_from([1e-3, 1.0, 1e3]),
+)  # fmt: skip
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_norms_in_bfloat16(rows: int, width: int, strided: bool, size: float) -> None:
+    x, y = ((draw(seed, 2, rows, width + 7) * size).bfloat16()[..., :width] for seed in (0, 1))
+    x, y = (x, y) if strided else (x.contiguous(), y.contiguous())
+    weight, seen, more = (
+        (1 + draw(2, width) / 4).bfloat16(),
+        draw(3, 2, rows, width).bfloat16(),
+        draw(4, 2, rows, width),
+    )
+    wide = weight.double(), seen.double()
+
+    def check(got: list[Tensor], wanted: list[Tensor], off: list[Tensor]) -> None:
+        for mine, theirs, allowed in zip(got, wanted, off, strict=True):
+            assert mine.dtype == torch.bfloat16
+            assert bool(((mine.double() - theirs).abs() <= allowed * (1 + (width + rows) * EPS) + 1e-30).all())
+
+    wanted = gradients(rms_norm_reference, [x.double(), wide[0]], wide[1], 1e-6)
+    check(gradients(rms_norm, [x, weight], seen, 1e-6), wanted, off_by(x, weight, seen))
+    total, *ours, of_y, of_weight = summed(add_rms_norm, [x, y, weight], (more.bfloat16(), seen))
+    if not INTERPRETED:  # which cuts off
+        assert total.equal(x + y)
+    assert of_y.equal(ours[1])
+    both = more.bfloat16().double(), wide[1]
+    _, *wanted, _, wanted_weight = summed(
+        add_rms_norm_reference, [total.double(), torch.zeros_like(total).double(), wide[0]], both
+    )
+    check([*ours, of_weight], [*wanted, wanted_weight], off_by(total, weight, seen, both[0]))
+
+
 def summed(operation: Operation, leaves: list[Tensor], seen: tuple[Tensor | None, Tensor | None]) -> list[Tensor]:
     """Both results, and the gradients of their products with what is seen of them; one may be unseen."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
@@ -163,23 +208,40 @@ def test_a_row_of_zeros_and_what_is_no_number() -> None:
 @pytest.mark.parametrize(("operation", "reference"), ROTATIONS)
 @given(
     batch=st.integers(1, 3), length=st.integers(0, 9), heads=st.integers(1, 3), half=st.integers(1, 20),
-    lead=st.integers(0, 5), axis=st.booleans(),
+    lead=st.integers(0, 5), axis=st.booleans(), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    size=st.sampled_from([1.0, 1e4]),
 )  # fmt: skip
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_rotations(
-    operation: Operation, reference: Operation, batch: int, length: int, heads: int, half: int, lead: int, axis: bool
-) -> None:
+    operation: Operation, reference: Operation, batch: int, length: int, heads: int, half: int, lead: int, axis: bool,
+    dtype: torch.dtype, size: float,
+) -> None:  # fmt: skip
     shape = (batch, length, heads) if axis else (batch, length)
     x, seen = (draw(seed, *shape, lead + 2 * half)[..., lead:] for seed in (0, 1))
+    x = (x * size).to(dtype)
     angle = draw(2, batch, length, half + lead)[..., :half] * 9
     angle = angle[:, :, None] if axis else angle
     got = gradients(lambda x: operation(x, angle.cos(), angle.sin()), [x], seen)
     with torch.no_grad():
         assert operation(x, angle.cos(), angle.sin()).equal(got[0])
     cos, sin = angle.cos().double(), angle.sin().double()  # of the same cosines: they are given
-    wanted = gradients(lambda x: reference(x, cos, sin), [x.double()], seen.double())
-    for mine, theirs in zip(got, wanted, strict=True):
-        close(mine, theirs, 2 * EPS)  # two products and their sum
+    out, grad = gradients(lambda x: reference(x, cos, sin), [x.double()], seen.double())
+    assert [t.dtype for t in got] == [torch.float32, dtype]
+    close(got[0], out, 2 * EPS)  # two products and their sum
+    # and torch's own rounds in bfloat16 both products and the sum
+    close(got[1], grad, 2 * EPS if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize(("operation", "interleaved"), [(rotate, True), (rotate_halves, False)])
+def test_what_is_no_number_stays_in_its_pair(operation: Operation, interleaved: bool) -> None:
+    x, seen, angle = draw(0, 3, 2, 12), draw(1, 3, 2, 12), draw(2, 3, 1, 6)
+    x[1, 0, 3], seen[2, 1, 8] = float("nan"), float("inf")  # of pairs 1, or 3; and of 2
+    out, grad = gradients(lambda x: operation(x, angle.cos(), angle.sin()), [x], seen)
+    pair = 1 if interleaved else 3
+    assert out.isnan().nonzero().tolist() == [[1, 0, pair], [1, 0, pair + 6]]
+    place = [4, 5] if interleaved else [2, 8]
+    assert (~grad.isfinite()).nonzero().tolist() == [[2, 1, i] for i in place]
 
 
 @pytest.mark.usefixtures("cpu_path")

@@ -100,6 +100,23 @@ def test_what_is_no_number_stays_where_it_is(moments: torch.dtype) -> None:
         assert given_[name][0].isnan().nonzero().flatten().tolist() == [3]
 
 
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_two_runs_and_any_number_of_threads_give_equal_bits(moments: torch.dtype) -> None:
+    threads, made = torch.get_num_threads(), []
+    try:
+        for count in (threads, threads, 3):
+            torch.set_num_threads(count)
+            given_ = draw([(7, 301), (3,), (1500 if INTERPRETED else 20_000,)], moments)
+            for step in (1, 2):
+                adamw(*(given_[name] for name in LISTS), AdamW(rate=1e-2, step=step, decay=0.1, coefficient=0.7))
+            made.append([t for name in LISTS for t in given_[name]])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, made[0], made[1]))
+    assert all(map(torch.equal, made[0], made[2]))
+
+
 def test_strides_are_respected_and_the_report_says_what_ran(cpu_path: str) -> None:
     how = AdamW(rate=1e-2, step=3)
     ours = draw([(12, 10)])

@@ -87,38 +87,91 @@ def test_recomputation_that_keeps_products_changes_nothing() -> None:
     assert all(map(torch.equal, plain, again))
 
 
+ULP, HALF = 2**-24, 2**-8  # half a step of float32, and of bfloat16
+
+
+def exact_scores(x: torch.Tensor, weight: torch.Tensor, how: Choice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Affinities in float64, and how far float32's may be from them: as a share of each, twice what a logit is off by.
+    A logit in float32 is a sum of `width` products; one in bfloat16 is torch's, and is taken from there."""
+    whole = x.dtype == torch.float32
+    logit = x.double() @ weight.double().t() if whole else torch.nn.functional.linear(x, weight).double()
+    size = x.double().abs() @ weight.double().abs().t() if whole else logit.abs()
+    off = ((x.shape[1] if whole else 0) + 4) * ULP * size.amax(1, keepdim=True)
+    score = logit.sigmoid() if how.affinity == "sigmoid" else logit.softmax(-1)
+    return score, 2 * off + (len(weight) + 16) * ULP + (0.0 if whole else HALF)
+
+
+def exact_slopes(
+    score: torch.Tensor, expert: torch.Tensor, grad_gate: torch.Tensor, grad_score: torch.Tensor, how: Choice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient in the logits of these affinities, in float64, and what its terms come to without their signs."""
+    own = score.gather(1, expert)
+    total = own.sum(1, keepdim=True) + 1e-20 if how.normalised else torch.ones_like(own[:, :1])
+    made = []
+    for sign in (-1, 1):
+        gate, seen = (grad_gate, grad_score) if sign < 0 else (grad_gate.abs(), grad_score.abs())
+        along = (gate * own).sum(1, keepdim=True) / total if how.normalised else 0.0
+        slope = seen.scatter_add(1, expert, how.scale * (gate + sign * along) / total)
+        if how.affinity == "sigmoid":
+            made.append(slope * score * (1 - score))
+        else:
+            made.append(score * (slope + sign * (slope * score).sum(1, keepdim=True)))
+    return made[0], made[1]
+
+
 @pytest.mark.usefixtures("cpu_path")
-@given(case=cases())
+@given(
+    case=cases(), size=st.sampled_from([1.0, 40.0]), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    strided=st.sampled_from(["", "x", "weight"]),
+)  # fmt: skip
 @settings(max_examples=EXAMPLES, deadline=None)
-def test_choices_numbers_and_gradients(case: tuple[int, int, int, Choice]) -> None:
+def test_choices_numbers_and_gradients(
+    case: tuple[int, int, int, Choice], size: float, dtype: torch.dtype, strided: str
+) -> None:
     tokens, experts, width, how = case
-    x, weight, bias = draw(0, tokens, width), draw(1, experts, width) * width**-0.5, draw(2, experts) * 0.1
-    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    x, weight = (draw(0, tokens, width) * size).to(dtype), (draw(1, experts, width) * width**-0.5).to(dtype)
+    x = x.t().contiguous().t() if strided == "x" else x
+    weight = weight.t().contiguous().t() if strided == "weight" else weight
+    bias, leaves = draw(2, experts) * 0.1, [x.requires_grad_(), weight.requires_grad_()]
     expert, gate, score, load, order, ends = route(*leaves, bias, how)
-    exact = torch.sigmoid(x.double() @ weight.double().t())
-    if how.affinity == "softmax":
-        exact = torch.softmax(x.double() @ weight.double().t(), -1)
-    # A float32 sum of `width` terms of size one, through an affinity of slope one at most
-    torch.testing.assert_close(score.double(), exact, rtol=0, atol=(width + 8) * 2**-24 * 4)
+    x, weight, rounded = x.detach(), weight.detach(), HALF if dtype == torch.bfloat16 else 0.0
+    exact, off = exact_scores(x, weight, how)
+    assert gate.dtype == score.dtype == dtype
+    assert bool(((score.detach().double() - exact).abs() <= off * exact + 1e-37).all())
     # The choice is that of the affinities as they came out, to the last bit
     assert expert.tolist() == [chosen_by_hand(row, how) for row in (score + bias).tolist()]
     assert_sorted(expert, load, order, ends)
-    of_gate, of_score = draw(3, tokens, how.chosen), draw(4, tokens, experts)
-    got = torch.autograd.grad((gate, score), leaves, (of_gate, of_score))
-    own = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    affinity = own[0] @ own[1].t()
-    affinity = affinity.sigmoid() if how.affinity == "sigmoid" else affinity.softmax(-1)
-    wanted_gate = affinity.gather(1, expert)
-    if how.normalised:
-        wanted_gate = wanted_gate / wanted_gate.sum(-1, keepdim=True)
-    wanted_gate = wanted_gate * how.scale
-    # A quotient of sums of affinities; 1e-3 is the least that a sum of softmax affinities comes to here
-    torch.testing.assert_close(gate.double(), wanted_gate, rtol=2e-5, atol=1e-6)
-    wanted = torch.autograd.grad((wanted_gate, affinity), own, (of_gate.double(), of_score.double()))
-    for a, b in zip(got, wanted, strict=True):
-        size = float(b.abs().max()) + 1e-6
-        # Sums over experts, and over tokens: at most 200 terms, on top of the quotient's rounding above
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=(200 + width) * 2**-24 * 10 * max(size, 1.0))
+    own = score.detach().double()  # what follows is of these
+    wanted = own.gather(1, expert)
+    wanted = wanted / (wanted.sum(-1, keepdim=True) + 1e-20) if how.normalised else wanted
+    # A sum and two operations, in bfloat16 three roundings and a fourth of the affinity's scale
+    allowed = (how.chosen + 8) * ULP + 4 * rounded
+    torch.testing.assert_close(gate.detach().double(), wanted * how.scale, rtol=allowed, atol=1e-30)
+    seen = draw(3, tokens, how.chosen).to(dtype), draw(4, tokens, experts).to(dtype)
+    got = torch.autograd.grad((gate, score), leaves, seen)
+    slope, terms = exact_slopes(own, expert, seen[0].double(), seen[1].double(), how)
+    # Sums over the chosen and over all; in bfloat16 eight operations round one after the other
+    off = terms * ((how.chosen + experts + 32) * ULP + 8 * rounded)
+    for mine, by, its_off, other in ((got[0], slope, off, weight), (got[1], slope.t(), off.t(), x)):
+        other, wanted = other.double(), by @ other.double()
+        allowed = (its_off + (by.shape[1] + 2) * ULP * by.abs()) @ other.abs() + 1e-25
+        assert bool(((mine.double() - wanted).abs() <= allowed + rounded * (wanted.abs() + allowed)).all())
+
+
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("affinity", ["sigmoid", "softmax"])
+def test_what_is_no_number_is_chosen_before_infinity(affinity: Any, groups: int) -> None:
+    x, weight, bias = draw(0, 120, 5), draw(1, 44, 5), draw(2, 44)
+    bias[::6], bias[1::7] = math.inf, math.nan
+    how = Choice(9, affinity, groups, min(groups, 3))
+    routes = route(x, weight, bias, how)
+    choice = routes.score_TE + bias
+    assert choice.gather(1, routes.expert_TK)[:, 0].isnan().all()
+    if groups > 1:
+        choice = choice.masked_fill(~allowed(choice, how), -math.inf)
+    assert routes.expert_TK.equal(highest(choice, 9))
+    assert_sorted(routes.expert_TK, routes.load_E, routes.order_M, routes.ends_E)
 
 
 @pytest.mark.usefixtures("cpu_path")

@@ -31,29 +31,42 @@ def both_ways(gate_up: Tensor, seen: Tensor) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, gate_up, seen)]
 
 
-def wanted_of(gate_up: Tensor, seen: Tensor) -> list[Tensor]:
-    gate_up = gate_up.detach().double().requires_grad_()
-    out = swiglu_reference(gate_up)
-    return [out.detach(), *torch.autograd.grad(out, gate_up, seen.double())]
+def check(gate_up: Tensor, seen: Tensor, got: list[Tensor]) -> None:
+    """Number by number. In float32 a sigmoid and what it is multiplied by err by 16 half steps at most, one less a
+    sigmoid by some of one. In bfloat16 what is taken on the way and the result are rounded, in Triton the result
+    alone, which its interpreter cuts off: by as much. Below e⁻⁸⁸ there is nothing."""
+    rounded = 2 * 2**-8 if gate_up.dtype == torch.bfloat16 else 0.0
+    gate, up, grad = *gate_up.double().chunk(2, -1), seen.double()
+    s = gate.sigmoid()
+    silu, by_gate = gate * s, s + gate * s * (1 - s)
+    near = 16 * EPS / 2
+    of_gate = (grad * up).abs() * (near * (s + silu.abs() * (1 - s)) + 8 * EPS / 2 * silu.abs())
+    parts = [
+        (silu * up, near * (silu * up).abs()),
+        (grad * up * by_gate, of_gate),
+        (grad * silu, near * (grad * silu).abs()),
+    ]
+    for mine, (wanted, off) in zip((got[0], *got[1].chunk(2, -1)), parts, strict=True):
+        assert mine.shape == wanted.shape
+        assert mine.dtype == gate_up.dtype
+        off = off + 1e-36 * (1 + up.abs() + grad.abs() * (1 + up.abs()))
+        terms = wanted.abs() + (grad * up * silu).abs() * (1 - s) * rounded  # what cancels was rounded before
+        assert bool(((mine.double() - wanted).abs() <= off + rounded * (terms + off)).all())
 
 
 @pytest.mark.usefixtures("cpu_path")
 @given(
     rows=st.integers(0, 12) | st.just(300), hidden=st.integers(0, 70), size=st.sampled_from([0.1, 1.0, 40.0]),
-    strided=st.booleans(),
+    strided=st.booleans(), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
 @settings(max_examples=EXAMPLES, deadline=None)
-def test_swiglu(rows: int, hidden: int, size: float, strided: bool) -> None:
-    gate_up, seen = draw(0, rows, 2 * hidden, 2) * size, draw(1, rows, hidden, 2)
+def test_swiglu(rows: int, hidden: int, size: float, strided: bool, dtype: torch.dtype) -> None:
+    gate_up, seen = (draw(0, rows, 2 * hidden, 2) * size).to(dtype), draw(1, rows, hidden, 2).to(dtype)
     gate_up, seen = (t[..., 0] if strided else t[..., 0].contiguous() for t in (gate_up, seen))
-    got, wanted = both_ways(gate_up, seen), wanted_of(gate_up, seen)
+    got = both_ways(gate_up, seen)
     with torch.no_grad():
         assert swiglu(gate_up).equal(got[0])
-    for mine, theirs in zip(got, wanted, strict=True):
-        assert mine.shape == theirs.shape
-        if mine.numel():
-            # an exponential errs by an eps of its argument at most, whose sigmoid falls as fast: some roundings are left
-            assert float((mine.double() - theirs).abs().max()) <= 16 * EPS * max(1.0, float(theirs.abs().max()))
+    check(gate_up, seen, got)
 
 
 @pytest.mark.usefixtures("cpu_path")
@@ -73,15 +86,6 @@ def test_the_ends_of_the_range() -> None:
 def test_two_runs_give_equal_bits() -> None:
     gate_up, seen = draw(2, 200, 130), draw(3, 200, 65)
     assert all(map(torch.equal, both_ways(gate_up, seen), both_ways(gate_up, seen)))
-
-
-@pytest.mark.usefixtures("cpu_path")
-def test_in_bfloat16() -> None:
-    """The input is exact in float64; what is taken on the way is rounded three times by 2⁻⁹ at most, or once."""
-    gate_up, seen = draw(6, 40, 2100).bfloat16(), draw(7, 40, 1050).bfloat16()
-    for mine, theirs in zip(both_ways(gate_up, seen), wanted_of(gate_up, seen), strict=True):
-        assert mine.dtype == torch.bfloat16
-        assert float((mine.double() - theirs).norm()) <= 3 * 2**-9 * float(theirs.norm())
 
 
 @pytest.mark.usefixtures("cpu_path")
