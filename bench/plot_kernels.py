@@ -4,13 +4,15 @@
 
 RESULT holds the benchmark's output, of which the last line is read. Each panel is one operation at one shape in one
 dtype: milliseconds of ours and of each peer, less is better. A dashed line is where a goal lies, and ours has to end
-left of it. Goals of memory are written below. With --table it prints the Markdown table of kernels/BENCHMARKS.md.
+left of it. Goals of memory are written below. Bars are cut off, with dots, at five times ours (or the goal). With
+--table it prints the Markdown table of kernels/BENCHMARKS.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, BAR, AROUND = 5.0, 0.26, 0.85  # inches: of a panel; of a bar; of title, axis and note
+WIDTH, BAR, AROUND = 5.0, 0.26, 1.0  # inches: of a panel; of a bar; of title, axis and note
 COLUMNS = 2
+LABEL = 26  # letters of a line
+CUT = 5  # times ours, or the goal
 Row = Mapping[str, Any]
 Key = tuple[str, str, str]  # operation, shape, dtype
 
@@ -63,30 +67,40 @@ def plot(measured: Sequence[Row], goals: Sequence[Row], title: str) -> Figure:
 def panel(ax: Axes, rows: Sequence[Row], goals: Sequence[Row], most: int) -> None:
     """Ours on top, then the peers; as high as a panel of `most` bars, so that bars are alike."""
     times = {"ours": rows[0]["seconds"] * 1e3} | {row["peer"]: row["peer_seconds"] * 1e3 for row in rows}
-    longest, places = max(times.values()), range(len(times))
-    colours = [PALETTE["cold_start"]] + [PALETTE["other"]] * len(rows)
-    ax.barh(list(places), list(times.values()), height=0.66, color=colours)
-    for place, taken in zip(places, times.values(), strict=True):
-        faster = "" if place == 0 else f"  × {taken / rows[0]['seconds'] / 1e3:.2f}"
-        text = f"{taken:.3g} ms{faster}"
-        ax.annotate(text, (taken, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-    ax.set_yticks(list(places), list(times))
-    ax.tick_params(axis="y", labelcolor=PALETTE["ink"])
+    ours, places = times["ours"], list(range(len(times)))
+    lines = [(goal["peer_seconds"] * 1e3 / goal["goal"], goal) for goal in goals if goal["metric"] != "memory"]
+    cut = CUT * max(ours, *(at for at, _ in lines), 0)
+    shown = [min(taken, cut) for taken in times.values()]
+    ax.barh(places, shown, height=0.66, color=[PALETTE["cold_start"]] + [PALETTE["other"]] * len(rows))
+    for at, goal in lines:
+        ax.axvline(at, color=PALETTE["zero" if goal["met"] else "rl"], linewidth=1.3, linestyle=(0, (4, 2)))
+    for place, taken, end in zip(places, times.values(), shown, strict=True):
+        text = f"{'… ' if taken > cut else ''}{_milliseconds(taken)}{f'  × {taken / ours:.2f}' if place else ''}"
+        ax.annotate(
+            text, (end, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )  # fmt: skip
+    ax.set_yticks(places, [textwrap.fill(side, LABEL, break_long_words=False) for side in times])
+    ax.tick_params(axis="y", labelcolor=PALETTE["ink"], labelsize=7)
     ax.set_ylim(most - 0.4, -0.6)
+    ax.set_xlim(0, max([*shown, *(at for at, _ in lines)]) * 1.6)
     ax.grid(False)
     ax.spines["left"].set_visible(False)
-    notes = []
-    for goal in goals:
-        colour, met = (PALETTE["zero"], "met") if goal["met"] else (PALETTE["rl"], "missed")
-        bound = "at most" if goal["metric"] == "memory" else "at least"
-        notes.append(f"goal: {goal['metric']} {bound} {goal['goal']:g}, is {goal['ratio']:.3g}: {met}")
-        if goal["metric"] != "memory":
-            at = goal["peer_seconds"] * 1e3 / goal["goal"]
-            longest = max(longest, at)
-            ax.axvline(at, color=colour, linewidth=1.3, linestyle=(0, (4, 2)))
-    ax.set_xlim(0, longest * 1.45)
-    ax.set_xlabel("milliseconds" + "".join(f"\n{note}" for note in notes), loc="left")
-    ax.set_title(", ".join(key_of(rows[0])))
+    ax.set_xlabel("\n".join(["milliseconds", *map(_note, goals)]), loc="left")
+    ax.set_title(f"{rows[0]['op']}\n{rows[0]['shape']}, {rows[0]['dtype']}", fontsize=8.5)
+
+
+def _milliseconds(taken: float) -> str:
+    return f"{taken:,.0f} ms" if taken >= 100 else f"{taken:.3g} ms"
+
+
+def _note(goal: Row) -> str:
+    bound = "at most" if goal["metric"] == "memory" else "at least"
+    return f"goal: {goal['metric']} {bound} {goal['goal']:g}, is {goal['ratio']:.3g}: {_outcome(goal)}"
+
+
+def _outcome(goal: Row) -> str:
+    return "met" if goal["met"] else "missed"
 
 
 def table(measured: Sequence[Row], goals: Sequence[Row]) -> str:
@@ -95,7 +109,7 @@ def table(measured: Sequence[Row], goals: Sequence[Row]) -> str:
     timed = {(*key_of(row), row["peer"]) for row in measured}
     for place, row in enumerate(measured):
         decided = [goal for goal in goals if (*key_of(goal), goal["peer"]) == (*key_of(row), row["peer"])]
-        ours, theirs = (f"{row[name] * 1e3:.4g} ms" for name in ("seconds", "peer_seconds"))
+        ours, theirs = (_milliseconds(row[name] * 1e3) for name in ("seconds", "peer_seconds"))
         rate = f"{row['tflops'] * 1e3:.3g} GFLOP/s"
         if "bandwidth" in row:
             rate = f"{row['bandwidth'] / 1e9:.3g} GB/s, {row['bandwidth_share']:.2f} of a copy"
@@ -108,7 +122,9 @@ def table(measured: Sequence[Row], goals: Sequence[Row]) -> str:
             if key_of(goal) == key_of(row) and not timed_peer:
                 memory = goal["metric"] == "memory"
                 ours = f"{goal['memory'] / 2**20:.1f} MiB" if memory else ours
-                theirs = f"{goal['peer_memory'] / 2**20:.0f} MiB" if memory else f"{goal['peer_seconds'] * 1e3:.4g} ms"
+                theirs = (
+                    f"{goal['peer_memory'] / 2**20:.0f} MiB" if memory else _milliseconds(goal["peer_seconds"] * 1e3)
+                )
                 lines.append(_line(goal, ours, "", theirs, goal["ratio"], f"{goal['metric']} {_said(goal)}"))
     return "\n".join(lines)
 
@@ -119,7 +135,7 @@ def _line(row: Row, ours: str, rate: str, theirs: str, ratio: float, goal: str) 
 
 
 def _said(goal: Row) -> str:
-    return f"{goal['goal']:g}: {'met' if goal['met'] else 'missed'}"
+    return f"{goal['goal']:g}: {_outcome(goal)}"
 
 
 def main() -> None:

@@ -122,12 +122,11 @@ def _aimed(
     """What a goal's row says beyond the case; nothing where no memory is counted."""
     row: Row = {"metric": goal.metric, "goal": goal.value}
     if goal.metric == "memory":
-        peer, wanted = goal.whole or (goal.peers[0], held[goal.peers[0]])
-        if held[OURS] is None or wanted is None:
+        mine, (peer, wanted) = held[OURS], goal.whole or (goal.peers[0], held[goal.peers[0]])
+        if mine is None or wanted is None:
             return {}
-        ratio = held[OURS] / wanted
-        row |= {"peer": peer, "peer_seconds": taken.get(peer), "memory": held[OURS], "peer_memory": wanted}
-        return {**row, "ratio": ratio, "met": ratio <= goal.value}
+        row |= {"peer": peer, "peer_seconds": taken.get(peer), "memory": mine, "peer_memory": wanted}
+        return {**row, "ratio": mine / wanted, "met": mine / wanted <= goal.value}
     if goal.metric == "share of copy":
         peer, theirs = "a copy of as many bytes", (case.bytes or 0) / copied
     else:

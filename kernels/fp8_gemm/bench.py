@@ -20,7 +20,7 @@ from gristmill.kernels.fp8_gemm import (
 )
 from gristmill.kernels.grouped_gemm import grouped_gemm
 from gristmill.kernels.linear import linear
-from gristmill.kernels.timing import Case, Goal, routed, without_gradients
+from gristmill.kernels.timing import Case, Goal, Work, routed, without_gradients
 
 IN_BFLOAT16 = "grouped_gemm in bfloat16"
 
@@ -80,5 +80,5 @@ def _gradient(shape: str, flops: int, x_NK: Tensor, grad_NM: Tensor, ends_E: Ten
     from gristmill.kernels.grouped_gemm.gpu import weight_gradient
 
     sides = (*quantise_columns(grad_NM, ends_E), *quantise_columns(x_NK, ends_E))
-    peers = {"gradient in w in bfloat16": partial(weight_gradient, grad_NM, x_NK, ends_E)}
+    peers: dict[str, Work] = {"gradient in w in bfloat16": partial(weight_gradient, grad_NM, x_NK, ends_E)}
     return Case("fp8_weight_gradient", shape, flops, partial(fp8_weight_gradient, *sides, ends_E), peers)

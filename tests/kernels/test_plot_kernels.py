@@ -50,6 +50,12 @@ def test_a_panel_has_each_side_s_time_and_the_goals(plots: ModuleType) -> None:
     assert "memory at most 0.05, is 0.07: missed" in ax.get_xlabel()
 
 
+def test_what_is_far_slower_is_cut_off_and_says_so(plots: ModuleType) -> None:
+    (ax,) = plots.plot([row("some", "a", 3.0), row("some", "b", 0.004)], [], "title").axes
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([2.0, 10.0, 4.0])
+    assert [text.get_text() for text in ax.texts] == ["2 ms", "… 3,000 ms  × 1500.00", "4 ms  × 2.00"]
+
+
 def test_a_table_has_a_row_a_peer_and_every_goal_once(plots: ModuleType) -> None:
     lines = plots.table(MEASURED, GOALS).splitlines()[2:]
     assert lines == [
