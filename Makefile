@@ -62,8 +62,10 @@ bench: $(VENV)/installed-dev ## does `tiny` learn, in what time and memory (thre
 bench-corpus: $(VENV)/installed-dev ## the corpus stages against datatrove, rensa, tokenizers (three quarters of an hour)
 	for name in dedup filter spans tokenize loader; do OMP_NUM_THREADS=1 $(BIN)/python -P bench/$$name.py || exit 1; done
 
-bench-kernels: $(VENV)/installed-dev ## the kernels against their peers
-	$(BIN)/python -P -m gristmill.kernels.bench
+bench-kernels: $(VENV)/installed-dev ## the kernels against their peers, and a plot of each in build/kernels
+	mkdir -p build/kernels
+	$(BIN)/python -P -m gristmill.kernels.bench --json | tee build/kernels/result.txt
+	$(BIN)/python -P bench/plot_kernels.py build/kernels/result.txt --out build/kernels
 
 ui: $(VENV)/installed ## the Prefect UI with the deployments
 	$(BIN)/gristmill ui

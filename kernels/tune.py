@@ -35,6 +35,27 @@ class Search:
     results: Callable[[Any], list[Tensor]]
 
 
+def _search(kernel: str, others: list[Any], results: Callable[[Any], list[Tensor]]) -> Search:
+    return Search(kernel, usual_sizes()[kernel], others, results)
+
+
+def usual_sizes() -> dict[str, Any]:
+    """What is searched for, by its name in the file: the sizes that run where nothing was found."""
+    from gristmill.kernels.grouped_gemm import gpu as grouped_gemm
+    from gristmill.kernels.mla_attention import gpu as mla_attention
+
+    usual: dict[str, Any] = {
+        "grouped_gemm.product": grouped_gemm.PRODUCT,
+        "grouped_gemm.gradient": grouped_gemm.GRADIENT,
+        "grouped_gemm.short_gradient": grouped_gemm.SHORT_GRADIENT,
+    }
+    for parts in ("one_part", "two_parts"):
+        usual[f"attention.forward.{parts}"] = mla_attention.FORWARD
+        usual[f"attention.of_queries.{parts}"] = mla_attention.OF_QUERIES
+        usual[f"attention.of_keys.{parts}"] = mla_attention.OF_KEYS
+    return usual
+
+
 def attention(device: str) -> Iterator[Search]:
     """Causal attention of the 16B model's heads, in two parts, and of heads of 128, in one; and all gradients."""
     yield from _attention(device, "two_parts", 64)
@@ -62,11 +83,11 @@ def _attention(device: str, parts: str, turning: int) -> Iterator[Search]:
         return [tensor for tensor in kept if tensor is not None]
 
     tiles = [gpu.Tiles(*sizes) for sizes in FORWARD]
-    yield Search(f"attention.forward.{parts}", gpu.FORWARD, tiles, lambda t: [gpu.attend(sides, scale, None, t)[0]])
+    yield _search(f"attention.forward.{parts}", tiles, lambda t: [gpu.attend(sides, scale, None, t)[0]])
     tiles, made_of = [gpu.Tiles(*sizes) for sizes in OF_QUERIES], (into.q, into.q_second)
-    yield Search(f"attention.of_queries.{parts}", gpu.OF_QUERIES, tiles, lambda t: both(t, gpu.OF_KEYS, made_of))
+    yield _search(f"attention.of_queries.{parts}", tiles, lambda t: both(t, gpu.OF_KEYS, made_of))
     tiles, made_of_keys = [gpu.Tiles(*sizes) for sizes in OF_KEYS], (into.k, into.v, into.k_second)
-    yield Search(f"attention.of_keys.{parts}", gpu.OF_KEYS, tiles, lambda t: both(gpu.OF_QUERIES, t, made_of_keys))
+    yield _search(f"attention.of_keys.{parts}", tiles, lambda t: both(gpu.OF_QUERIES, t, made_of_keys))
 
 
 def grouped(device: str) -> Iterator[Search]:
@@ -84,25 +105,23 @@ def grouped(device: str) -> Iterator[Search]:
     tiles = [
         gpu.Tiles(*s) for s in ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (256, 128, 64, 8, 3))
     ]
-    yield Search("grouped_gemm.product", gpu.PRODUCT, tiles, lambda t: [gpu.product(x, w, ends, True, t)])
+    yield _search("grouped_gemm.product", tiles, lambda t: [gpu.product(x, w, ends, True, t)])
     tiles = [
         gpu.Tiles(*s)
         for s in ((256, 128, 32, 8, 4), (256, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 4, 3, 2))
     ]
-    yield Search("grouped_gemm.gradient", gpu.GRADIENT, tiles, lambda t: [gpu.weight_gradient(grad, x, ends, t)])
+    yield _search("grouped_gemm.gradient", tiles, lambda t: [gpu.weight_gradient(grad, x, ends, t)])
     x, grad, ends = sides(128)
-    yield Search(
-        "grouped_gemm.short_gradient", gpu.SHORT_GRADIENT, tiles, lambda t: [gpu.weight_gradient(grad, x, ends, t)]
-    )
+    yield _search("grouped_gemm.short_gradient", tiles, lambda t: [gpu.weight_gradient(grad, x, ends, t)])
 
 
-SEARCHES: dict[str, Callable[[str], Iterator[Search]]] = {"attention": attention, "grouped_gemm": grouped}
+SEARCHES: dict[str, Callable[[str], Iterator[Search]]] = {"mla_attention": attention, "grouped_gemm": grouped}
 
 
-def tune(operations: list[str], device: str, file: Path = FILE) -> None:
-    """Try the candidates of these operations, say their times, and write the fastest into the file."""
-    for operation in operations:
-        for search in SEARCHES[operation](device):
+def tune(folders: list[str], device: str, file: Path = FILE) -> None:
+    """Try the candidates of these folders' operations, say their times, and write the fastest into the file."""
+    for folder in folders:
+        for search in SEARCHES[folder](device):
             best = fastest(search, device)
             put(torch.cuda.get_device_name(), search.kernel, best, file)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from triton.runtime.errors import OutOfResources
 
 from gristmill.kernels import tiles
 from gristmill.kernels.mla_attention.gpu import Tiles
-from gristmill.kernels.tune import Search, fastest
+from gristmill.kernels.tune import Search, fastest, usual_sizes
 
 SLOW, FAST, WRONG, LARGE = (Tiles(rows, 64, 4, 2) for rows in (16, 32, 64, 128))
 
@@ -45,12 +46,18 @@ def test_what_was_found_is_kept_by_device(tmp_path: Path) -> None:
     assert tiles.tuned("some.kernel", torch.device("cpu"), SLOW) == SLOW
 
 
-def test_the_file_of_the_repository_names_fields_that_there_are() -> None:
-    kinds = ("attention.forward", "attention.of_queries", "attention.of_keys")
-    known = {f"{kind}.{parts}" for kind in kinds for parts in ("one_part", "two_parts")}
-    found = tiles.read()
+def test_the_file_of_the_repository_names_kernels_and_fields_that_there_are() -> None:
+    usual, found = usual_sizes(), tiles.read()
     assert found
     for kernels in found.values():
         for kernel, numbers in kernels.items():
-            assert kernel in known
-            assert Tiles(**numbers)
+            assert set(numbers) == {field.name for field in fields(usual[kernel])}
+
+
+def test_what_is_searched_for_is_read_back_as_its_own_kind(tmp_path: Path) -> None:
+    """Whatever the search writes, of whichever operation."""
+    file = tmp_path / "tiles.json"
+    for kernel, usual in usual_sizes().items():
+        tiles.put("Some GPU", kernel, replace(usual, warps=16), file)
+    for kernel, usual in usual_sizes().items():
+        assert tiles._found(file, kernel, "Some GPU", usual) == replace(usual, warps=16)

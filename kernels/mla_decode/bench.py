@@ -1,9 +1,8 @@
-"""What the benchmark measures of attention over a cache."""
+"""What is timed of attention over a cache: a step of decoding, without gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,22 +12,26 @@ from torch import Tensor
 from gristmill.kernels.mla_decode import mla_decode
 from gristmill.kernels.mla_decode.reference import mla_decode_reference
 from gristmill.kernels.norm_rope.reference import rotate_reference
-from gristmill.kernels.timing import Case, without_gradients
+from gristmill.kernels.timing import Case, Goal, without_gradients
 
 PAGE = 64  # places
+LONG = 4096  # places from which on a CPU has a goal
+ABSORBED, NOT_ABSORBED = "absorbed, in torch", "not absorbed"
 
 
-def cached_attention(
-    device: str,
-    dtype: torch.dtype,
-    batch: int,
-    places: int,
-    heads: int,
-    plain: int,
-    turning: int,
-    value: int,
+def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """On a GPU with the heads of the 16B and of the 671B model."""
+    sizes = [(1, 192, 8, 16, 16, 32, 64), (32, 192, 8, 16, 16, 32, 64), (1, 4096, 8, 16, 16, 32, 64)]
+    if device == "cuda":
+        sizes = [(64, 4096, 16, 128, 64, 128, 512), (16, 4096, 128, 128, 64, 128, 512)]
+    for size in sizes:
+        yield from _at(device, dtype, *size)
+
+
+def _at(
+    device: str, dtype: torch.dtype, batch: int, places: int, heads: int, plain: int, turning: int, value: int,
     latent: int,
-) -> Iterator[Case]:
+) -> Iterator[Case]:  # fmt: skip
     """A new token a row, at the last place, against the same in torch and against keys and values of all places."""
 
     def draw(*shape: int) -> Tensor:
@@ -38,34 +41,28 @@ def cached_attention(
     new = draw(batch, 1, heads, plain + turning), draw(batch, 1, latent + turning)
     given = (*new, draw(batch, places, latent + turning), start, places, (angle.cos(), angle.sin()))
     given = (*given, draw(latent), 1e-6, draw(heads, plain + value, latent), (plain + turning) ** -0.5)
-    goal = 3.0 if device == "cpu" and places >= 4096 else None
-    yield Case(
-        "mla_decode",
-        f"{batch} × {places}, {heads} heads",
-        2 * batch * heads * (places * (2 * latent + turning) + latent * (plain + value)),
-        without_gradients(partial(mla_decode, *given)),
-        {
-            "absorbed, in torch": (without_gradients(partial(mla_decode_reference, *given)), None),
-            "not absorbed": (without_gradients(partial(_not_absorbed, *given)), goal),
-        },
-        bytes=given[2].numel() * given[2].element_size(),
-        least_share=0.7 if heads <= 16 else None,  # with more, products take as long as reading
-        captured=True,
-    )
+    flops = 2 * batch * heads * (places * (2 * latent + turning) + latent * (plain + value))
+    goals = (Goal("speed", 3.0, (NOT_ABSORBED,)),) if device == "cpu" and places >= LONG else ()
+    peers = {
+        ABSORBED: without_gradients(mla_decode_reference, *given),
+        NOT_ABSORBED: without_gradients(_not_absorbed, *given),
+    }
+    ours, shape, read = without_gradients(mla_decode, *given), f"{batch} × {places}, {heads} heads", given[2].nbytes
+    goals = (*goals, *_share_of_copy(device, heads))
+    yield Case("mla_decode", shape, flops, ours, peers, goals, bytes=read, captured=True)
     if places % PAGE == 0:
         pages = torch.randperm(batch * places // PAGE, device=device)  # in no order
         paged = (*given[:2], given[2].view(-1, PAGE, latent + turning), *given[3:], pages.view(batch, -1))
-        yield Case(
-            "mla_decode, paged",
-            f"{batch} × {places}, {heads} heads, {PAGE} a page",
-            2 * batch * heads * (places * (2 * latent + turning) + latent * (plain + value)),
-            without_gradients(partial(mla_decode, *paged)),
-            {"a slot a row": (without_gradients(partial(mla_decode, *given)), None)},
-            bytes=given[2].numel() * given[2].element_size(),
-            captured=True,
-        )
+        peers, shape = {"a slot a row": ours}, f"{shape}, {PAGE} a page"
+        paged = without_gradients(mla_decode, *paged)
+        yield Case("mla_decode, paged", shape, flops, paged, peers, bytes=read, captured=True)
     if device == "cuda":
         yield _cache_alone(given, draw(heads, batch, latent), draw(batch, heads, turning))
+
+
+def _share_of_copy(device: str, heads: int) -> tuple[Goal, ...]:
+    """With more heads, products take as long as reading."""
+    return (Goal("share of copy", 0.7),) if device == "cuda" and heads <= 16 else ()
 
 
 def _cache_alone(given: tuple[Any, ...], q_HTC: Tensor, turned_THR: Tensor) -> Case:
@@ -85,9 +82,9 @@ def _cache_alone(given: tuple[Any, ...], q_HTC: Tensor, turned_THR: Tensor) -> C
         f"{batch} × {reach}, {heads} heads",
         2 * batch * heads * reach * (cache_BPC.shape[2] + latent),
         lambda: attend(q_HTC, turned_THR, cache_BPC, start_B, reach, scale),
-        {"absorbed, in torch": (in_torch, None)},
+        {ABSORBED: in_torch},
+        _share_of_copy("cuda", heads),
         bytes=cache_BPC.nbytes,
-        least_share=0.7 if heads <= 16 else None,
         captured=True,
     )
 
