@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
     Raises:
         TypeError: x is not floating, or weight has another dtype.
-        ValueError: the shapes or devices do not fit, or eps is negative.
+        ValueError: the shapes or devices do not fit, eps is negative, or on a GPU there are 2³⁰ rows or more.
     """
     _check_norm("rms_norm", x, weight_D, eps)
     implementation = chosen("rms_norm", x, native.SOURCE, triton=fits_triton(x), takes=TAKES)
@@ -66,7 +66,7 @@ def add_rms_norm(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Te
 
     Raises:
         TypeError: x or y is not floating, weight has another dtype than x, or y one that x's does not hold.
-        ValueError: the shapes or devices do not fit, or eps is negative.
+        ValueError: the shapes or devices do not fit, eps is negative, or on a GPU there are 2³⁰ rows or more.
     """
     _check_norm("add_rms_norm", x, weight_D, eps)
     if not y.is_floating_point() or torch.promote_types(x.dtype, y.dtype) != x.dtype:
@@ -103,7 +103,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Raises:
         TypeError: one of them is not floating.
-        ValueError: the shapes or devices do not fit.
+        ValueError: the shapes or devices do not fit, or on a GPU there are 2³⁰ rows or more.
     """
     return _rotated("rotate", rotate_reference, x, cos, sin)
 
