@@ -52,5 +52,5 @@ def empty(*shape: int) -> Tensor:
     """A float32 tensor on the CPU whose numbers are not set."""
     numbers = math.prod(shape)
     if numbers * 4 < LEAST:
-        return torch.empty(shape)
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
     return torch.from_numpy(np.asarray(_Block(numbers))).view(shape)

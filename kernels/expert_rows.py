@@ -54,3 +54,20 @@ def check_ascent(operation: str, ends_E: Tensor, name: str, x: Tensor) -> int | 
     ascending = ends[0] >= 0 and all(a <= b for a, b in pairwise(ends))
     require(ascending, ValueError, f"{operation}: ends_E", ends, "ascending ends")
     return ends[-1]
+
+
+def check_order(order_M: Tensor, expert_TK: Tensor) -> None:
+    """The rows are in the order of their experts, those of one expert in the order of tokens.
+
+    Raises:
+        ValueError: a number is that of no row, or the order is another.
+    """
+    rows = len(order_M)
+    if not rows:
+        return
+    low, high = (int(bound) for bound in order_M.aminmax())
+    within = low >= 0 and high < rows
+    require(within, ValueError, "moe_mlp: range of order_M", (low, high), f"rows from 0 to {rows - 1}")
+    # Sorted by expert and then by row, without a row that is there twice: so each is there
+    ascending = (expert_TK.reshape(-1)[order_M].long() * rows + order_M).diff() > 0
+    require(bool(ascending.all()), ValueError, "moe_mlp: order_M", "another", "that of the rows' experts, stable")

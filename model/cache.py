@@ -48,11 +48,10 @@ class PagedCache(Cache):
     """Pages for `places` places, which rows of `length` at most take as they grow and give back when they are over.
 
     A row's memory is that of what it has said, up to a page, and not of the longest that it may say (Kwon et al. 2023,
-    arXiv 2309.06180). Rows with the same beginning share the pages that it fills. Where all pages are taken, a row is
-    laid aside: its numbers go to the host's memory and come back as they were.
+    arXiv 2309.06180). Rows that begin with the same prompt may `share` the pages that it fills. Where all pages are
+    taken, a row is laid aside: its numbers go to the host's memory and come back as they were.
 
-    Page 0 is no row's own. There a row writes what nobody reads: padding behind its prompt, and what it says once it is
-    over.
+    Page 0 is no row's own. There a row writes what nobody reads: the padding behind its prompt.
     """
 
     table_BJ: Tensor
@@ -128,9 +127,9 @@ class PagedCache(Cache):
         self._own = [self._own[row] for row in kept]
         self.table_BJ = self.table_BJ[rows]
 
-    def part(self, rows: list[int]) -> Cache:
-        """The same pages with these rows alone, to read prompts into."""
-        return Cache(self.latent_LBSC, self.table_BJ[rows])
+    def part(self, rows: list[int], places: int) -> Cache:
+        """The same pages with these rows alone, and of each so many places."""
+        return Cache(self.latent_LBSC, self.table_BJ[rows, : pages_of(places)])
 
 
 def pages_of(places: int) -> int:

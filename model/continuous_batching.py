@@ -3,7 +3,7 @@
 A response that is over leaves its slot to the next request at once. The newcomer's prompt is read but for its last
 token, which goes through the model in the same step as the last tokens of the others. Memory is that of slots × length,
 and for the newcomers of a step their prompts once more; these are read a portion of positions at a time. Or it is that
-of a number of places, in pages (paged_cache.py) that responses take as they grow: the youngest then wait, laid aside in
+of a number of places, in pages (cache.py) that responses take as they grow: the youngest then wait, laid aside in
 the host's memory, while there are too few for all.
 """
 
@@ -69,7 +69,7 @@ class _Aside:
     """A response that waits for pages, with all that its row had."""
 
     response: _Response
-    row: tuple[int, int, int, int]
+    row: list[int]
     latents: Tensor
 
 
@@ -121,7 +121,8 @@ def stream(
     """The responses to all requests, token by token as they come; those of different requests are mixed.
 
     Args:
-        requests: taken from as slots become free; the order in which they come changes no response.
+        requests: taken from as slots become free, with `places` one ahead; the order in which they come changes no
+            response.
         slots: responses at once.
         length: places of a slot: those of a prompt and its response.
         places: of the cache, over all responses; none: those of the slots. It changes no response, but which wait.
@@ -135,7 +136,8 @@ def stream(
     check_length(model.config, length)
     if places is not None and pages_of(length) > places // PAGE:
         raise ValueError(
-            f"{places} places do not hold a slot of {length} in pages of {PAGE}: give more or lower length"
+            f"{places} places are {places // PAGE} pages of {PAGE}, and a slot of {length} takes {pages_of(length)}: "
+            "give more or lower length"
         )
     decoder = Decoder(model)
     queue = _Queue(requests, sampling, length)
@@ -145,7 +147,7 @@ def stream(
     while True:
         free = rows.free()
         if isinstance(cache, PagedCache):
-            queue.take_back(rows, free, cache)
+            queue.resume(rows, free, cache)
         coming = queue.next(len(free), cache, len(rows.responses) - len(free))
         taken = free[: len(coming)]
         for row, (number, request) in zip(taken, coming, strict=True):
@@ -161,11 +163,10 @@ def stream(
             cache.keep(kept)
             rows.select(kept)
         if isinstance(cache, PagedCache):
-            queue.lay_aside(rows, cache)
-        _, logits_B1V = decoder.step(rows.token_B[:, None], rows.position_B, cache)
-        rows.token_B, log_p_B = choose(logits_B1V[:, 0], sampling, rows.seed_B, rows.step_B)
-        rows.step_B = rows.step_B + 1
-        pieces = _pieces(rows, rows.token_B.tolist(), log_p_B.tolist(), sampling, eos)
+            queue.make_room(rows, cache)
+            pieces = _pieces(rows, *_speaking_said(decoder, cache, rows, sampling), sampling, eos)
+        else:
+            pieces = _pieces(rows, *_all_said(decoder, cache, rows, sampling), sampling, eos)
         rows.move_on()
         if isinstance(cache, PagedCache):
             for row in rows.free():
@@ -182,6 +183,32 @@ def check_length(config: ModelConfig, length: int) -> None:
         )
 
 
+def _all_said(
+    decoder: Decoder, cache: Cache, rows: _Rows, sampling: Sampling
+) -> tuple[dict[int, int], dict[int, float]]:
+    """The next token of each row and its log-probability, of those that are over too."""
+    _, logits_B1V = decoder.step(rows.token_B[:, None], rows.position_B, cache)
+    rows.token_B, log_p_B = choose(logits_B1V[:, 0], sampling, rows.seed_B, rows.step_B)
+    rows.step_B = rows.step_B + 1
+    return dict(enumerate(rows.token_B.tolist())), dict(enumerate(log_p_B.tolist()))
+
+
+def _speaking_said(
+    decoder: Decoder, cache: PagedCache, rows: _Rows, sampling: Sampling
+) -> tuple[dict[int, int], dict[int, float]]:
+    """The same of the rows that speak alone, which with few pages may be few."""
+    speaking = [row for row, _ in rows.speaking()]
+    own = cache.part(speaking, max(response.places for _, response in rows.speaking()) + 1)
+    row_N = torch.tensor(speaking, device=decoder.device)
+    token_N, position_N, seed_N, step_N = (tensor_B[row_N] for tensor_B in rows.tensors())
+    _, logits_N1V = decoder.step(token_N[:, None], position_N, own)
+    token_N, log_p_N = choose(logits_N1V[:, 0], sampling, seed_N, step_N)
+    rows.token_B = rows.token_B.index_copy(0, row_N, token_N)
+    rows.step_B = rows.step_B + 1
+    tokens, log_probs = token_N.tolist(), log_p_N.tolist()
+    return dict(zip(speaking, tokens, strict=True)), dict(zip(speaking, log_probs, strict=True))
+
+
 class _Queue:
     """Requests that wait for a slot, and responses that wait for pages of the cache."""
 
@@ -194,31 +221,34 @@ class _Queue:
     def next(self, slots: int, cache: Cache, speaking: int) -> list[tuple[int, Request]]:
         """The next requests, as many as slots are free and, with those that speak, have a page to grow into."""
         coming: list[tuple[int, Request]] = []
-        room = cache.free - speaking if isinstance(cache, PagedCache) else None
+        room, prompts = cache.free - speaking if isinstance(cache, PagedCache) else None, set()
         while len(coming) < slots and not self.aside and (found := self.next_one or next(self.requests, None)):
             self.next_one = found
             if room is not None:
-                room -= pages_of(len(found[1].prompt)) + 1
+                places = len(found[1].prompt)
+                shared = (places - 1) // PAGE if tuple(found[1].prompt[:-1]) in prompts else 0
+                room -= pages_of(places) - shared + 1
                 if room < 0 and (coming or speaking):
                     break
             _check_request(*found, self.sampling, self.length)
             coming.append(found)
+            prompts.add(tuple(found[1].prompt[:-1]))
             self.next_one = None
         self.dry = len(coming) < slots and self.next_one is None and not self.aside
         return coming
 
-    def lay_aside(self, rows: _Rows, cache: PagedCache) -> None:
-        """Give each row the page that its next token needs; where there are too few, the youngest wait."""
+    def make_room(self, rows: _Rows, cache: PagedCache) -> None:
+        """Give each row the page that its next token needs; where there are too few, the youngest are laid aside."""
         oldest = sorted(rows.speaking(), key=lambda at: at[1].request)
         while sum(cache.missing(row, response.places + 1) for row, response in oldest) > cache.free:
             row, response = oldest.pop()
-            numbers = tuple(int(tensor_B[row]) for tensor_B in rows.tensors())
+            numbers = torch.stack(rows.tensors())[:, row].tolist()
             self.aside.appendleft(_Aside(response, numbers, cache.lay_aside(row)))
             rows.responses[row] = None
         cache.grow([row for row, _ in oldest], [response.places + 1 for _, response in oldest])
 
-    def take_back(self, rows: _Rows, free: list[int], cache: PagedCache) -> None:
-        """Responses that were laid aside, as far as rows and pages are free."""
+    def resume(self, rows: _Rows, free: list[int], cache: PagedCache) -> None:
+        """Take back responses that were laid aside, as far as rows and pages are free; `free` loses their rows."""
         speaking = len(rows.speaking())
         while self.aside and free:
             first = self.aside[0]
@@ -255,7 +285,7 @@ def _admit(
     if longest:
         if isinstance(cache, PagedCache):
             cache.grow([taken[n] for n in first.values()], [len(prompt) for prompt in first])
-            own: Cache = cache.part([taken[n] for n in first.values()])
+            own: Cache = cache.part([taken[n] for n in first.values()], longest)
         else:
             own = decoder.cache(len(first), longest)
         token_BS, _ = padded_prompts([list(prompt) for prompt in first], pad, decoder.device)
@@ -275,12 +305,12 @@ def _admit(
         tensor_B[row_N] = torch.tensor(numbers, device=decoder.device)
 
 
-def _pieces(rows: _Rows, tokens: list[int], log_probs: list[float], sampling: Sampling, eos: int) -> list[Piece]:
+def _pieces(
+    rows: _Rows, tokens: dict[int, int], log_probs: dict[int, float], sampling: Sampling, eos: int
+) -> list[Piece]:
     """What was said in a step; a response that is over gives its row up."""
     pieces = []
-    for row, response in enumerate(rows.responses):
-        if response is None:
-            continue
+    for row, response in rows.speaking():
         token, speech, text = tokens[row], response.speech, ""
         response.length += 1
         end: End | None = "eos" if token == eos else None

@@ -279,7 +279,7 @@ class Decoder:
         """Of the next token, from what `advance` gives, (..., V)."""
         return self.model.lm_head(self.model.norm(hidden))
 
-    def draft(self, hidden_BSD: Tensor, next_BS: Tensor, start_B: Tensor, asked_B: Tensor, cache: Cache) -> Tensor:
+    def draft(self, hidden_BSD: Tensor, next_BS: Tensor, start_B: Tensor, asked_B: Tensor, cache: SlotCache) -> Tensor:
         """Logits of the token after next behind one of each row's tokens, (B, V).
 
         The MTP module reads `advance`'s states and the tokens behind them; its cache keeps all of them.
@@ -300,7 +300,7 @@ class Decoder:
     @torch.no_grad()
     def _drafted_one_by_one(
         self, module: MultiTokenPrediction, hidden_BSD: Tensor, next_BSD: Tensor, start_B: Tensor, asked_B: Tensor,
-        cache: Cache,
+        cache: SlotCache,
     ) -> Tensor:  # fmt: skip
         """What `draft` gives, operation by operation."""
         x_BSD = module.joined(self.model.norm(hidden_BSD), next_BSD)

@@ -26,6 +26,17 @@ void sort_choices(
     moe::sort_choices(expert, order, bounds, rows, experts);
 }
 
+// Whether an order is not that of `sort_choices`: a row that is none, or not behind the one before it.
+int is_other(const int64_t *order, const int64_t *expert, int64_t rows, int64_t) {
+    for (int64_t i = 0; i < rows; i++) {
+        if (order[i] < 0 || order[i] >= rows) return 1;
+        if (i == 0) continue;
+        const int64_t before = expert[order[i - 1]], here = expert[order[i]];
+        if (here < before || (here == before && order[i] <= order[i - 1])) return 1;
+    }
+    return 0;
+}
+
 // Of an order: the token of each row and the place of each choice (M).
 void places(const int64_t *order, int64_t *token, int64_t *place, int64_t rows, int64_t choices, int64_t) {
     moe::places(order, token, place, rows, choices);

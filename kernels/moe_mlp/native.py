@@ -27,11 +27,12 @@ class NativeMoeMlp(torch.autograd.Function):
         x_TD, gate_up_E2FD, down_EDF = (t.contiguous() for t in (x_TD, gate_up_E2FD, down_EDF))
         gate = gate_TK.float().contiguous()
         bounds_E = torch.zeros(experts + 1, dtype=torch.int64)
-        torch.cumsum(load_E, 0, out=bounds_E[1:])
         if order_M is None:
             order_M = torch.empty(rows, dtype=torch.int64)
             library("sort_choices", expert_TK.long().contiguous(), order_M, bounds_E, rows, experts)
-        order_M = order_M.contiguous()
+        else:
+            order_M = order_M.contiguous()
+            torch.cumsum(load_E, 0, out=bounds_E[1:])
         sizes = (tokens, chosen, experts, width, hidden)
         pre_M2F, y_MD, out_TD = empty(rows, 2 * hidden), empty(rows, width), torch.empty_like(x_TD)
         where = (order_M, *_places(order_M, chosen), bounds_E)
@@ -50,6 +51,11 @@ class NativeMoeMlp(torch.autograd.Function):
         given, how = (grad_TD.contiguous(), *inputs, *where, pre_M2F), (*ctx.sizes, ctx.rounded)
         needed(SOURCE)("backward", *given, grad_rows_MD, *made, *how)
         return grad_x, None, grad_gate.to(ctx.gate_dtype), grad_gate_up, grad_down, None, None, None
+
+
+def is_other(order_M: Tensor, expert_TK: Tensor) -> bool:
+    """Whether an order is not that of these choices."""
+    return bool(needed(SOURCE)("is_other", order_M.contiguous(), expert_TK.long().contiguous(), len(order_M)))
 
 
 def few_rows(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:

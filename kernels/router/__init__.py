@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gristmill.kernels.blocks import empty
 from gristmill.kernels.compiled import needed
 from gristmill.kernels.dispatch import chosen, require, require_device
-from gristmill.kernels.linear import LEAST_ROWS
+from gristmill.kernels.linear import LEAST_ROWS, linear
 from gristmill.kernels.router import library
 from gristmill.kernels.router.reference import Choice, Routes, route_reference
 
@@ -88,7 +87,7 @@ class NativeRouter(torch.autograd.Function):
         x_TD, (experts, width), tokens = x_TD.contiguous(), weight_ED.shape, len(x_TD)
         many = tokens >= LEAST_ROWS
         # Torch's product recomputation may keep and give again: it is not to be written to
-        score_TE = x_TD.new_empty(tokens, experts) if many else F.linear(x_TD, weight_ED).clone()
+        score_TE = x_TD.new_empty(tokens, experts) if many else linear(x_TD, weight_ED).clone()
         expert_TK = torch.empty(tokens, how.chosen, dtype=torch.int64)
         gate_TK, order_M = x_TD.new_empty(tokens, how.chosen), torch.empty(expert_TK.numel(), dtype=torch.int64)
         load_E, ends_E = (torch.empty(experts, dtype=torch.int64) for _ in range(2))  # each with memory of its own
@@ -108,7 +107,7 @@ class NativeRouter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _expert: Any, grad_gate_TK: Tensor | None, grad_score_TE: Tensor | None, *_: Any):
         x_TD, weight_ED, score_TE, expert_TK = ctx.saved_tensors
-        grad_gate = torch.zeros(expert_TK.shape) if grad_gate_TK is None else grad_gate_TK.contiguous()
+        grad_gate = x_TD.new_zeros(expert_TK.shape) if grad_gate_TK is None else grad_gate_TK.contiguous()
         grad_score = None if grad_score_TE is None else grad_score_TE.contiguous()
         grad_x, grad_weight = (
             empty(*to.shape) if wanted else None

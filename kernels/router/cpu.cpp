@@ -28,14 +28,16 @@ void route(
         experts, chosen, groups, groups_allowed, sigmoid_affinity, normalised, static_cast<float>(scale)
     };
     if (!x && tokens * experts < LEAST_SCORES) threads = 1;
-    std::vector<int64_t> next(threads * experts);  // choices in each thread's tokens, and then where the next one goes
+    // Choices in each thread's tokens, and then where the next one goes; no two threads in one line of the cache
+    const int64_t apart = (experts + 15) / 8 * 8;
+    std::vector<int64_t> next(threads * apart);
 #pragma omp parallel num_threads(threads)
     {
         if (x) multiply_by_all({x, width}, {weight, 1, width}, score, tokens, experts, width, 0, threads);
 #pragma omp barrier
         const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         const int64_t begin = tokens * thread / team, end = tokens * (thread + 1) / team;
-        int64_t *own = next.data() + thread * experts;
+        int64_t *own = next.data() + thread * apart;
         router::Room room(n);
         for (int64_t t = begin; t < end; t++) {
             const int64_t *mine = expert + t * chosen;
@@ -47,8 +49,8 @@ void route(
         for (int64_t e = 0, at = 0; e < experts; e++) {
             const int64_t first = at;
             for (int64_t i = 0; i < team; i++) {
-                const int64_t here = next[i * experts + e];
-                next[i * experts + e] = at;
+                const int64_t here = next[i * apart + e];
+                next[i * apart + e] = at;
                 at += here;
             }
             counts[e] = at - first;

@@ -121,7 +121,16 @@ def test_requests_are_taken_as_pages_become_free(model: Transformer) -> None:
     assert 2 <= most <= 4  # prompts of 8 pages each in 25, and one that was looked at
 
 
-def test_copies_share_the_pages_that_their_prompt_fills(model: Transformer, made: list[PagedCache]) -> None:
+def test_copies_share_the_pages_that_their_prompt_fills(
+    model: Transformer, made: list[PagedCache], waited: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share, shared_places = PagedCache.share, []
+
+    def told(self: PagedCache, source: int, row: int, places: int) -> None:
+        shared_places.append(places)
+        share(self, source, row, places)
+
+    monkeypatch.setattr(PagedCache, "share", told)
     prompt, copies = [5, 6, 7] * 11, 8  # 32 places before the last token: 8 pages, and none that is not full
     apart = sample(model, [prompt] * copies, list(range(copies)), SAMPLING, eos=EOS, pad=PAD)
     pages = 8 + copies * 6  # 21 places of a response's own at most
@@ -130,6 +139,8 @@ def test_copies_share_the_pages_that_their_prompt_fills(model: Transformer, made
     )
     assert [own.tokens for own in shared] == [own.tokens for own in apart]
     assert made[0].free == pages
+    assert shared_places == [32] * (copies - 1)
+    assert not waited
 
 
 def test_shared_pages_outlive_the_row_that_read_the_prompt(model: Transformer) -> None:
@@ -158,5 +169,5 @@ def test_shared_pages_outlive_the_row_that_read_the_prompt(model: Transformer) -
 
 
 def test_pages_that_do_not_hold_one_response_are_refused(model: Transformer) -> None:
-    with pytest.raises(ValueError, match="59 places do not hold a slot of 60 in pages of 4: give more or lower length"):
+    with pytest.raises(ValueError, match="59 places are 14 pages of 4, and a slot of 60 takes 15: give more or lower"):
         said(model, places=59)
