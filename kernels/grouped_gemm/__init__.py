@@ -55,4 +55,5 @@ def _check(x: Tensor, w: Tensor, ends: Tensor) -> None:
     require_dtype("grouped_gemm", x.dtype, "x_NK", w_EMK=w)
     require(w.shape[2] == x.shape[1], ValueError, "grouped_gemm: inner size of w_EMK", w.shape[2], x.shape[1])
     require_device("grouped_gemm", "x_NK", x, w_EMK=w)
+    require(len(w) > 0 or not len(x), ValueError, "grouped_gemm: groups of w_EMK", 0, f"some, for {len(x)} rows")
     check_ends("grouped_gemm", ends, w.shape[0], "x_NK", x)
