@@ -4,12 +4,13 @@
 // Queries (B, S, H, N + R) and (latent, key) (B, S, C + R), as projected; a row's slot holds its places side by side,
 // `slot` numbers from one to the next; or where there is a table (B, `pages`), its places are those of the slots that are
 // named there, of `count`, of `page` places each. Token s of row b is at place start[b] + s; `up` (H, N + W, C); out
-// (B, S, H, W); `logs` (B, S, H), where they are wanted, log Σ exp of the scaled scores. Nothing is written, and the result is 1, where the table names a slot that is not there.
+// (B, S, H, W); `logs` (B, S, H), where they are wanted, log Σ exp of the scaled scores. Nothing is written, and the
+// result is 1, where the table names a slot that is not there.
 extern "C" int decode(
     const float *q, int64_t q_row, const float *kv, int64_t kv_row, float *cache, int64_t slot, const int64_t *table,
     int64_t pages, int64_t page, int64_t count, const int64_t *start, const float *cosine, const float *sine,
-    const float *norm, const float *up, float *out, float *logs, int64_t batch, int64_t length, int64_t heads, int64_t plain,
-    int64_t turning, int64_t value, int64_t latent, double eps, double scale, int64_t threads
+    const float *norm, const float *up, float *out, float *logs, int64_t batch, int64_t length, int64_t heads,
+    int64_t plain, int64_t turning, int64_t value, int64_t latent, double eps, double scale, int64_t threads
 ) {
     const latent_attention::Sizes n{heads, plain, turning, value, latent};
     const int64_t half = turning / 2;
