@@ -70,8 +70,7 @@ def moe_mlp(
     """
     _check(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, load_E, order_M)
     implementation = chosen("moe_mlp", x_TD, SOURCE, traceable=False)
-    looked_at = order_M is not None and readable(order_M)
-    if looked_at and (implementation != "compiled" or is_other(order_M, expert_TK)):
+    if order_M is not None and readable(order_M) and (implementation != "compiled" or is_other(order_M, expert_TK)):
         check_order(order_M, expert_TK)
     if implementation == "reference":
         return moe_mlp_reference(x_TD, expert_TK, gate_TK, gate_up_E2FD, down_EDF, rounded=rounded)

@@ -28,8 +28,8 @@ def route(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gates, affinities, experts, loads, the order of rows and the experts' ends: what has a gradient comes first."""
     how = Choice(chosen, affinity, groups, groups_allowed, normalised, scale)  # type: ignore[arg-type]
-    expert_TK, gate_TK, score_TE, *counted = public.route(x_TD, weight_ED, bias_E, how)
-    return gate_TK, score_TE, expert_TK, *counted
+    expert_TK, gate_TK, score_TE, load_E, order_M, ends_E = public.route(x_TD, weight_ED, bias_E, how)
+    return gate_TK, score_TE, expert_TK, load_E, order_M, ends_E
 
 
 @gradient(route, "x_TD", "weight_ED", results=(0, 1), kept=(1, 2))
