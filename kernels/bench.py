@@ -40,6 +40,7 @@ from gristmill.kernels.timing import (
     Goal,
     Work,
     bandwidth,
+    keep_freed_memory,
     memory,
     seconds,
     seconds_of_device,
@@ -170,6 +171,8 @@ def main() -> None:
         torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
     print(f"torch {torch.__version__}, {where}")
+    if device == "cpu":
+        keep_freed_memory()
     copied, products = bandwidth(device), {}
     print(f"a copy moves {copied / 1e12:.3g} TB/s, read and written")
     table: list[Row] = []

@@ -38,12 +38,13 @@ def operation(fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable
 
 
 def gradient(
-    forward: OpOverload, *of: str, results: Sequence[int] = (0,), kept: Sequence[int] = ()
+    forward: OpOverload, *of: str, results: Sequence[int] = (0,), kept: Sequence[int] = (), absent: bool = False
 ) -> Callable[[Callable[..., Any]], OpOverload]:
     """Make of a function the operation that is the gradient of `forward` in the arguments named in `of`.
 
     It is given which of these are wanted, the gradients of `results` of `forward`, its results `kept`, and its
-    arguments; it returns the gradients in the order of `of`, or none in the place of what is not wanted.
+    arguments; it returns the gradients in the order of `of`, or none in the place of what is not wanted. Where `absent`,
+    it is given None in place of the gradient of a result that nothing was made of, else zeros.
     """
     names = [argument.name for argument in forward._schema.arguments]
     places = [names.index(name) for name in of]
@@ -61,9 +62,10 @@ def gradient(
             outputs = output if isinstance(output, tuple) else (output,)
             ctx.mark_non_differentiable(*(o for i, o in enumerate(outputs) if i not in results))
             ctx.save_for_backward(*(outputs[i] for i in kept), *(x if isinstance(x, Tensor) else None for x in inputs))
+            ctx.set_materialize_grads(not absent)
             ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
 
-        def gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             needs, saved = [ctx.needs_input_grad[place] for place in places], ctx.saved_tensors
             inputs = [x if other is None else other for x, other in zip(saved[len(kept) :], ctx.others, strict=True)]
             made = iter(backward(needs, *(grads[i] for i in results), *saved[: len(kept)], *inputs))

@@ -33,13 +33,13 @@ class GroupedGemm(torch.autograd.Function):
     def backward(ctx, grad_NM: Tensor):
         x_NK, w_EMK = ctx.saved_tensors
         grad_NM = nearest(grad_NM.contiguous()) if ctx.rounded else grad_NM.contiguous()
-        grad_x, grad_w = (
-            torch.empty_like(x_NK, memory_format=torch.contiguous_format),
-            torch.zeros_like(w_EMK),
-        )
+        of_x, of_w = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(x_NK, memory_format=torch.contiguous_format) if of_x else None
+        grad_w = torch.zeros_like(w_EMK) if of_w else None
         for e in range(w_EMK.shape[0]):
             a, b = ctx.bounds[e], ctx.bounds[e + 1]
-            if b > a:
+            if b > a and grad_x is not None:
                 torch.mm(grad_NM[a:b], w_EMK[e], out=grad_x[a:b])
+            if b > a and grad_w is not None:
                 torch.mm(grad_NM[a:b].t(), x_NK[a:b], out=grad_w[e])
         return grad_x, grad_w, None, None

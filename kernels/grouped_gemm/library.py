@@ -34,7 +34,7 @@ def grouped_gemm_backward(needs: list[bool], grad: Tensor, x_NK: Tensor, w_EMK: 
         return NativeGroupedGemm.backward(Context(*saved, needs=needs, rounded=int(rounded)), grad)[:2]
     if implementation == "cpu":
         saved = (nearest(x_NK), nearest(w_EMK)) if rounded else (x_NK, w_EMK)
-        context = Context(*saved, bounds=[0, *ends_E.tolist()], rounded=rounded)
+        context = Context(*saved, needs=needs, bounds=[0, *ends_E.tolist()], rounded=rounded)
         return GroupedGemm.backward(context, grad)[:2]
 
     def again(x: Tensor, w: Tensor) -> Tensor:

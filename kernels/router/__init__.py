@@ -79,34 +79,37 @@ def _check_choice(experts: int, how: Choice) -> None:
     require(how.chosen <= held, ValueError, "route: experts chosen", how.chosen, f"1 to {held}")
 
 
+def numbers_of(x_TD: Tensor, weight_ED: Tensor, how: Choice) -> tuple[int | float, ...]:
+    """What `cpu.cpp` is told of sizes and of gates, either way."""
+    sizes = (*x_TD.shape, len(weight_ED), how.chosen)
+    return *sizes, int(how.affinity == "sigmoid"), int(how.normalised), float(how.scale)
+
+
 class NativeRouter(torch.autograd.Function):
     """The gate by `cpu.cpp`, with both gradients."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice):
-        x_TD, (experts, width), tokens = x_TD.contiguous(), weight_ED.shape, len(x_TD)
+        x_TD, experts, tokens = x_TD.contiguous(), len(weight_ED), len(x_TD)
         many = tokens >= LEAST_ROWS
         # Torch's product recomputation may keep and give again: it is not to be written to
         score_TE = x_TD.new_empty(tokens, experts) if many else linear(x_TD, weight_ED).clone()
         expert_TK = torch.empty(tokens, how.chosen, dtype=torch.int64)
         gate_TK, order_M = x_TD.new_empty(tokens, how.chosen), torch.empty(expert_TK.numel(), dtype=torch.int64)
         load_E, ends_E = (torch.empty(experts, dtype=torch.int64) for _ in range(2))  # each with memory of its own
-        sizes, affinity = (tokens, width, experts, how.chosen), (int(how.affinity == "sigmoid"), int(how.normalised))
+        ctx.numbers = numbers_of(x_TD, weight_ED, how)
         given = x_TD if many else None, weight_ED, score_TE, bias_E.float().contiguous()
-        needed(SOURCE)(
-            "route", *given, expert_TK, gate_TK, load_E, order_M, ends_E, *sizes, how.groups, how.groups_allowed,
-            *affinity, float(how.scale),
-        )  # fmt: skip
-        ctx.save_for_backward(x_TD, weight_ED, score_TE, expert_TK)
+        made = expert_TK, gate_TK, load_E, order_M, ends_E
+        needed(SOURCE)("route", *given, *made, how.groups, how.groups_allowed, *ctx.numbers)
+        ctx.save_for_backward(x_TD, weight_ED, score_TE, expert_TK, order_M, ends_E)
         ctx.mark_non_differentiable(expert_TK, load_E, order_M, ends_E)
         ctx.set_materialize_grads(False)  # a loss seldom asks for all affinities
-        ctx.numbers = (*sizes, *affinity, float(how.scale))
         return expert_TK, gate_TK, score_TE, load_E, order_M, ends_E
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _expert: Any, grad_gate_TK: Tensor | None, grad_score_TE: Tensor | None, *_: Any):
-        x_TD, weight_ED, score_TE, expert_TK = ctx.saved_tensors
+        x_TD, weight_ED, score_TE, expert_TK, order_M, ends_E = ctx.saved_tensors
         grad_gate = x_TD.new_zeros(expert_TK.shape) if grad_gate_TK is None else grad_gate_TK.contiguous()
         grad_score = None if grad_score_TE is None else grad_score_TE.contiguous()
         grad_x, grad_weight = (
@@ -114,6 +117,6 @@ class NativeRouter(torch.autograd.Function):
             for to, wanted in zip((x_TD, weight_ED), ctx.needs_input_grad, strict=False)
         )
         slope_TE = torch.empty_like(score_TE)
-        given = x_TD, weight_ED, score_TE, expert_TK, grad_gate, grad_score
+        given = x_TD, weight_ED, score_TE, expert_TK, order_M, ends_E, grad_gate, grad_score
         needed(SOURCE)("route_backward", *given, slope_TE, grad_x, grad_weight, *ctx.numbers)
         return grad_x, grad_weight, None, None

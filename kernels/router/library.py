@@ -32,32 +32,26 @@ def route(
     return gate_TK, score_TE, expert_TK, load_E, order_M, ends_E
 
 
-@gradient(route, "x_TD", "weight_ED", results=(0, 1), kept=(1, 2))
+@gradient(route, "x_TD", "weight_ED", results=(0, 1), kept=(1, 2, 4, 5), absent=True)
 def route_backward(
-    needs: list[bool], grad_gate_TK: Tensor, grad_score_TE: Tensor, score_TE: Tensor, expert_TK: Tensor,
-    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, chosen: int, affinity: str, groups: int, groups_allowed: int,
-    normalised: bool, scale: float,
+    needs: list[bool], grad_gate_TK: Tensor | None, grad_score_TE: Tensor | None, score_TE: Tensor, expert_TK: Tensor,
+    order_M: Tensor, ends_E: Tensor, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, chosen: int, affinity: str,
+    groups: int, groups_allowed: int, normalised: bool, scale: float,
 ):  # fmt: skip
     how = Choice(chosen, affinity, groups, groups_allowed, normalised, scale)  # type: ignore[arg-type]
     source = public.SOURCE if weight_ED.is_contiguous() else None
     implementation = chosen_implementation("router_backward", x_TD, source, triton=x_TD.dtype == torch.float32)
-    grads = None, grad_gate_TK, grad_score_TE  # of integers there are none
     if implementation == "compiled":
-        numbers = (
-            len(x_TD),
-            x_TD.shape[1],
-            len(weight_ED),
-            chosen,
-            int(affinity == "sigmoid"),
-            int(normalised),
-            float(scale),
-        )
-        context = Context(x_TD.contiguous(), weight_ED, score_TE, expert_TK, needs=needs, numbers=numbers)
-        return public.NativeRouter.backward(context, *grads)[:2]
+        saved = x_TD.contiguous(), weight_ED, score_TE, expert_TK, order_M, ends_E
+        context = Context(*saved, needs=needs, numbers=public.numbers_of(x_TD, weight_ED, how))
+        return public.NativeRouter.backward(context, None, grad_gate_TK, grad_score_TE)[:2]
+    grad_gate_TK = score_TE.new_zeros(expert_TK.shape) if grad_gate_TK is None else grad_gate_TK
+    grad_score_TE = torch.zeros_like(score_TE) if grad_score_TE is None else grad_score_TE
     if implementation == "gpu":
         from gristmill.kernels.router.gpu import TritonRouter
 
-        return TritonRouter.backward(Context(x_TD, weight_ED, score_TE, expert_TK, needs=needs, how=how), *grads)[:2]
+        context = Context(x_TD, weight_ED, score_TE, expert_TK, needs=needs, how=how)
+        return TritonRouter.backward(context, None, grad_gate_TK, grad_score_TE)[:2]
 
     def again(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, ...]:
         return route_reference(x_TD, weight_ED, bias_E, how)[1:3]

@@ -123,6 +123,18 @@ def test_threads_change_no_bit_of_a_grouped_product(cpu_path: str) -> None:
 
 
 @pytest.mark.usefixtures("cpu_path")
+def test_a_gradient_alone_is_that_of_both() -> None:
+    ends = ends_at(2, 2, 7)
+    x, w, seen = draw(35, 7, 5), draw(36, 3, 4, 5), draw(37, 7, 4)
+    _, grad_x, grad_w = both_ways(x, w, seen, ends)
+    for leaf, wanted in ((x, grad_x), (w, grad_w)):
+        leaf.requires_grad_()
+        alone = torch.autograd.grad(grouped_gemm(x, w, ends), leaf, seen)
+        leaf.requires_grad_(False)
+        assert alone[0].equal(wanted)
+
+
+@pytest.mark.usefixtures("cpu_path")
 def test_grouped_gemm_of_nothing_and_of_nan() -> None:
     w = draw(0, 3, 4, 5).requires_grad_()
     y = grouped_gemm(torch.zeros(0, 5, device=DEVICE), w, ends_at(0, 0, 0))

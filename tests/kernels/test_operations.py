@@ -137,6 +137,11 @@ def of_route(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return expert, gate, score, *counted
 
 
+def gates(*arguments: Any) -> Tensor:
+    """Of `route` what alone has a gradient where no loss is made of the affinities."""
+    return route(*arguments).gate_TK
+
+
 def rotary(dtype: torch.dtype) -> tuple[Any, ...]:
     return draw(2, 3, 2, 6, dtype=dtype), *angles(2, 3, 1, 3)
 
@@ -191,6 +196,7 @@ GRADED = {
         lambda dtype: (*predicted(dtype), 0.7), float32=True,
     ),
     "route": Case(route, OPERATIONS.route.default, gate(Choice(2, groups=4, groups_allowed=2)), numbered, of_route),
+    "route, gates": Case(gates, OPERATIONS.route.default, gate(Choice(2)), numbered, first),
     "route, softmax": Case(
         route, OPERATIONS.route.default, gate(Choice(2, "softmax", normalised=False, scale=2.0)), numbered, of_route
     ),

@@ -152,10 +152,65 @@ def test_choices_numbers_and_gradients(
     slope, terms = exact_slopes(own, expert, seen[0].double(), seen[1].double(), how)
     # Sums over the chosen and over all; in bfloat16 eight operations round one after the other
     off = terms * ((how.chosen + experts + 32) * ULP + 8 * rounded)
+    assert_products(got, slope, off, x, weight, rounded)
+
+
+def assert_products(
+    got: tuple[torch.Tensor, ...], slope: torch.Tensor, off: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
+    rounded: float = 0.0,
+) -> None:  # fmt: skip
+    """Gradients of x and the weight, from those of the logits in float64 and how far float32's may be from them."""
     for mine, by, its_off, other in ((got[0], slope, off, weight), (got[1], slope.t(), off.t(), x)):
         other, wanted = other.double(), by @ other.double()
         allowed = (its_off + (by.shape[1] + 2) * ULP * by.abs()) @ other.abs() + 1e-25
         assert bool(((mine.double() - wanted).abs() <= allowed + rounded * (wanted.abs() + allowed)).all())
+
+
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize("affinity", ["sigmoid", "softmax"])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "width", "how"),
+    [
+        (1, 40, 3, {"chosen": 1}),
+        (7, 9, 130, {"chosen": 2, "normalised": False, "scale": 2.5}),
+        (95, 32, 256, {"chosen": 4, "scale": 2.5}),
+        (300, 64, 257, {"chosen": 4, "groups": 8, "groups_allowed": 4}),
+        (129, 300, 70, {"chosen": 8, "normalised": False}),
+    ],
+)
+def test_gradients_of_gates_alone(affinity: Any, tokens: int, experts: int, width: int, how: dict[str, Any]) -> None:
+    """Few of many experts, some of which nobody chooses, and one that nearly all tokens do."""
+    x, weight, choice = draw(0, tokens, width), draw(1, experts, width) * width**-0.5, Choice(affinity=affinity, **how)
+    bias, seen = draw(2, experts) * 0.1, draw(3, tokens, choice.chosen)
+    bias[experts // 2] = 10.0
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    routes = route(*leaves, bias, choice)
+    got = torch.autograd.grad(routes.gate_TK, leaves, seen)
+    own = routes.score_TE.detach().double()
+    slope, terms = exact_slopes(own, routes.expert_TK, seen.double(), torch.zeros_like(own), choice)
+    off = terms * (choice.chosen + experts + 32) * ULP
+    assert_products(got, slope, off, x.detach(), weight.detach())
+    assert not got[1][routes.load_E == 0].any() or affinity == "softmax"
+    of_x, of_weight = (torch.autograd.grad(route(*leaves, bias, choice).gate_TK, leaf, seen)[0] for leaf in leaves)
+    assert of_x.equal(got[0])
+    assert of_weight.equal(got[1])
+
+
+@pytest.mark.usefixtures("cpu_path")
+@pytest.mark.parametrize("spoilt", ["x", "x at its bound", "weight", "weight of nobody", "gradient"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_gradients_are_no_numbers_where_the_specification_has_none(spoilt: str, value: float) -> None:
+    x, weight, bias, seen = draw(0, 130, 8), draw(1, 24, 8), torch.zeros(24, device=DEVICE), draw(2, 130, 3)
+    {"x": x[40], "gradient": seen[40]}.get(spoilt, weight[5])[2:3] = value
+    if spoilt == "x at its bound":
+        x[40], weight[5, 2] = 1e30, 0.0
+    if spoilt == "weight of nobody":
+        x[:, 2] = -1.0 if value > 0 else 1.0
+        bias[5] = -10.0
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    got, wanted = (torch.autograd.grad(way(*leaves, bias, Choice(3)).gate_TK, leaves, seen) for way in (route, route_reference))
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.isfinite().equal(theirs.isfinite())
 
 
 @pytest.mark.usefixtures("cpu_path")
@@ -277,6 +332,21 @@ def test_two_runs_give_equal_bits() -> None:
             both_ways()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_threads_change_no_bit_of_the_gates_gradients(cpu_path: str) -> None:
+    if cpu_path != "compiled" or TRITON:
+        pytest.skip("torch's own products may cut sums by threads")
+    x, weight, bias = draw(0, 300, 150).requires_grad_(), draw(1, 24, 150).requires_grad_(), draw(2, 24)
+    seen, threads, runs = draw(3, 300, 4), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 16):
+            torch.set_num_threads(count)
+            gate = route(x, weight, bias, Choice(4)).gate_TK
+            runs.append((gate, *torch.autograd.grad(gate, (x, weight), seen)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(a.equal(b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
 @pytest.mark.usefixtures("cpu_path")

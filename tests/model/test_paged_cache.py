@@ -17,6 +17,7 @@ from gristmill.model.config import ModelConfig
 from gristmill.model.continuous_batching import Request, stream
 from gristmill.model.decoding import Decoder
 from gristmill.model.generate import Sample, Sampling, sample
+from gristmill.model.stop_strings import Wording
 from gristmill.model.transformer import Transformer
 
 VOCAB, EOS, PAD, PAGE = 24, 1, 2, 4
@@ -103,6 +104,15 @@ def test_responses_do_not_depend_on_how_many_pages_there_are(
     (cache,) = made
     assert cache.free == places // PAGE  # each page came back, and once
     assert sorted(cache._free) == list(range(1, places // PAGE + 1))
+
+
+def test_what_may_become_a_stop_string_waits_with_its_response(model: Transformer, waited: list[int]) -> None:
+    """Strings of three letters and four, so that some of a response's text is held back while it is laid aside."""
+    wording = Wording(lambda tokens: "".join("abcd"[token % 4] for token in tokens), ("abc", "ddba", "cac"))
+    expected, found = said(model, wording=wording), said(model, wording=wording, slots=6, places=LENGTH)
+    assert waited
+    assert {own.end for own in found} >= {"stop", "length"}
+    assert [(own.tokens, own.text, own.end) for own in found] == [(own.tokens, own.text, own.end) for own in expected]
 
 
 def test_requests_are_taken_as_pages_become_free(model: Transformer) -> None:
