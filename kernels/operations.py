@@ -43,8 +43,8 @@ def gradient(
     """Make of a function the operation that is the gradient of `forward` in the arguments named in `of`.
 
     It is given which of these are wanted, the gradients of `results` of `forward`, its results `kept`, and its
-    arguments; it returns the gradients in the order of `of`, or none in the place of what is not wanted. Where `absent`,
-    it is given None in place of the gradient of a result that nothing was made of, else zeros.
+    arguments; it returns the gradients in the order of `of`, or none in the place of what is not wanted. Of a result
+    that nothing was made of it is given zeros for a gradient, or None where that may be `absent`.
     """
     names = [argument.name for argument in forward._schema.arguments]
     places = [names.index(name) for name in of]

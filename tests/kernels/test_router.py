@@ -197,18 +197,23 @@ def test_gradients_of_gates_alone(affinity: Any, tokens: int, experts: int, widt
 
 
 @pytest.mark.usefixtures("cpu_path")
-@pytest.mark.parametrize("spoilt", ["x", "x at its bound", "weight", "weight of nobody", "gradient"])
+@pytest.mark.parametrize("spoilt", ["x", "gradient", "weight", "weight of nobody"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_gradients_are_no_numbers_where_the_specification_has_none(spoilt: str, value: float) -> None:
     x, weight, bias, seen = draw(0, 130, 8), draw(1, 24, 8), torch.zeros(24, device=DEVICE), draw(2, 130, 3)
-    {"x": x[40], "gradient": seen[40]}.get(spoilt, weight[5])[2:3] = value
-    if spoilt == "x at its bound":
-        x[40], weight[5, 2] = 1e30, 0.0
+    if spoilt == "x":
+        x[40, 2] = value
+    elif spoilt == "gradient":
+        seen[40, 2] = value
+    else:
+        weight[5, 2] = value
     if spoilt == "weight of nobody":
         x[:, 2] = -1.0 if value > 0 else 1.0
         bias[5] = -10.0
     leaves = x.requires_grad_(), weight.requires_grad_()
-    got, wanted = (torch.autograd.grad(way(*leaves, bias, Choice(3)).gate_TK, leaves, seen) for way in (route, route_reference))
+    got, wanted = (
+        torch.autograd.grad(way(*leaves, bias, Choice(3)).gate_TK, leaves, seen) for way in (route, route_reference)
+    )
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine.isfinite().equal(theirs.isfinite())
 
