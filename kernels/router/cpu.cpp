@@ -6,13 +6,12 @@
 #include <vector>
 
 #include "choose.h"
-#include "products.h"
+#include "few_of_many.h"
 
 namespace {
 
 constexpr int64_t LEAST_SCORES = 1 << 13;  // below so many the other threads are not woken
 constexpr int64_t MANY = 4;  // so many experts a chosen one: then products with the zeros of the others take longer
-constexpr int64_t SUMS = 8, STRIP = SUMS * LANES;  // vectors of sums in registers, and their columns
 
 // The gradients of a token's gates, as those of its chosen affinities.
 struct OfGates {
@@ -34,26 +33,6 @@ bool all_finite(const float *numbers, int64_t count) {
     bool finite = true;
     for (int64_t i = 0; i < count; i++) finite &= numbers[i] - numbers[i] == 0;
     return finite;
-}
-
-// to (columns) = Σ factor(i) · row(i), in the order of i.
-template <typename Factor, typename Row>
-inline void weighted_sum(int64_t count, Factor factor, Row row, float *to, int64_t columns) {
-    int64_t j = 0;
-    for (; j + STRIP <= columns; j += STRIP) {
-        Vector s[SUMS] = {};
-        for (int64_t i = 0; i < count; i++) {
-            const Vector by = all(factor(i));
-            const float *from = row(i) + j;
-            for (int64_t v = 0; v < SUMS; v++) s[v] += by * load(from + v * LANES);
-        }
-        for (int64_t v = 0; v < SUMS; v++) store(to + j + v * LANES, s[v]);
-    }
-    for (; j < columns; j += LANES) {
-        Vector s{};
-        for (int64_t i = 0; i < count; i++) s += all(factor(i)) * load(row(i) + j, columns - j);
-        store(to + j, s, columns - j);
-    }
 }
 
 }  // namespace
@@ -106,14 +85,15 @@ void route(
 
 // Of the gradients of the gates (T, K) and of the affinities (T, E), of which there may be none: those of the logits, slope
 // (T, E), of x (T, D) and of the weight (E, D), where these are wanted. Where an affinity is a sigmoid and no gradient of
-// all of them is given, the chosen logits alone have one: few of many are taken by themselves, and no slope is written.
+// all of them is given, the chosen logits alone have one. Few of many are then multiplied without the zeros of the others,
+// to the same bits, and no slope is written.
 void route_backward(
     const float *x, const float *weight, const float *score, const int64_t *expert, const int64_t *order,
     const int64_t *ends, const float *grad_gate, const float *grad_score, float *slope, float *grad_x, float *grad_weight,
     int64_t tokens, int64_t width, int64_t experts, int64_t chosen, int64_t sigmoid_affinity, int64_t normalised,
     double scale, int64_t threads
 ) {
-    // What is not finite makes what is not chosen count: 0 · ∞ is not a number
+    // With what is not finite the zeros count: 0 · ∞ is not a number
     const bool few = sigmoid_affinity && !grad_score && experts >= MANY * chosen && all_finite(weight, experts * width);
     std::vector<float> own(few ? tokens * chosen : 0);
     bool far = false;
@@ -127,31 +107,14 @@ void route_backward(
                 const OfGates of(s, mine, grad_gate + t * chosen, chosen, normalised, scale);
                 for (int64_t k = 0; k < chosen; k++) {
                     const float a = s[mine[k]];
-                    own[t * chosen + k] = of.affinity(k) * a * (1.0f - a);
+                    own[t * chosen + k] = of.affinity(k) * (a * (1.0f - a));
                     far = far || !(a > 0 && a < 1);  // as it is of a token that is not finite
                 }
             }
         }
         if (few && !far) {
-            if (grad_x)
-#pragma omp for schedule(static) nowait
-                for (int64_t t = 0; t < tokens; t++)
-                    weighted_sum(
-                        chosen, [&](int64_t k) { return own[t * chosen + k]; },
-                        [&](int64_t k) { return weight + expert[t * chosen + k] * width; }, grad_x + t * width, width
-                    );
-            if (grad_weight) {
-                const int64_t strips = (width + STRIP - 1) / STRIP;
-#pragma omp for schedule(dynamic)
-                for (int64_t block = 0; block < strips * experts; block++) {  // strip by strip: that of x stays in the cache
-                    const int64_t e = block % experts, j = block / experts * STRIP, first = e ? ends[e - 1] : 0;
-                    weighted_sum(
-                        ends[e] - first, [&](int64_t i) { return own[order[first + i]]; },
-                        [&](int64_t i) { return x + order[first + i] / chosen * width + j; }, grad_weight + e * width + j,
-                        std::min(STRIP, width - j)
-                    );
-                }
-            }
+            if (grad_x) router::by_token(weight, own.data(), expert, grad_x, {tokens, width, experts, chosen});
+            if (grad_weight) router::by_expert(x, own.data(), order, ends, grad_weight, {tokens, width, experts, chosen});
         } else {
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < tokens; t++) {

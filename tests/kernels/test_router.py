@@ -356,9 +356,16 @@ def test_threads_change_no_bit_of_the_gates_gradients(cpu_path: str) -> None:
 
 @pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("asked", ["gate", "score"])
-def test_a_gradient_of_one_result_alone_is_that_with_zeros_for_the_other(asked: str) -> None:
-    x, weight = draw(0, 130, 12).requires_grad_(), draw(1, 8, 12).requires_grad_()
-    _, gate, score, *_ = route(x, weight, torch.zeros(8, device=DEVICE), Choice(3))
+@pytest.mark.parametrize(
+    ("tokens", "experts", "width", "chosen"),
+    [(130, 8, 12, 3), (130, 8, 12, 2), (3, 12, 40, 1), (601, 16, 128, 4), (530, 32, 300, 4), (261, 300, 37, 8)],
+)
+def test_a_gradient_of_one_result_alone_is_that_with_zeros_for_the_other(
+    asked: str, tokens: int, experts: int, width: int, chosen: int
+) -> None:
+    """Also where products leave out the zeros: of fewer and more rows, columns and terms than a block."""
+    x, weight = draw(0, tokens, width).requires_grad_(), (draw(1, experts, width) * width**-0.5).requires_grad_()
+    _, gate, score, *_ = route(x, weight, torch.zeros(experts, device=DEVICE), Choice(chosen))
     seen = {"gate": (draw(2, *gate.shape), 0 * score), "score": (0 * gate, draw(3, *score.shape))}[asked]
     both = torch.autograd.grad((gate, score), (x, weight), seen, retain_graph=True)
     alone = {"gate": (gate, seen[0]), "score": (score, seen[1])}[asked]
