@@ -102,7 +102,8 @@ static inline void pack(Panel<Kind> &panel, const Matrix &b, int64_t k0, int64_t
     }
 }
 
-// The last rows of a block, fewer than a tile has: the sum of the products is added last to what is there.
+// The last rows of a block, fewer than a tile has: the sum of the products is added last to what is there. (What sums in
+// which order router/few_of_many.h repeats.)
 template <typename Kind, int64_t ROWS>
 static inline void low_tile(
     const typename Kind::Number *const *a, int64_t stride, const typename Kind::Number *panel, int64_t count, float *c,

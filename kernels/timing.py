@@ -166,8 +166,8 @@ def _captured(work: Work) -> Work:
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed for the next who asks, as it does in a process that has trained a while.
 
-    glibc gives blocks back to the system until one as large was freed. What a call of milliseconds then takes anew are
-    fresh pages, which cost as much as its work does, on whichever side they fall.
+    glibc gives blocks back to the system until one as large was freed (unless its environment sets a threshold). A call
+    of milliseconds then works on fresh pages, which may cost it as much again, on whichever side they fall.
     """
     torch.empty(MOST_KEPT, dtype=torch.uint8)
 

@@ -86,35 +86,38 @@ void route(
 // Of the gradients of the gates (T, K) and of the affinities (T, E), of which there may be none: those of the logits, slope
 // (T, E), of x (T, D) and of the weight (E, D), where these are wanted. Where an affinity is a sigmoid and no gradient of
 // all of them is given, the chosen logits alone have one. Few of many are then multiplied without the zeros of the others,
-// to the same bits, and no slope is written.
+// to the same bits, and slope begins with them, (T, K). But where x or the weight is not finite, zeros count: 0 · ∞ is not
+// a number.
 void route_backward(
     const float *x, const float *weight, const float *score, const int64_t *expert, const int64_t *order,
     const int64_t *ends, const float *grad_gate, const float *grad_score, float *slope, float *grad_x, float *grad_weight,
     int64_t tokens, int64_t width, int64_t experts, int64_t chosen, int64_t sigmoid_affinity, int64_t normalised,
     double scale, int64_t threads
 ) {
-    // With what is not finite the zeros count: 0 · ∞ is not a number
     const bool few = sigmoid_affinity && !grad_score && experts >= MANY * chosen && all_finite(weight, experts * width);
-    std::vector<float> own(few ? tokens * chosen : 0);
-    bool far = false;
+    bool spoilt = false;
 #pragma omp parallel num_threads(threads)
     {
         if (few) {
-#pragma omp for schedule(static) reduction(|| : far)
+#pragma omp for schedule(static) reduction(|| : spoilt)
             for (int64_t t = 0; t < tokens; t++) {
                 const float *s = score + t * experts;
                 const int64_t *mine = expert + t * chosen;
                 const OfGates of(s, mine, grad_gate + t * chosen, chosen, normalised, scale);
+                bool far = false;
                 for (int64_t k = 0; k < chosen; k++) {
                     const float a = s[mine[k]];
-                    own[t * chosen + k] = of.affinity(k) * (a * (1.0f - a));
-                    far = far || !(a > 0 && a < 1);  // as it is of a token that is not finite
+                    slope[t * chosen + k] = of.affinity(k) * (a * (1.0f - a));
+                    spoilt = spoilt || a != a;
+                    far = far || a == 0 || a == 1;
                 }
+                // Of a token that is not finite all logits are so, and tell it; of another they may be far out as well
+                if (far) spoilt = spoilt || !all_finite(x + t * width, width);
             }
         }
-        if (few && !far) {
-            if (grad_x) router::by_token(weight, own.data(), expert, grad_x, {tokens, width, experts, chosen});
-            if (grad_weight) router::by_expert(x, own.data(), order, ends, grad_weight, {tokens, width, experts, chosen});
+        if (few && !spoilt) {
+            if (grad_x) router::by_token(weight, slope, expert, grad_x, {tokens, width, experts, chosen});
+            if (grad_weight) router::by_expert(x, slope, order, ends, grad_weight, {tokens, width, experts, chosen});
         } else {
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < tokens; t++) {

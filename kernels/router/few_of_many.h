@@ -1,9 +1,9 @@
 // Products with a matrix (T, E) of which each row has K numbers, and zeros: those of the logits' gradient where only the
 // chosen experts have one. Called by all threads of a parallel region.
 //
-// A zero adds nothing to a sum, so these have the bits of `multiply_by_all` where all is finite: as there, a number is one
-// sum in the order of the terms, but in the last rows, which are no whole tile's, and in the last columns. There each
-// DEPTH terms are summed by themselves, and these sums added.
+// A zero adds nothing to a sum, so these have the bits of `multiply_by_all` where all is finite (but for a zero's sign): as
+// there, a number is one sum in the order of the terms, except in the last rows, which are no whole tile's, and in the last
+// columns. There each DEPTH terms, zeros counted, are summed by themselves, and these sums added.
 #pragma once
 
 #include "products.h"
@@ -19,7 +19,8 @@ constexpr int64_t SUMS = 8, WIDE = SUMS * LANES;  // vectors of sums in register
 // Rows, or columns, before the last that are no whole tile's.
 inline int64_t in_tiles(int64_t count, int64_t tile) { return count - count % tile; }
 
-// `to` (COUNT vectors at most `left` numbers) = Σ factor(i) · row(i), in the order of i; term(i) is its place among the zeros.
+// Σ factor(i) · row(i), in the order of i, to COUNT vectors, or to one of at most `left` numbers. term(i) is the place of i
+// among the zeros; `by_depth` says whether each DEPTH of these are summed by themselves.
 template <int64_t COUNT, typename Factor, typename Row, typename Term>
 inline void weighted_sum(
     int64_t terms, const Factor &factor, const Row &row, const Term &term, bool by_depth, float *to, int64_t left
@@ -43,7 +44,8 @@ inline void weighted_sum(
     }
 }
 
-// The same over `columns` columns from `first` on, of rows and of `to` alike, of `width` in all.
+// The same over `columns` columns from `first` on, of rows and of `to` alike, of `width` in all; by depth in the last
+// columns, and in all of a `low` row.
 template <typename Factor, typename Row, typename Term>
 inline void weighted_sums(
     int64_t terms, const Factor &factor, const Row &row, const Term &term, bool low, float *to, int64_t first,

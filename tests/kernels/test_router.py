@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from gristmill import kernels
-from gristmill.kernels.router import Choice, route
+from gristmill.kernels.compiled import compiled, needed
+from gristmill.kernels.router import SOURCE, Choice, numbers_of, route
 from gristmill.kernels.router.reference import allowed, highest, route_reference
 
 INTERPRETED = os.environ.get("GRISTMILL_KERNELS") == "gpu"
@@ -179,7 +180,8 @@ def assert_products(
     ],
 )
 def test_gradients_of_gates_alone(affinity: Any, tokens: int, experts: int, width: int, how: dict[str, Any]) -> None:
-    """Few of many experts, some of which nobody chooses, and one that nearly all tokens do."""
+    """Few of many experts, some of which nobody chooses, and one that nearly all tokens do. That a term may be off for
+    each expert is more than a path takes which leaves out zeros; its bits are held to the other's below."""
     x, weight, choice = draw(0, tokens, width), draw(1, experts, width) * width**-0.5, Choice(affinity=affinity, **how)
     bias, seen = draw(2, experts) * 0.1, draw(3, tokens, choice.chosen)
     bias[experts // 2] = 10.0
@@ -190,6 +192,7 @@ def test_gradients_of_gates_alone(affinity: Any, tokens: int, experts: int, widt
     slope, terms = exact_slopes(own, routes.expert_TK, seen.double(), torch.zeros_like(own), choice)
     off = terms * (choice.chosen + experts + 32) * ULP
     assert_products(got, slope, off, x.detach(), weight.detach())
+    assert (routes.load_E == 0).any()
     assert not got[1][routes.load_E == 0].any() or affinity == "softmax"
     of_x, of_weight = (torch.autograd.grad(route(*leaves, bias, choice).gate_TK, leaf, seen)[0] for leaf in leaves)
     assert of_x.equal(got[0])
@@ -197,8 +200,11 @@ def test_gradients_of_gates_alone(affinity: Any, tokens: int, experts: int, widt
 
 
 @pytest.mark.usefixtures("cpu_path")
-@pytest.mark.parametrize("spoilt", ["x", "gradient", "weight", "weight of nobody"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("spoilt", "value"),
+    [(what, value) for what in ("x", "gradient", "weight") for value in (math.nan, math.inf, -math.inf)]
+    + [("weight of nobody", math.inf), ("weight of nobody", -math.inf)],  # one that is no number everybody chooses
+)
 def test_gradients_are_no_numbers_where_the_specification_has_none(spoilt: str, value: float) -> None:
     x, weight, bias, seen = draw(0, 130, 8), draw(1, 24, 8), torch.zeros(24, device=DEVICE), draw(2, 130, 3)
     if spoilt == "x":
@@ -214,8 +220,36 @@ def test_gradients_are_no_numbers_where_the_specification_has_none(spoilt: str, 
     got, wanted = (
         torch.autograd.grad(way(*leaves, bias, Choice(3)).gate_TK, leaves, seen) for way in (route, route_reference)
     )
+    got, wanted = list(got), list(wanted)
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine.isfinite().equal(theirs.isfinite())
+    assert not all(grad.isfinite().all() for grad in wanted)
+
+
+@pytest.mark.skipif(TRITON or compiled(SOURCE) is None, reason="of the compiled code")
+@pytest.mark.parametrize(
+    ("spoilt", "left_out"),
+    [("", True), ("far out", True), ("weight", False), ("x", False), ("few experts", False), ("score", False)],
+)
+def test_zeros_are_left_out_where_all_is_finite(spoilt: str, left_out: bool) -> None:
+    """Then the slopes of the chosen logits are written one behind the other, and no others."""
+    tokens, experts, width, chosen = 50, 7 if spoilt == "few experts" else 16, 20, 2
+    x, weight, seen = draw(0, tokens, width), draw(1, experts, width), draw(2, tokens, chosen)
+    how = Choice(chosen)
+    if spoilt == "far out":
+        x[3] *= 1e3
+    if spoilt == "weight":
+        weight[5, 2] = math.inf
+    if spoilt == "x":
+        x[3, 2] = math.inf
+    routes = route(x, weight, torch.zeros(experts), how)
+    assert bool((routes.score_TE == 1).any()) == (spoilt in ("far out", "weight", "x"))
+    slope, grads = torch.full((tokens, experts), math.nan), (torch.empty_like(x), torch.empty_like(weight))
+    kept = routes.score_TE, routes.expert_TK, routes.order_M, routes.ends_E
+    of_score = torch.zeros(tokens, experts) if spoilt == "score" else None
+    needed(SOURCE)("route_backward", x, weight, *kept, seen, of_score, slope, *grads, *numbers_of(x, weight, how))
+    assert bool(slope.flatten()[tokens * chosen :].isnan().all()) == left_out
+    assert all(grad.isfinite().all() for grad in grads) == (spoilt not in ("weight", "x"))
 
 
 @pytest.mark.usefixtures("cpu_path")
