@@ -40,15 +40,25 @@ def _drawn(place, seed, step, stream):
 
 
 @triton.jit
+def _words_of_quads(place, seed, step, stream, CHUNK: tl.constexpr):
+    a, b, c, d = _drawn(place + 4 * tl.arange(0, CHUNK // 4).to(tl.int64), seed, step, stream)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (CHUNK,))
+
+
+@triton.jit
+def _words_one_by_one(place, seed, step, stream, CHUNK: tl.constexpr):
+    own = place + tl.arange(0, CHUNK).to(tl.int64)
+    a, b, c, d = _drawn(own, seed, step, stream)
+    return tl.where(own % 4 == 0, a, tl.where(own % 4 == 1, b, tl.where(own % 4 == 2, c, d)))
+
+
+@triton.jit
 def _words(place, seed, step, stream, CHUNK: tl.constexpr):
     """The words of the CHUNK numbers from that place on."""
-    if place % 4 == 0:
-        a, b, c, d = _drawn(place + 4 * tl.arange(0, CHUNK // 4).to(tl.int64), seed, step, stream)
-        word = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (CHUNK,))
+    if place % 4 == 0:  # both ways in functions of their own: a name has one shape in all branches of one
+        word = _words_of_quads(place, seed, step, stream, CHUNK)
     else:
-        own = place + tl.arange(0, CHUNK).to(tl.int64)
-        a, b, c, d = _drawn(own, seed, step, stream)
-        word = tl.where(own % 4 == 0, a, tl.where(own % 4 == 1, b, tl.where(own % 4 == 2, c, d)))
+        word = _words_one_by_one(place, seed, step, stream, CHUNK)
     return word
 
 
@@ -185,7 +195,7 @@ def _chunks(lengths: tuple[int, ...], device: torch.device, stream: int) -> Tens
     """Of each chunk its tensor, its number in it, and how many numbers it holds, (chunks, 3)."""
     length = torch.tensor(lengths)
     count = (length + CHUNK - 1) // CHUNK
-    tensor = torch.arange(len(lengths)).repeat_interleave(count)
+    tensor = torch.arange(len(lengths)).repeat_interleave(count, output_size=sum(-(-n // CHUNK) for n in lengths))
     chunk = torch.arange(len(tensor)) - (count.cumsum(0) - count)[tensor]
     numbers = (length[tensor] - chunk * CHUNK).clamp_(max=CHUNK)
     return _sent(torch.stack((tensor, chunk, numbers), 1).to(torch.int32), device)

@@ -47,7 +47,8 @@ def _at(
             norm_topk_prob=True, routed_scaling_factor=1.0,
         )  # fmt: skip
         name = "transformers.models.deepseek_v3.modeling_deepseek_v3"
-        module = importlib.import_module(name).DeepseekV3TopkRouter(config).to(device)
+        with torch.device(device):
+            module = importlib.import_module(name).DeepseekV3TopkRouter(config)
 
         def theirs(a: Tensor, b: Tensor, *, counted: bool = False) -> tuple[Tensor, ...]:
             logits, gates, expert = torch.func.functional_call(module, {"weight": b}, (a,))

@@ -1,0 +1,254 @@
+"""What a GPU would get of the kernels, without one: `python -P bench/gpu_code.py [--op NAME …] [--json]`.
+
+Every case of `kernels.bench` for a GPU runs on tensors without numbers, at its full size. Whatever Triton would launch
+is compiled for a Hopper GPU, down to its machine code, and is not launched. So this says, on any machine:
+
+- whether each kernel compiles, fits into a multiprocessor's shared memory, and with how many registers; how many bytes
+  of a thread's own memory it takes, which is where registers are spilled to; how many products go to tensor cores
+  (`wgmma`) and how many copies to the copy engine (`tma`), as instructions of the program;
+- whether any operation looks at a number, for which a GPU would be waited for (an error here, with its traceback);
+- the most bytes that an operation and its peers hold at a time beyond their inputs, results (gradients) left out where
+  the case says their size: those of torch's tensors, in blocks of 512 as torch's allocator has them. What libraries
+  take for themselves, such as cuBLAS, is not known here.
+
+It says nothing of time, and nothing of what is computed: for that there are Triton's interpreter and GPUs.
+
+With `--json` the last line is an object: `kernels` (op, shape, kernel, registers, spilled, shared, warps, wgmma, tma),
+`memory` (op, shape, side, bytes), `goals` of memory (as `rows` of kernels.bench), `triton`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+NAME, CAPABILITY, PROCESSORS = "NVIDIA H100 80GB HBM3", (9, 0), 132
+MOST_SHARED = 227 << 10  # bytes of a multiprocessor that one program may have
+BLOCK = 512  # bytes; of torch's allocator on a GPU
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+Row = dict[str, Any]
+
+
+class Driver:
+    """What Triton asks about the device that is not here."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class OnThisMachine(TorchFunctionMode):
+    """Tensors that are asked for on a GPU are made where torch can make them; they say that they are on one.
+
+    While inputs are made and peers run, which may look at numbers, counting gives as many counts as it is told are the least.
+    """
+
+    preparing = True
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        named = dict(named or {})
+        if str(named.get("device", "")).startswith("cuda"):
+            named["device"] = "cpu"
+        if self.preparing and function in (torch.bincount, torch.Tensor.bincount):
+            return torch.zeros(named["minlength"], dtype=torch.int64)
+        arguments = tuple("cpu" if isinstance(given, str) and given == "cuda" else given for given in arguments)
+        return function(*arguments, **named)
+
+
+class Held(TorchDispatchMode):
+    """Bytes of all tensors that are made within it and still there, and the most at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        made = function(*arguments, **(named or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((arguments, named)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, -(-storage.nbytes() // BLOCK) * BLOCK
+        if key in self.known:
+            return
+
+        def gone(_: Any) -> None:
+            del self.known[key]
+            self.now -= size
+
+        self.known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def pretend() -> list[Row]:
+    """From here on this process takes tensors without numbers for a GPU's; what is compiled is put into the list."""
+    compiled: list[Row] = []
+    seen: set[str] = set()
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+        kernel = run(self, *arguments, grid=grid, warmup=True, **named)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            compiled.append({"kernel": self.fn.__name__, **resources(kernel)})
+        return kernel
+
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION is unset")
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is said below
+    driver.set_active(Driver())  # type: ignore[arg-type]
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    FakeTensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
+    FakeTensor.is_cpu = property(lambda tensor: False)  # type: ignore[assignment]
+    about = SimpleNamespace(multi_processor_count=PROCESSORS, major=CAPABILITY[0], minor=CAPABILITY[1], name=NAME)
+    torch.cuda.get_device_properties = lambda *_: about  # type: ignore[assignment]
+    torch.cuda.get_device_capability = lambda *_: CAPABILITY  # type: ignore[assignment]
+    torch.cuda.get_device_name = lambda *_: NAME  # type: ignore[assignment]
+    from gristmill.kernels import tiles
+
+    tiles.tuned = lambda kernel, device, usual: tiles._found(tiles.FILE, kernel, NAME, usual)
+    return compiled
+
+
+def resources(kernel: Any) -> Row:
+    """What a compiled kernel takes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says of no kernel what it takes: {said}")
+    registers, stack, local = map(int, found.groups())
+    program = kernel.asm["ptx"]
+    return {
+        "registers": registers,
+        "spilled": stack + local,
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "wgmma": program.count("wgmma.mma_async"),
+        "tma": program.count("cp.async.bulk.tensor"),
+    }
+
+
+@contextmanager
+def without_numbers() -> Iterator[OnThisMachine]:
+    with FakeTensorMode(), OnThisMachine() as mode:
+        yield mode
+
+
+def most_held(work: Any) -> int:
+    """Most bytes held while it works, beyond what was there."""
+    with Held() as held:
+        kept = work()
+    del kept
+    return held.most
+
+
+def look_at(names: list[str], compiled: list[Row]) -> tuple[list[Row], list[Row], list[Row], int]:
+    """Kernels, memory and goals of memory of these operations, said as they come; and how many cases failed."""
+    from gristmill.kernels.bench import OPERATIONS, Case, cases_of
+    from gristmill.kernels.timing import OURS
+
+    kernels: list[Row] = []
+    memory: list[Row] = []
+    goals: list[Row] = []
+    failed = 0
+
+    def take(folder: str, case: Case) -> None:
+        nonlocal failed
+        common = {"op": case.op, "shape": case.shape}
+        held: dict[str, int] = {}
+        print(f"{case.op}, {case.shape}", flush=True)
+        for name, work in {OURS: case.ours, **case.peers}.items():
+            mode.preparing = name != OURS  # torch's own counting may wait for a GPU
+            try:
+                held[name] = most_held(work) - case.results
+            except Exception as error:
+                if name == OURS:
+                    failed += 1
+                    traceback.print_exc()
+                print(f"    {name}: does not run without numbers: {type(error).__name__}", flush=True)
+        mode.preparing = True
+        for row in compiled:
+            kernels.append({**common, **row})
+            print("    " + said(row), flush=True)
+        compiled.clear()
+        for name, size in held.items():
+            memory.append({**common, "side": name, "bytes": size})
+            print(f"    holds {size / 2**20:10.1f} MiB   {name}", flush=True)
+        for goal in case.goals:
+            if goal.metric != "memory" or OURS not in held:
+                continue
+            peer, whole = goal.whole or (goal.peers[0], held.get(goal.peers[0], 0))
+            if whole:
+                ratio = held[OURS] / whole
+                goals.append({**common, "peer": peer, "ratio": ratio, "goal": goal.value, "met": ratio <= goal.value})
+                print(f"    {ratio:.3f} of {peer}; at most {goal.value}", flush=True)
+
+    with without_numbers() as mode:
+        for folder in OPERATIONS:
+            for name in names:
+                if name in (folder, *OPERATIONS[folder]):
+                    for case in cases_of(folder, name, "cuda", torch.bfloat16):
+                        take(folder, case)
+    return kernels, memory, goals, failed
+
+
+def said(row: Row) -> str:
+    return (
+        f"{row['kernel']:<28} {row['registers']:3} registers, {row['spilled']:4} bytes spilled, {row['shared']:6} shared, "
+        f"{row['warps']:2} warps, {row['wgmma']:3} wgmma, {row['tma']:3} tma"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--op", nargs="+", metavar="NAME", help="folders or operations, as of kernels.bench; without: all")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    asked = parser.parse_args()
+    compiled = pretend()
+    from gristmill.kernels.bench import OPERATIONS
+
+    kernels, memory, goals, failed = look_at(asked.op or list(OPERATIONS), compiled)
+    if asked.json:
+        print(json.dumps({"kernels": kernels, "memory": memory, "goals": goals, "triton": triton.__version__}))
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
