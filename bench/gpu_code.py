@@ -7,14 +7,15 @@ is compiled for a Hopper GPU, down to its machine code, and is not launched. So 
   of a thread's own memory it takes, which is where registers are spilled to; how many products go to tensor cores
   (`wgmma`) and how many copies to the copy engine (`tma`), as instructions of the program;
 - whether any operation looks at a number, for which a GPU would be waited for (an error here, with its traceback);
-- the most bytes that an operation and its peers hold at a time beyond their inputs, results (gradients) left out where
-  the case says their size: those of torch's tensors, in blocks of 512 as torch's allocator has them. What libraries
-  take for themselves, such as cuBLAS, is not known here.
+- the most bytes that an operation holds at a time beyond its inputs, and beside it the peer that a goal of memory
+  names; results (gradients) are left out where the case says their size. They are those of torch's tensors, in blocks
+  of 512 as torch's allocator has them. What libraries take for themselves, such as cuBLAS, is not known here.
 
 It says nothing of time, and nothing of what is computed: for that there are Triton's interpreter and GPUs.
 
 With `--json` the last line is an object: `kernels` (op, shape, kernel, registers, spilled, shared, warps, wgmma, tma),
-`memory` (op, shape, side, bytes), `goals` of memory (as `rows` of kernels.bench), `triton`.
+`memory` (op, shape, side, bytes), `goals` of memory (op, shape, peer, ratio, goal, met), `failed` (cases), `triton`.
+The exit code is 1 where a case failed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,7 +70,7 @@ class Driver:
 class OnThisMachine(TorchFunctionMode):
     """Tensors that are asked for on a GPU are made where torch can make them; they say that they are on one.
 
-    While inputs are made and peers run, which may look at numbers, counting gives as many counts as it is told are the least.
+    While inputs are made and peers run, which may look at numbers, counting gives as many as it is told are the least.
     """
 
     preparing = True
@@ -138,7 +140,9 @@ def pretend() -> list[Row]:
     torch.cuda.get_device_capability = lambda *_: CAPABILITY  # type: ignore[assignment]
     torch.cuda.get_device_name = lambda *_: NAME  # type: ignore[assignment]
     from gristmill.kernels import tiles
+    from gristmill.kernels.mla_attention import operation
 
+    operation.attend = operation.attend._init_fn  # itself: torch would only ask what shapes it gives
     tiles.tuned = lambda kernel, device, usual: tiles._found(tiles.FILE, kernel, NAME, usual)
     return compiled
 
@@ -179,75 +183,82 @@ def most_held(work: Any) -> int:
     return held.most
 
 
-def look_at(names: list[str], compiled: list[Row]) -> tuple[list[Row], list[Row], list[Row], int]:
-    """Kernels, memory and goals of memory of these operations, said as they come; and how many cases failed."""
-    from gristmill.kernels.bench import OPERATIONS, Case, cases_of
+@dataclass
+class Found:
+    """What is said of some cases; of those that failed, their names."""
+
+    kernels: list[Row] = field(default_factory=list)
+    memory: list[Row] = field(default_factory=list)
+    goals: list[Row] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+
+def look_at(names: list[str], compiled: list[Row]) -> Found:
+    """Every case of these operations, said as they come."""
+    from gristmill.kernels.bench import OPERATIONS, cases_of
+
+    found = Found()
+    with without_numbers() as mode:
+        for folder, operations in OPERATIONS.items():
+            for name in names:
+                if name not in (folder, *operations):
+                    continue
+                for case in cases_of(folder, name, "cuda", torch.bfloat16):
+                    print(f"{case.op}, {case.shape}", flush=True)
+                    try:
+                        _take(case, found, compiled, mode)
+                    except Exception:
+                        traceback.print_exc()
+                        found.failed.append(f"{case.op}, {case.shape}")
+    return found
+
+
+def _take(case: Any, found: Found, compiled: list[Row], mode: OnThisMachine) -> None:
+    """One case: ours, and the peers that a goal of memory names."""
     from gristmill.kernels.timing import OURS
 
-    kernels: list[Row] = []
-    memory: list[Row] = []
-    goals: list[Row] = []
-    failed = 0
-
-    def take(folder: str, case: Case) -> None:
-        nonlocal failed
-        common = {"op": case.op, "shape": case.shape}
-        held: dict[str, int] = {}
-        print(f"{case.op}, {case.shape}", flush=True)
-        for name, work in {OURS: case.ours, **case.peers}.items():
-            mode.preparing = name != OURS  # torch's own counting may wait for a GPU
-            try:
-                held[name] = most_held(work) - case.results
-            except Exception as error:
-                if name == OURS:
-                    failed += 1
-                    traceback.print_exc()
-                print(f"    {name}: does not run without numbers: {type(error).__name__}", flush=True)
-        mode.preparing = True
-        for row in compiled:
-            kernels.append({**common, **row})
-            print("    " + said(row), flush=True)
-        compiled.clear()
-        for name, size in held.items():
-            memory.append({**common, "side": name, "bytes": size})
-            print(f"    holds {size / 2**20:10.1f} MiB   {name}", flush=True)
-        for goal in case.goals:
-            if goal.metric != "memory" or OURS not in held:
-                continue
-            peer, whole = goal.whole or (goal.peers[0], held.get(goal.peers[0], 0))
-            if whole:
-                ratio = held[OURS] / whole
-                goals.append({**common, "peer": peer, "ratio": ratio, "goal": goal.value, "met": ratio <= goal.value})
-                print(f"    {ratio:.3f} of {peer}; at most {goal.value}", flush=True)
-
-    with without_numbers() as mode:
-        for folder in OPERATIONS:
-            for name in names:
-                if name in (folder, *OPERATIONS[folder]):
-                    for case in cases_of(folder, name, "cuda", torch.bfloat16):
-                        take(folder, case)
-    return kernels, memory, goals, failed
+    goals = [goal for goal in case.goals if goal.metric == "memory"]
+    common, held = {"op": case.op, "shape": case.shape}, {}
+    for side in (OURS, *(peer for goal in goals for peer in goal.peers)):
+        mode.preparing = side != OURS  # torch's own counting may wait for a GPU
+        try:
+            held[side] = most_held(case.ours if side == OURS else case.peers[side]) - case.results
+        finally:
+            mode.preparing = True
+        found.memory.append({**common, "side": side, "bytes": held[side]})
+        print(f"    holds {held[side] / 2**20:10.1f} MiB   {side}", flush=True)
+    for goal in goals:
+        peer, whole = goal.whole or (goal.peers[0], held[goal.peers[0]])
+        ratio = held[OURS] / whole
+        found.goals.append({**common, "peer": peer, "ratio": ratio, "goal": goal.value, "met": ratio <= goal.value})
+        print(f"    {ratio:.3f} of {peer}; at most {goal.value}", flush=True)
+    for row in compiled:
+        found.kernels.append({**common, **row})
+        print("    " + said(row), flush=True)
+    compiled.clear()
 
 
 def said(row: Row) -> str:
     return (
-        f"{row['kernel']:<28} {row['registers']:3} registers, {row['spilled']:4} bytes spilled, {row['shared']:6} shared, "
-        f"{row['warps']:2} warps, {row['wgmma']:3} wgmma, {row['tma']:3} tma"
+        f"{row['kernel']:<28} {row['registers']:3} registers, {row['spilled']:4} bytes spilled, {row['shared']:6} "
+        f"shared, {row['warps']:2} warps, {row['wgmma']:3} wgmma, {row['tma']:3} tma"
     )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--op", nargs="+", metavar="NAME", help="folders or operations, as of kernels.bench; without: all")
+    parser.add_argument(
+        "--op", nargs="+", metavar="NAME", help="folders or operations, as of kernels.bench; without: all"
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     asked = parser.parse_args()
     compiled = pretend()
     from gristmill.kernels.bench import OPERATIONS
 
-    kernels, memory, goals, failed = look_at(asked.op or list(OPERATIONS), compiled)
+    found = look_at(asked.op or list(OPERATIONS), compiled)
     if asked.json:
-        print(json.dumps({"kernels": kernels, "memory": memory, "goals": goals, "triton": triton.__version__}))
-    return min(failed, 1)
+        print(json.dumps({**asdict(found), "triton": triton.__version__}))
+    return 1 if found.failed else 0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from gristmill.kernels.router.reference import Choice
 
 NUMBERS = 8192 if INTERPRETED else 512  # affinities a program holds, in one warp: sums and choices need no barrier
 SORTED = 256  # rows a program puts into their places
+COMPARED = 32  # of those rows, at a time
 FEWEST = 16  # smaller groups are padded to it, so that fewer sizes are compiled
 LOWEST = tl.constexpr(-(2**63))  # below every affinity: of what is not there, or was chosen already
 
@@ -119,16 +120,19 @@ def _count(expert_ptr, count_ptr, rows, experts, ROWS: tl.constexpr, EXPERTS: tl
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _place(expert_ptr, start_ptr, order_ptr, rows, experts, ROWS: tl.constexpr):
+def _place(expert_ptr, start_ptr, order_ptr, rows, experts, ROWS: tl.constexpr, OTHERS: tl.constexpr):
     """A program's rows to their places; `start` says where its first row of each expert goes."""
-    block = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * ROWS
     place = tl.arange(0, ROWS)
-    row = block * ROWS + place
-    there = row < rows
-    own = tl.load(expert_ptr + row, mask=there, other=-1).to(tl.int32)
-    before = (own[:, None] == own[None, :]) & (place[None, :] < place[:, None])
-    start = tl.load(start_ptr + block * experts + own, mask=there, other=0)
-    tl.store(order_ptr + start + tl.sum(before.to(tl.int32), 1), row, mask=there)
+    there = first + place < rows
+    own = tl.load(expert_ptr + first + place, mask=there, other=-1).to(tl.int32)
+    before = tl.zeros((ROWS,), tl.int32)  # rows of its own expert
+    for others in range(0, ROWS, OTHERS):  # not all at once, which would spill registers
+        other = others + tl.arange(0, OTHERS)
+        its = tl.load(expert_ptr + first + other, mask=first + other < rows, other=-1).to(tl.int32)
+        before += tl.sum(((own[:, None] == its[None, :]) & (other[None, :] < place[:, None])).to(tl.int32), 1)
+    start = tl.load(start_ptr + tl.program_id(0).to(tl.int64) * experts + own, mask=there, other=0)
+    tl.store(order_ptr + start + before, first + place, mask=there)
 
 
 def sort_rows(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,7 +151,7 @@ def sort_rows(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     ends_E = load_E.cumsum(0)
     if rows:
         start_PE = upto_PE - count_PE + (ends_E - load_E)
-        _place[(blocks,)](expert_TK, start_PE, order_M, rows, experts, ROWS=SORTED)
+        _place[(blocks,)](expert_TK, start_PE, order_M, rows, experts, ROWS=SORTED, OTHERS=COMPARED)
     return load_E, order_M, ends_E
 
 
