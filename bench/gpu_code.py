@@ -122,7 +122,7 @@ def pretend() -> list[Row]:
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
-        kernel = run(self, *arguments, grid=grid, warmup=True, **named)
+        kernel: Any = run(self, *arguments, grid=grid, warmup=True, **named)
         if kernel.hash not in seen:
             seen.add(kernel.hash)
             compiled.append({"kernel": self.fn.__name__, **resources(kernel)})

@@ -116,7 +116,7 @@ def _product(
 
 @triton.jit
 def _weight_gradient(
-    grad, x, w, ends_ptr, groups, outer, inner,
+    grad, x, w, ends_ptr, groups, outer, inner, w_group, w_row,
     ENGINE: tl.constexpr, WIDE: tl.constexpr, MOST: tl.constexpr,
     OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -151,7 +151,7 @@ def _weight_gradient(
         if ENGINE:
             w.store([group, out, into], total.to(w.dtype).reshape(1, OUT, IN))
         else:
-            where = w + group.to(tl.int64) * outer * inner + outs[:, None].to(tl.int64) * inner + ins[None, :]
+            where = w + group.to(tl.int64) * w_group + outs[:, None].to(tl.int64) * w_row + ins[None, :]
             tl.store(where, total.to(w.dtype.element_ty), mask=(outs[:, None] < outer) & (ins[None, :] < inner))
 
 
@@ -213,11 +213,16 @@ def product(a_NI: Tensor, w_EMK: Tensor, ends_E: Tensor, transposed: bool, tiles
     return y
 
 
-def weight_gradient(grad_NM: Tensor, x_NK: Tensor, ends_E: Tensor, tiles: Tiles | None = None) -> Tensor:
-    """grad[rows of e]ᵀ · x[rows of e] of every group, (E, M, K)."""
+def weight_gradient(
+    grad_NM: Tensor, x_NK: Tensor, ends_E: Tensor, tiles: Tiles | None = None, into: Tensor | None = None
+) -> Tensor:
+    """grad[rows of e]ᵀ · x[rows of e] of every group, (E, M, K), in a tensor that is given or a new one.
+
+    A given one may be a part of the columns of a larger one.
+    """
     groups, outer, inner = len(ends_E), grad_NM.shape[1], x_NK.shape[1]
     grad_NM, x_NK = grad_NM.contiguous(), x_NK.contiguous()
-    grad_w = torch.empty(groups, outer, inner, dtype=x_NK.dtype, device=x_NK.device)
+    grad_w = torch.empty(groups, outer, inner, dtype=x_NK.dtype, device=x_NK.device) if into is None else into
     if not len(x_NK) or not grad_w.numel():
         return grad_w.zero_()
     engine = _fits_engine(grad_NM, x_NK, grad_w)
@@ -231,7 +236,8 @@ def weight_gradient(grad_NM: Tensor, x_NK: Tensor, ends_E: Tensor, tiles: Tiles 
         w = _whole(grad_w, 1, tiles.rows, tiles.columns)
     most = groups * triton.cdiv(outer, tiles.rows) * triton.cdiv(inner, tiles.columns)
     _weight_gradient[(min(most, tiles.programs * _processors(x_NK.device)),)](
-        grad, x, w, ends_E, groups, outer, inner, ENGINE=engine, WIDE=INTERPRETED, MOST=MOST_ROWS,
+        grad, x, w, ends_E, groups, outer, inner, grad_w.stride(0), grad_w.stride(1),
+        ENGINE=engine, WIDE=INTERPRETED, MOST=MOST_ROWS,
         OUT=tiles.rows, IN=tiles.columns, ROWS=tiles.terms, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return grad_w

@@ -44,7 +44,8 @@ def _both_ways(
     gate = torch.rand(tokens, active, device=device)
     gate_up = torch.empty(experts, 2 * hidden, width, device=device, dtype=kept).normal_(0, width**-0.5)
     down = torch.empty(experts, width, hidden, device=device, dtype=kept).normal_(0, hidden**-0.5)
-    leaves = x, gate, gate_up, down
+    leaves, seen = (x, gate, gate_up, down), torch.ones_like(x)
+    results = sum(leaf.nbytes for leaf in leaves) + seen.nbytes  # gradients, and what the operation gives
     matrices = 3 * width * hidden * kept.itemsize  # bytes of an expert
     given = implementations(width, hidden, experts, 2 * tokens * active * matrices)
     goals: tuple[Goal, ...] = ()
@@ -56,16 +57,18 @@ def _both_ways(
     peers: dict[str, Work] = {}
     for name, function in given.items():
         theirs = partial(function, expert)
-        peers[name] = both_ways(cast_by_torch(theirs, dtype) if rounded else theirs, *leaves)
+        peers[name] = both_ways(cast_by_torch(theirs, dtype) if rounded else theirs, *leaves, seen=seen)
 
     def ours(order: Tensor | None) -> Work:
-        return both_ways(lambda a, g, u, d: moe_mlp(a, expert, g, u, d, load, order, rounded=rounded), *leaves)
+        return both_ways(
+            lambda a, g, u, d: moe_mlp(a, expert, g, u, d, load, order, rounded=rounded), *leaves, seen=seen
+        )
 
     shape = f"{experts} × {width}×{hidden}, {tokens} tokens × {active}"
     flops = 3 * 6 * tokens * active * width * hidden
-    yield Case("moe_mlp", shape, flops, ours(None), peers, goals)
+    yield Case("moe_mlp", shape, flops, ours(None), peers, goals, results=results)
     sorted_here = {"the same, sorting the rows": ours(None)}
-    yield Case("moe_mlp, order given", shape, flops, ours(rows_by_expert(expert)), sorted_here)
+    yield Case("moe_mlp, order given", shape, flops, ours(rows_by_expert(expert)), sorted_here, results=results)
 
 
 def _few_rows(device: str, dtype: torch.dtype, experts: int, tokens: int, active: int, width: int, hidden: int) -> Case:

@@ -21,6 +21,10 @@ from gristmill.kernels.expert_rows import places, rows_by_expert
 from gristmill.kernels.grouped_gemm.gpu import MOST_ROWS, product, weight_gradient
 
 BLOCK = 1024
+WHOLE_COLUMNS = 128  # a part of the columns is a multiple of these
+PARTS_OF_INPUTS, PARTS_OF_GRADIENTS = 4, 6
+"""In how many parts of their columns rows of x, and of its gradient, lie there at a time in the backward pass. More would
+take less memory, and read the slopes more often; the second kind is there beside the whole gradient."""
 
 
 @triton.jit
@@ -62,7 +66,7 @@ def _swiglu_backward(
 
 
 @triton.jit
-def _sum_of_rows(y_ptr, place_ptr, out_ptr, chosen, width, BLOCK_D: tl.constexpr):
+def _sum_of_rows(y_ptr, place_ptr, out_ptr, chosen, width, out_row, BLOCK_D: tl.constexpr):
     """One token and one block of columns: its rows, added in the order of its choices."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -70,7 +74,7 @@ def _sum_of_rows(y_ptr, place_ptr, out_ptr, chosen, width, BLOCK_D: tl.constexpr
     for k in range(chosen):
         row = tl.load(place_ptr + token * chosen + k).to(tl.int64)
         total += tl.load(y_ptr + row * width + d, mask=d < width, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * width + d, total.to(out_ptr.dtype.element_ty), mask=d < width)
+    tl.store(out_ptr + token * out_row + d, total.to(out_ptr.dtype.element_ty), mask=d < width)
 
 
 def _activated(pre_M2F: Tensor, gate_TK: Tensor, order_M: Tensor) -> Tensor:
@@ -83,28 +87,33 @@ def _activated(pre_M2F: Tensor, gate_TK: Tensor, order_M: Tensor) -> Tensor:
     return h_MF
 
 
-def _slopes_(pre_M2F: Tensor, gate_TK: Tensor, order_M: Tensor, grad_h_MF: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of (a, b), (M, 2F), and of the gates, (T, K); dh' becomes h'."""
-    slope_M2F, grad_gate_TK = torch.empty_like(pre_M2F), torch.zeros_like(gate_TK)
+def _slopes_(pre_M2F: Tensor, gate_TK: Tensor, order_M: Tensor, grad_h_MF: Tensor, slope_M2F: Tensor) -> Tensor:
+    """The gradients of the gates, (T, K); dh' becomes h', and `slope_M2F`, which may be `pre_M2F`, that of (a, b)."""
+    grad_gate_TK = torch.zeros_like(gate_TK)
     if grad_h_MF.numel():
         hidden = grad_h_MF.shape[1]
         _swiglu_backward[(len(order_M),)](
             pre_M2F, gate_TK, order_M, grad_h_MF, slope_M2F, grad_gate_TK, hidden,
             BLOCK_F=min(BLOCK, triton.next_power_of_2(hidden)),
         )  # fmt: skip
-    return slope_M2F, grad_gate_TK
+    return grad_gate_TK
 
 
-def _summed(y_MD: Tensor, place_M: Tensor, tokens: int) -> Tensor:
-    """The sum of each token's rows, (T, D)."""
-    width = y_MD.shape[1]
+def _sum(y_MD: Tensor, place_M: Tensor, out_TD: Tensor) -> None:
+    """Put down the sum of each token's rows, (T, D); there may be more columns beside those of the result."""
+    (tokens, width), rows = out_TD.shape, len(place_M)
     if not y_MD.numel():
-        return y_MD.new_zeros(tokens, width)
-    out_TD = y_MD.new_empty(tokens, width)
+        out_TD.zero_()
+        return
     block = min(BLOCK, triton.next_power_of_2(width))
     grid = (tokens, triton.cdiv(width, block))
-    _sum_of_rows[grid](y_MD, place_M, out_TD, len(place_M) // tokens, width, BLOCK_D=block)
-    return out_TD
+    _sum_of_rows[grid](y_MD, place_M, out_TD, rows // tokens, width, out_TD.stride(0), BLOCK_D=block)
+
+
+def _parts(width: int, parts: int) -> list[slice]:
+    """The columns in so many parts or a few less, all but the last of a multiple of WHOLE_COLUMNS."""
+    step = max(1, triton.cdiv(width, parts * WHOLE_COLUMNS)) * WHOLE_COLUMNS
+    return [slice(first, min(first + step, width)) for first in range(0, width, step)]
 
 
 def _tokens(order_M: Tensor, chosen: int) -> Tensor:
@@ -137,19 +146,43 @@ class TritonMoeMlp(torch.autograd.Function):
         del x_MD  # its room is the output's
         y_MD = product(_activated(pre_M2F, gate_TK, order_M), down_EDF, ends_E, transposed=True)
         ctx.save_for_backward(x_TD, gate_TK, gate_up_E2FD, down_EDF, ends_E, order_M, pre_M2F)
-        return _summed(y_MD, places(order_M), len(x_TD))
+        ctx.spent = False
+        out_TD = y_MD.new_empty(x_TD.shape)
+        _sum(y_MD, places(order_M), out_TD)
+        return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor):
-        x_TD, gate_TK, gate_up_E2FD, down_EDF, ends_E, order_M, pre_M2F = ctx.saved_tensors
-        token_M = _tokens(order_M, gate_TK.shape[1])
-        grad_MD = grad_TD.index_select(0, token_M)
-        h_MF = product(grad_MD, down_EDF, ends_E, transposed=False)  # dh', and h' after the next line
-        slope_M2F, grad_gate_TK = _slopes_(pre_M2F, gate_TK, order_M, h_MF)
-        grad_down = weight_gradient(grad_MD, h_MF, ends_E)
-        del grad_MD, h_MF  # their room is that of the rows of x
-        grad_gate_up = weight_gradient(slope_M2F, x_TD.index_select(0, token_M), ends_E)
-        grad_x_MD = product(slope_M2F, gate_up_E2FD, ends_E, transposed=False)
-        grad_x_TD = _summed(grad_x_MD, places(order_M), len(x_TD))
-        return grad_x_TD, None, grad_gate_TK, grad_gate_up, grad_down, None, None
+        *saved, pre_M2F = ctx.saved_tensors
+        if ctx.spent:  # by a first backward pass through the same graph
+            x_TD, gate_TK, gate_up_E2FD, _, ends_E, order_M = saved
+            x_MD = x_TD.index_select(0, _tokens(order_M, gate_TK.shape[1]))
+            pre_M2F = product(x_MD, gate_up_E2FD, ends_E, transposed=True)
+        ctx.spent = True
+        grad_x, grad_gate, grad_gate_up, grad_down = gradients(*saved, pre_M2F, pre_M2F, grad_TD)
+        return grad_x, None, grad_gate, grad_gate_up, grad_down, None, None
+
+
+def gradients(
+    x_TD: Tensor, gate_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, ends_E: Tensor, order_M: Tensor,
+    pre_M2F: Tensor, slope_M2F: Tensor, grad_TD: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Those of x, the gates and both stacks. The slopes are put down where it is said, which may be over `pre_M2F`."""
+    token_M, place_M = _tokens(order_M, gate_TK.shape[1]), places(order_M)
+    grad_MD = grad_TD.index_select(0, token_M)
+    h_MF = product(grad_MD, down_EDF, ends_E, transposed=False)  # dh', and h' after the next line
+    grad_gate_TK = _slopes_(pre_M2F, gate_TK, order_M, h_MF, slope_M2F)
+    grad_down = weight_gradient(grad_MD, h_MF, ends_E)
+    del grad_MD, h_MF  # their room is that of the rows of x
+    grad_gate_up = torch.empty_like(gate_up_E2FD, memory_format=torch.contiguous_format)
+    for part in _parts(x_TD.shape[1], PARTS_OF_INPUTS):
+        x_MP = x_TD[:, part].index_select(0, token_M)
+        weight_gradient(slope_M2F, x_MP, ends_E, into=grad_gate_up[:, :, part])
+        del x_MP
+    grad_x_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    for part in _parts(x_TD.shape[1], PARTS_OF_GRADIENTS):
+        grad_x_MP = product(slope_M2F, gate_up_E2FD[:, :, part], ends_E, transposed=False)
+        _sum(grad_x_MP, place_M, grad_x_TD[:, part])
+        del grad_x_MP
+    return grad_x_TD, grad_gate_TK, grad_gate_up, grad_down

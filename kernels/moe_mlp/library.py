@@ -54,10 +54,11 @@ def moe_mlp_backward(
 
         return gradients_in_torch(again, inputs, grad)
     if implementation == "gpu":
-        from gristmill.kernels.moe_mlp.gpu import TritonMoeMlp
+        from gristmill.kernels.moe_mlp.gpu import gradients
 
+        slope_M2F = torch.empty_like(pre_M2F)  # what a graph has kept is not to be written over
         saved = x_TD, gate_TK.contiguous(), gate_up_E2FD, down_EDF, load_E.cumsum(0), kept_M, pre_M2F
-        return _graded(TritonMoeMlp.backward(Context(*saved), grad))
+        return list(gradients(*saved, slope_M2F, grad))
     ends_E = load_E.long().cumsum(0)
     if implementation == "cpu":
         operand, bounds = cpu.nearest if rounded else cpu._as_it_is, [0, *ends_E.tolist()]

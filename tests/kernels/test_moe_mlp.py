@@ -230,6 +230,32 @@ def test_what_is_kept_for_the_backward_pass(cpu_path: str) -> None:
 
 
 @pytest.mark.usefixtures("cpu_path")
+def test_a_second_pass_through_the_same_graph_gives_the_same_bits() -> None:
+    """Though a GPU puts slopes where what was kept of the forward pass lay."""
+    given_ = case(9, 4, 2, 24, 8)
+    leaves = [given_[name].detach().requires_grad_() for name in NAMES]
+    loss = (moe_mlp(**{**given_, **dict(zip(NAMES, leaves, strict=True))}) * draw(4, 9, 24)).sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="of the code in Triton")
+@pytest.mark.parametrize("width", [40, 48, 100])
+def test_no_bit_depends_on_the_parts_of_the_columns(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the sums of a product's terms and of a token's rows do not cross."""
+    from gristmill.kernels.moe_mlp import gpu
+
+    given_, seen = case(20, 4, 3, width, 12), draw(4, 20, width)
+    whole = both_ways(given_, seen)
+    assert len(gpu._parts(width, gpu.PARTS_OF_GRADIENTS)) == 1
+    monkeypatch.setattr(gpu, "WHOLE_COLUMNS", 8)
+    assert len(gpu._parts(width, gpu.PARTS_OF_GRADIENTS)) > 2
+    for a, b in zip(whole, both_ways(given_, seen), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("cpu_path")
 def test_only_one_derivative_is_given() -> None:
     given_ = case(4, 3, 1, 5, 2)
     x = given_["x_TD"].requires_grad_()
