@@ -22,7 +22,7 @@ from gristmill.kernels.tiles import FILE, put
 from gristmill.kernels.timing import Work, seconds, seconds_of_device
 
 ROUNDING = 2.0**-7  # of results in bfloat16, and of what is rounded to it on the way; sums come in another order
-SEARCHED = ("mla_attention", "grouped_gemm", "fp8_gemm", "mla_decode", "router", "cross_entropy")
+SEARCHED = ("mla_attention", "grouped_gemm", "fp8_gemm", "mla_decode", "router", "cross_entropy", "optim")
 """Folders with a search; not imported before they are asked for, since their kernels are Triton's."""
 
 Sizes = tuple[Any, list[Any]]  # the usual sizes of a kernel, and others
