@@ -46,7 +46,7 @@ from gristmill.kernels.timing import (
     seconds_of_device,
     stored,
 )
-from gristmill.kernels.tune import SEARCHES, tune
+from gristmill.kernels.tune import SEARCHED, tune
 
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "grouped_gemm": ("grouped_gemm",),
@@ -166,7 +166,7 @@ def main() -> None:
     if asked.tune:
         if device != "cuda":
             parser.error("--tune is of GPUs: there are no tiles to choose on a CPU")
-        tune([folder for folder in folders if folder in SEARCHES], device)
+        tune([folder for folder in folders if folder in SEARCHED], device)
     where = (
         torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )

@@ -17,7 +17,13 @@ Table = dict[str, dict[str, dict[str, int]]]  # device → kernel → field → 
 
 def tuned(kernel: str, device: torch.device, usual: Sizes) -> Sizes:
     """What was found for this kernel on devices of that name, else the usual; nothing is tried here."""
-    return _found(FILE, kernel, torch.cuda.get_device_name(device), usual) if device.type == "cuda" else usual
+    return _found_on(device, kernel, usual) if device.type == "cuda" else usual
+
+
+@cache
+def _found_on(device: torch.device, kernel: str, usual: Sizes) -> Sizes:
+    """Kept by the device: asking for its name takes a part of the time of a launch."""
+    return _found(FILE, kernel, torch.cuda.get_device_name(device), usual)
 
 
 @cache
@@ -40,3 +46,4 @@ def put(device: str, kernel: str, sizes: Any, file: Path = FILE) -> None:
     part.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     part.replace(file)
     _found.cache_clear()
+    _found_on.cache_clear()

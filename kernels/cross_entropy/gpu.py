@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
+from gristmill.kernels.tiles import tuned
+
+
+@dataclass(frozen=True)
+class Row:
+    """Columns of a row that its program takes at a time; warps."""
+
+    columns: int
+    warps: int
+
+
+LOSS = SLOPE = Row(1024, 4)
 
 
 @triton.jit
@@ -49,19 +62,31 @@ def _slope(
             tl.store(logits_ptr + v, (p * weight).to(logits_ptr.dtype.element_ty), mask=v < vocab)
 
 
-def softmax_loss(logits_RV: Tensor, target_R: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def softmax_loss(
+    logits_RV: Tensor, target_R: Tensor, temperature: float, sizes: Row | None = None
+) -> tuple[Tensor, Tensor]:
     """−log p at the targets, where p = softmax(logits / temperature), and −Σ p · log p; (R,) float32 each."""
     entropy = torch.empty(logits_RV.shape[0], dtype=torch.float32, device=logits_RV.device)
-    return _launch(logits_RV, target_R, target_R, temperature, 0.0, entropy), entropy
+    sizes = sizes or tuned("cross_entropy.loss", logits_RV.device, LOSS)
+    return _launch(logits_RV, target_R, target_R, temperature, 0.0, entropy, sizes), entropy
 
 
-def softmax_slope_(logits_RV: Tensor, target_R: Tensor, weight_R: Tensor, temperature: float, z_loss: float) -> Tensor:
+def softmax_slope_(
+    logits_RV: Tensor, target_R: Tensor, weight_R: Tensor, temperature: float, z_loss: float, sizes: Row | None = None
+) -> Tensor:
     """The loss of `softmax_loss` plus z_loss · (log Σ exp)²; the logits become weight times its gradient in them."""
-    return _launch(logits_RV, target_R, weight_R, temperature, z_loss, None)
+    sizes = sizes or tuned("cross_entropy.slope", logits_RV.device, SLOPE)
+    return _launch(logits_RV, target_R, weight_R, temperature, z_loss, None, sizes)
 
 
 def _launch(
-    logits: Tensor, target: Tensor, weight: Tensor, temperature: float, z_loss: float, entropy: Tensor | None
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    temperature: float,
+    z_loss: float,
+    entropy: Tensor | None,
+    sizes: Row,
 ) -> Tensor:
     """The loss; and the entropy where it has a place, else the slope."""
     target, weight = target.contiguous(), weight.contiguous()  # the kernel reads them by place
@@ -69,6 +94,6 @@ def _launch(
     if logits.shape[0]:
         _slope[(logits.shape[0],)](
             logits, target, weight, loss, loss if entropy is None else entropy, logits.shape[1], logits.stride(0),
-            1.0 / temperature, z_loss, WRITE=entropy is None, BLOCK_V=BLOCK,
+            1.0 / temperature, z_loss, WRITE=entropy is None, BLOCK_V=sizes.columns, num_warps=sizes.warps,
         )  # fmt: skip
     return loss

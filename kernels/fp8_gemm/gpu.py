@@ -10,6 +10,7 @@ values are taken apart and put together bit by bit, and multiplied in float32: a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -21,11 +22,21 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from gristmill.kernels.dispatch import require
 from gristmill.kernels.fp8_gemm.reference import BLOCK, most_tiles, tile_ends
 from gristmill.kernels.grouped_gemm.gpu import INTERPRETED, MOST_ROWS, Tiles, _places, _processors, _whole
+from gristmill.kernels.tiles import tuned
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Rows, or columns, that a program quantises 128 numbers of; warps."""
+
+    lines: int
+    warps: int
+
 
 PRODUCT, SHORT_PRODUCT = Tiles(128, 128, BLOCK, 8, 3), Tiles(64, 128, BLOCK, 4, 4, programs=2)
 SHORT = 384  # rows of a group, on the mean, below which small tiles hide the writing of one behind the sums of another
 GRADIENT = Tiles(128, 128, BLOCK, 8, 4)
-QUANTISED_ROWS, QUANTISED_COLUMNS = 32, 64  # of a program that quantises rows, columns
+QUANTISED_ROWS, QUANTISED_COLUMNS = Strip(32, 4), Strip(64, 4)
 E4M3 = torch.float8_e4m3fn
 
 
@@ -182,14 +193,15 @@ def _scales_by_column(rows: int, blocks: int, device: torch.device) -> Tensor:
     return torch.empty(blocks, rows, dtype=torch.float32, device=device).t()
 
 
-def quantise_rows(x_NK: Tensor, swiglu: bool = False) -> tuple[Tensor, Tensor]:
+def quantise_rows(x_NK: Tensor, swiglu: bool = False, strip: Strip | None = None) -> tuple[Tensor, Tensor]:
+    strip = strip or tuned("fp8_gemm.quantise_rows", x_NK.device, QUANTISED_ROWS)
     rows, columns = x_NK.shape[0], x_NK.shape[1] // (2 if swiglu else 1)
     q = torch.empty(rows, columns, dtype=E4M3, device=x_NK.device)
     scale = _scales_by_column(rows, columns // BLOCK, x_NK.device)
     if q.numel():
-        _quantise_rows[(triton.cdiv(rows, QUANTISED_ROWS), columns // BLOCK)](
+        _quantise_rows[(triton.cdiv(rows, strip.lines), columns // BLOCK)](
             x_NK, q, scale, rows, columns, *x_NK.stride(), *scale.stride(),
-            SWIGLU=swiglu, NATIVE=_native(x_NK.device), ROWS=QUANTISED_ROWS, BLOCK=BLOCK,
+            SWIGLU=swiglu, NATIVE=_native(x_NK.device), ROWS=strip.lines, BLOCK=BLOCK, num_warps=strip.warps,
         )  # fmt: skip
     return q, scale
 
@@ -205,15 +217,16 @@ def _table(ends_E: Tensor, most: int, rows: int) -> Tensor:
     return table
 
 
-def quantise_columns(x_NK: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_columns(x_NK: Tensor, ends_E: Tensor, strip: Strip | None = None) -> tuple[Tensor, Tensor]:
+    strip = strip or tuned("fp8_gemm.quantise_columns", x_NK.device, QUANTISED_COLUMNS)
     rows, columns = x_NK.shape
     tiles = most_tiles(rows, len(ends_E))
     q = torch.empty(columns, tiles * BLOCK, dtype=E4M3, device=x_NK.device)
     scale = _scales_by_column(columns, tiles, x_NK.device)
     if q.numel():
-        _quantise_columns[(tiles, columns // QUANTISED_COLUMNS)](
+        _quantise_columns[(tiles, columns // strip.lines)](
             x_NK, q, scale, _table(ends_E, tiles, BLOCK), tiles, columns, *x_NK.stride(),
-            NATIVE=_native(x_NK.device), COLUMNS=QUANTISED_COLUMNS, BLOCK=BLOCK,
+            NATIVE=_native(x_NK.device), COLUMNS=strip.lines, BLOCK=BLOCK, num_warps=strip.warps,
         )  # fmt: skip
     return q, scale
 
@@ -240,7 +253,8 @@ def fp8_grouped_gemm(
         return y
     if not inner:
         return y.zero_()
-    tiles = tiles or (SHORT_PRODUCT if rows < SHORT * groups else PRODUCT)
+    kernel, usual = ("short_product", SHORT_PRODUCT) if rows < SHORT * groups else ("product", PRODUCT)
+    tiles = tiles or tuned(f"fp8_gemm.{kernel}", x_NK.device, usual)
     most = triton.cdiv(rows, tiles.rows) + groups
     table = _table(ends_E, most, tiles.rows)
     x, w = _whole(x_NK.contiguous(), tiles.rows, BLOCK), _whole(w_EMK.contiguous(), 1, tiles.columns, BLOCK)
@@ -255,12 +269,14 @@ def fp8_grouped_gemm(
 
 
 def fp8_weight_gradient(
-    grad_MP: Tensor, grad_scale_MQ: Tensor, x_KP: Tensor, x_scale_KQ: Tensor, ends_E: Tensor, tiles: Tiles = GRADIENT
-) -> Tensor:
+    grad_MP: Tensor, grad_scale_MQ: Tensor, x_KP: Tensor, x_scale_KQ: Tensor, ends_E: Tensor,
+    tiles: Tiles | None = None,
+) -> Tensor:  # fmt: skip
     groups, outer, inner = len(ends_E), len(grad_MP), len(x_KP)
     dw = torch.empty(groups, outer, inner, dtype=torch.float32, device=x_KP.device)
     if not dw.numel() or not x_KP.shape[1]:
         return dw.zero_()
+    tiles = tiles or tuned("fp8_gemm.gradient", x_KP.device, GRADIENT)
     grad, x = _whole(grad_MP.contiguous(), tiles.rows, BLOCK), _whole(x_KP.contiguous(), tiles.columns, BLOCK)
     most = groups * (outer // tiles.rows) * (inner // tiles.columns)
     _weight_gradient[(min(most, tiles.programs * _processors(x_KP.device)),)](

@@ -5,9 +5,9 @@ row's queries (its tokens' heads, one token after the other) and a span of place
 is the key of all queries of the block and, but for its rotated part, their value. Where a row's places are several
 spans, each leaves a softmax of its own and the logarithm of its sum, by which `_combine` joins them in order.
 
-What a token gives, to the bit, depends on the sizes of the batch (rows, new tokens, heads: they choose the span), and
-neither on how far the other rows reach nor on what they hold. Scores and sums are float32; weights are rounded to the
-cache's dtype, as its tensor cores want them.
+What a token gives, to the bit, depends on the sizes of the batch (rows, new tokens, heads: they choose the span) and on
+those of tiles that were found for the device, and neither on how far the other rows reach nor on what they hold. Scores
+and sums are float32; weights are rounded to the cache's dtype, as its tensor cores want them.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ import triton.language as tl
 from torch import Tensor
 
 from gristmill.kernels.grouped_gemm.gpu import INTERPRETED, _processors
+from gristmill.kernels.tiles import tuned
 
 SMALLEST = 16  # side of a product of the tensor cores
 HEADS = 16  # whose queries one program rotates
 PARTS, COLUMNS = 32, 128  # of the tiles in which parts are joined
 LEAST_SPAN = 128  # places
 MOST_SPAN = 128  # places a query of the block: writing and reading a part is then little beside reading the cache
-FILLED = 4096  # places of a row at which spans occupy every multiprocessor once
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Queries of a block and places of a tile; warps, and buffers of the loop over tiles."""
+    """Queries of a block and places of a tile; warps, and buffers of the loop over tiles; and of rows that are divided
+    the places a row from which on their spans occupy every multiprocessor once: fewer make more spans."""
 
     queries: int
     places: int
     warps: int
     stages: int
+    filled: int = 4096
 
 
 FEW, MANY = Tiles(16, 64, 4, 3), Tiles(64, 64, 8, 2)  # up to 16 queries a row, and more
@@ -188,14 +190,23 @@ def _combine(
     tl.store(out, (mixed / total).to(out_ptr.dtype.element_ty), mask=c < latent)
 
 
-def _span(blocks: int, queries: int, processors: int, reach: int) -> int:
-    """Places of a program, where there are so many blocks of so many queries.
+def _span(blocks: int, tiles: Tiles, processors: int, reach: int) -> int:
+    """Places of a program, where there are so many blocks of queries.
 
     From four blocks a multiprocessor on each goes over its places alone. Fewer share them, in spans of a power of two.
     """
     if blocks >= 4 * processors:
         return reach
-    return min(max(triton.next_power_of_2(FILLED * blocks // processors), LEAST_SPAN), MOST_SPAN * queries)
+    span = triton.next_power_of_2(tiles.filled * blocks // processors)
+    return min(max(span, LEAST_SPAN), MOST_SPAN * tiles.queries)
+
+
+def _chosen(q: Tensor, queries: int) -> Tiles:
+    """For so many queries a row."""
+    if q.dtype == torch.float32:
+        return PLAIN
+    kernel, usual = ("few", FEW) if queries <= FEW.queries else ("many", MANY)
+    return tuned(f"mla_decode.{kernel}", q.device, usual)
 
 
 def attend(
@@ -214,11 +225,11 @@ def attend(
     """
     (heads, tokens, latent), turning, batch = q_HTC.shape, turned_THR.shape[2], len(start_B)
     length, processors = tokens // batch, _processors(q_HTC.device)
-    tiles = tiles or (PLAIN if q_HTC.dtype == torch.float32 else FEW if length * heads <= FEW.queries else MANY)
+    tiles = tiles or _chosen(q_HTC, length * heads)
     table, page = _table(table_BJ, cache_BPC, start_B)
     tiles = replace(tiles, places=min(tiles.places, page)) if page else tiles
     blocks = batch * triton.cdiv(length * heads, tiles.queries)
-    span = _span(blocks, tiles.queries, processors, reach)
+    span = _span(blocks, tiles, processors, reach)
     spans = triton.cdiv(reach, span)
     mixed_HTC, lse_TH = torch.empty_like(q_HTC), q_HTC.new_empty(tokens, heads, dtype=torch.float32)
     parts, part_lse = mixed_HTC, lse_TH

@@ -23,8 +23,8 @@ from gristmill.kernels.grouped_gemm.gpu import MOST_ROWS, product, weight_gradie
 BLOCK = 1024
 WHOLE_COLUMNS = 128  # a part of the columns is a multiple of these
 PARTS_OF_INPUTS, PARTS_OF_GRADIENTS = 4, 6
-"""In how many parts of their columns rows of x, and of its gradient, lie there at a time in the backward pass. More would
-take less memory, and read the slopes more often; the second kind is there beside the whole gradient."""
+"""In how many parts of their columns rows of x, and of its gradient, lie there at a time in the backward pass. More
+would take less memory, and read the slopes more often; the second kind is there beside the whole gradient."""
 
 
 @triton.jit

@@ -1,13 +1,14 @@
 """AdamW over many tensors in Triton: one launch for all tensors of equal dtypes, each number read and written once.
 
-A program takes CHUNK neighbouring numbers of one tensor. Which, says a table on the device that depends on the tensors'
-lengths alone; where the tensors lie says another, of a few kilobytes. Both are kept by what they say, so a table can
-never be out of date, and travel from pinned memory, so that the host does not wait. All is computed in float32 and
-rounded once, as it is put down: to nearest, or bfloat16 moments as rounding.py says.
+A program takes a chunk, neighbouring numbers of one tensor. Which, says a table on the device that depends on the
+tensors' lengths alone; where the tensors lie says another, of a few kilobytes. Both are kept by what they say, so a
+table can never be out of date, and travel from pinned memory, so that the host does not wait. All is computed in
+float32 and rounded once, as it is put down: to nearest, or bfloat16 moments as rounding.py says.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -17,8 +18,18 @@ from torch import Tensor
 
 from gristmill.kernels.optim.reference import AdamW
 from gristmill.kernels.optim.rounding import Origin
+from gristmill.kernels.tiles import tuned
 
-CHUNK, WARPS = 1024, 4
+
+@dataclass(frozen=True)
+class Chunk:
+    """Neighbouring numbers of a tensor that a program takes; warps."""
+
+    numbers: int
+    warps: int
+
+
+CHUNK = Chunk(1024, 4)
 ALIGNED = 16  # bytes; what a thread reads at once
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
@@ -142,20 +153,22 @@ def triton_adamw(
     exp_avg_sq: list[Tensor],
     how: AdamW,
     origins: list[Origin],
+    chunk: Chunk | None = None,
 ) -> None:
     """See `adamw`; of contiguous tensors on one device, in the dtypes of TYPES."""
+    chunk = chunk or tuned("optim.adamw", parameters[0].device, CHUNK)
     alike: dict[tuple[torch.dtype, ...], list[int]] = {}
     every = list(zip(parameters, gradients, exp_avg, exp_avg_sq, strict=True))
     for i, together in enumerate(every):
         alike.setdefault(tuple(t.dtype for t in together), []).append(i)
     for dtypes, members in alike.items():
-        _launch(dtypes, [every[i] for i in members], how, [origins[i] for i in members] if origins else [])
+        _launch(dtypes, [every[i] for i in members], how, [origins[i] for i in members] if origins else [], chunk)
 
 
 def _launch(
-    dtypes: tuple[torch.dtype, ...], group: list[tuple[Tensor, ...]], how: AdamW, origins: list[Origin]
+    dtypes: tuple[torch.dtype, ...], group: list[tuple[Tensor, ...]], how: AdamW, origins: list[Origin], chunk: Chunk
 ) -> None:
-    chunks, addresses = _tables(group, origins)
+    chunks, addresses = _tables(group, origins, chunk.numbers)
     if not len(chunks):
         return
     aligned = all(t.data_ptr() % ALIGNED == 0 for together in group for t in together)
@@ -165,25 +178,27 @@ def _launch(
         float(how.coefficient), 1.0 - how.rate * how.decay,
         float(how.beta1), 1.0 - how.beta1, float(how.beta2), 1.0 - how.beta2, float(how.eps),
         how.rate / (1.0 - how.beta1**how.step), 1.0 / (1.0 - how.beta2**how.step), how.seed or 0, how.step,
-        ALIGNED=ALIGNED if aligned else 1, P=parameter, G=gradient, M=first, V=second, CHUNK=CHUNK,
-        STOCHASTIC=how.seed is not None, num_warps=WARPS,
+        ALIGNED=ALIGNED if aligned else 1, P=parameter, G=gradient, M=first, V=second, CHUNK=chunk.numbers,
+        STOCHASTIC=how.seed is not None, num_warps=chunk.warps,
     )  # fmt: skip
 
 
 def triton_round(exact: list[Tensor], rounded: list[Tensor], seed: int, step: int, origins: list[Origin]) -> None:
     """See `round_stochastically`; of contiguous tensors on one device."""
-    chunks, addresses = _tables(list(zip(exact, rounded, strict=True)), origins)
+    chunks, addresses = _tables(list(zip(exact, rounded, strict=True)), origins, CHUNK.numbers)
     if len(chunks):
-        _round[(len(chunks),)](addresses, chunks, len(exact), seed, step, CHUNK=CHUNK, num_warps=WARPS)
+        _round[(len(chunks),)](
+            addresses, chunks, len(exact), seed, step, CHUNK=CHUNK.numbers, num_warps=CHUNK.warps
+        )  # fmt: skip
 
 
-def _tables(group: list[tuple[Tensor, ...]], origins: list[Origin]) -> tuple[Tensor, Tensor]:
+def _tables(group: list[tuple[Tensor, ...]], origins: list[Origin], numbers: int) -> tuple[Tensor, Tensor]:
     """Those of `_chunks` and `_addresses`."""
     device = group[0][0].device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     addresses = [t.data_ptr() for side in zip(*group, strict=True) for t in side]
     places = (*(o.stream for o in origins), *(o.first for o in origins))
-    chunks = _chunks(tuple(p.numel() for p, *_ in group), device, stream)
+    chunks = _chunks(tuple(p.numel() for p, *_ in group), numbers, device, stream)
     return chunks, _addresses((*addresses, *places), device, stream)
 
 
@@ -191,13 +206,13 @@ def _tables(group: list[tuple[Tensor, ...]], origins: list[Origin]) -> tuple[Ten
 
 
 @lru_cache(maxsize=64)
-def _chunks(lengths: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """Of each chunk its tensor, its number in it, and how many numbers it holds, (chunks, 3)."""
+def _chunks(lengths: tuple[int, ...], most: int, device: torch.device, stream: int) -> Tensor:
+    """Of each chunk its tensor, its number in it, and how many numbers it holds, at most so many: (chunks, 3)."""
     length = torch.tensor(lengths)
-    count = (length + CHUNK - 1) // CHUNK
-    tensor = torch.arange(len(lengths)).repeat_interleave(count, output_size=sum(-(-n // CHUNK) for n in lengths))
+    count = (length + most - 1) // most
+    tensor = torch.arange(len(lengths)).repeat_interleave(count, output_size=sum(-(-n // most) for n in lengths))
     chunk = torch.arange(len(tensor)) - (count.cumsum(0) - count)[tensor]
-    numbers = (length[tensor] - chunk * CHUNK).clamp_(max=CHUNK)
+    numbers = (length[tensor] - chunk * most).clamp_(max=most)
     return _sent(torch.stack((tensor, chunk, numbers), 1).to(torch.int32), device)
 
 

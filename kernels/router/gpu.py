@@ -10,6 +10,7 @@ affinities are, an expert that there is comes out.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +21,30 @@ from torch.autograd.function import once_differentiable
 
 from gristmill.kernels.dispatch import INTERPRETED
 from gristmill.kernels.router.reference import Choice
+from gristmill.kernels.tiles import tuned
 
-NUMBERS = 8192 if INTERPRETED else 512  # affinities a program holds, in one warp: sums and choices need no barrier
-SORTED = 256  # rows a program puts into their places
-COMPARED = 32  # of those rows, at a time
+
+@dataclass(frozen=True)
+class Held:
+    """Affinities that a program holds, of a token at least; warps: one needs no barrier in sums and choices."""
+
+    numbers: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Sorting:
+    """Rows that a program counts and puts into their places; experts that are counted, and rows that are compared with
+    all of them, at a time, at most; warps."""
+
+    rows: int
+    experts: int
+    compared: int
+    warps: int
+
+
+CHOICE = SLOPE = Held(8192 if INTERPRETED else 512, 1)
+SORTED = Sorting(256, 256, 32, 4)
 FEWEST = 16  # smaller groups are padded to it, so that fewer sizes are compiled
 LOWEST = tl.constexpr(-(2**63))  # below every affinity: of what is not there, or was chosen already
 
@@ -135,23 +156,47 @@ def _place(expert_ptr, start_ptr, order_ptr, rows, experts, ROWS: tl.constexpr, 
     tl.store(order_ptr + start + before, first + place, mask=there)
 
 
-def sort_rows(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def choose(
+    logit_TE: Tensor, bias_E: Tensor, how: Choice, sizes: Held | None = None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Experts and gates of each token, and the affinities of all: (T, K), (T, K), (T, E)."""
+    (tokens, experts), score_TE = logit_TE.shape, torch.empty_like(logit_TE)
+    expert_TK = torch.empty(tokens, how.chosen, dtype=torch.int64, device=logit_TE.device)
+    gate_TK = score_TE.new_empty(tokens, how.chosen)
+    sizes = sizes or tuned("router.choice", logit_TE.device, CHOICE)
+    size, groups = experts // how.groups, triton.next_power_of_2(how.groups)
+    padded = max(FEWEST, triton.next_power_of_2(size))
+    count = max(1, sizes.numbers // (groups * padded))
+    if tokens:
+        _choose[(triton.cdiv(tokens, count),)](
+            logit_TE, bias_E.float().contiguous(), score_TE, expert_TK, gate_TK,
+            tokens, how.groups, size, how.chosen, how.groups_allowed, float(how.scale),
+            SIGMOID=how.affinity == "sigmoid", NORMALISED=how.normalised, TOKENS=count, GROUPS=groups, SIZE=padded,
+            CHOSEN=max(FEWEST, triton.next_power_of_2(how.chosen)), num_warps=sizes.warps,
+        )  # fmt: skip
+    return expert_TK, gate_TK, score_TE
+
+
+def sort_rows(expert_TK: Tensor, experts: int, sizes: Sorting | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Loads, the rows in the order of their experts, and where each expert's end: (E,), (M,), (E,)."""
-    rows = expert_TK.numel()
-    blocks = triton.cdiv(rows, SORTED)
+    sizes, rows = sizes or tuned("router.sorting", expert_TK.device, SORTED), expert_TK.numel()
+    blocks = triton.cdiv(rows, sizes.rows)
     count_PE = torch.empty(blocks, experts, dtype=torch.int64, device=expert_TK.device)
     order_M = torch.empty(rows, dtype=torch.int64, device=expert_TK.device)
     if rows:
-        at_once = min(SORTED, triton.next_power_of_2(experts))
+        at_once = min(sizes.experts, triton.next_power_of_2(experts))
         _count[(blocks, triton.cdiv(experts, at_once))](
-            expert_TK, count_PE, rows, experts, ROWS=SORTED, EXPERTS=at_once
+            expert_TK, count_PE, rows, experts, ROWS=sizes.rows, EXPERTS=at_once, num_warps=sizes.warps
         )
     upto_PE = count_PE.cumsum(0)
     load_E = count_PE.sum(0)
     ends_E = load_E.cumsum(0)
     if rows:
         start_PE = upto_PE - count_PE + (ends_E - load_E)
-        _place[(blocks,)](expert_TK, start_PE, order_M, rows, experts, ROWS=SORTED, OTHERS=COMPARED)
+        _place[(blocks,)](
+            expert_TK, start_PE, order_M, rows, experts,
+            ROWS=sizes.rows, OTHERS=min(sizes.compared, sizes.rows), num_warps=sizes.warps,
+        )  # fmt: skip
     return load_E, order_M, ends_E
 
 
@@ -186,26 +231,32 @@ def _slope(
     tl.store(slope_ptr + at, slope, mask=here)
 
 
+def gradient_of_logits(
+    score_TE: Tensor, expert_TK: Tensor, grad_gate_TK: Tensor, grad_score_TE: Tensor, how: Choice,
+    sizes: Held | None = None,
+) -> Tensor:  # fmt: skip
+    """The gradient of the logits, (T, E)."""
+    slope_TE, (tokens, experts) = torch.empty_like(score_TE), score_TE.shape
+    sizes = sizes or tuned("router.slope", score_TE.device, SLOPE)
+    padded = max(FEWEST, triton.next_power_of_2(experts))
+    count = max(1, sizes.numbers // padded)
+    if tokens:
+        _slope[(triton.cdiv(tokens, count),)](
+            score_TE, expert_TK, grad_gate_TK.contiguous(), grad_score_TE.contiguous(), slope_TE,
+            tokens, experts, how.chosen, float(how.scale), SIGMOID=how.affinity == "sigmoid",
+            NORMALISED=how.normalised, TOKENS=count, EXPERTS=padded, num_warps=sizes.warps,
+        )  # fmt: skip
+    return slope_TE
+
+
 class TritonRouter(torch.autograd.Function):
     """The gate in float32 on a GPU, with both gradients; nothing waits for the host."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice):
         logit_TE = x_TD @ weight_ED.t()  # which recomputation may keep, and give again: it is not written to
-        (tokens, experts), score_TE = logit_TE.shape, torch.empty_like(logit_TE)
-        expert_TK = torch.empty(tokens, how.chosen, dtype=torch.int64, device=x_TD.device)
-        gate_TK = score_TE.new_empty(tokens, how.chosen)
-        size, groups = experts // how.groups, triton.next_power_of_2(how.groups)
-        padded = max(FEWEST, triton.next_power_of_2(size))
-        count = max(1, NUMBERS // (groups * padded))
-        if tokens:
-            _choose[(triton.cdiv(tokens, count),)](
-                logit_TE, bias_E.float().contiguous(), score_TE, expert_TK, gate_TK,
-                tokens, how.groups, size, how.chosen, how.groups_allowed, float(how.scale),
-                SIGMOID=how.affinity == "sigmoid", NORMALISED=how.normalised, TOKENS=count, GROUPS=groups, SIZE=padded,
-                CHOSEN=max(FEWEST, triton.next_power_of_2(how.chosen)), num_warps=1,
-            )  # fmt: skip
-        sorted_ = sort_rows(expert_TK, experts)
+        expert_TK, gate_TK, score_TE = choose(logit_TE, bias_E, how)
+        sorted_ = sort_rows(expert_TK, len(weight_ED))
         ctx.save_for_backward(x_TD, weight_ED, score_TE, expert_TK)
         ctx.mark_non_differentiable(expert_TK, *sorted_)
         ctx.how = how
@@ -215,15 +266,7 @@ class TritonRouter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _expert: Any, grad_gate_TK: Tensor, grad_score_TE: Tensor, *_: Any):
         (x_TD, weight_ED, score_TE, expert_TK), how = ctx.saved_tensors, ctx.how
-        slope_TE, (tokens, experts) = torch.empty_like(score_TE), score_TE.shape
-        padded = max(FEWEST, triton.next_power_of_2(experts))
-        count = max(1, NUMBERS // padded)
-        if tokens:
-            _slope[(triton.cdiv(tokens, count),)](
-                score_TE, expert_TK, grad_gate_TK.contiguous(), grad_score_TE.contiguous(), slope_TE,
-                tokens, experts, how.chosen, float(how.scale),
-                SIGMOID=how.affinity == "sigmoid", NORMALISED=how.normalised, TOKENS=count, EXPERTS=padded, num_warps=1,
-            )  # fmt: skip
+        slope_TE = gradient_of_logits(score_TE, expert_TK, grad_gate_TK, grad_score_TE, how)
         grad_x = slope_TE @ weight_ED if ctx.needs_input_grad[0] else None
         grad_weight = slope_TE.t() @ x_TD if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None, None

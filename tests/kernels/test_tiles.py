@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
-from gristmill.kernels import tiles
+from gristmill.kernels import tiles, tune
 from gristmill.kernels.mla_attention.gpu import Tiles
-from gristmill.kernels.tune import Search, fastest, usual_sizes
+from gristmill.kernels.tune import Search, fastest, refusal, results_of, usual_sizes
 
 SLOW, FAST, WRONG, LARGE = (Tiles(rows, 64, 4, 2) for rows in (16, 32, 64, 128))
 
@@ -33,6 +35,75 @@ def test_the_fastest_that_fits_and_is_right(capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     assert "does not fit: rows 128" in said
     assert "refused, its result is 1 apart: rows 64" in said
+
+
+def test_what_does_not_compile_ends_no_search(capsys: pytest.CaptureFixture[str]) -> None:
+    def compiled(sizes: Tiles) -> list[torch.Tensor]:
+        if sizes == WRONG:
+            raise PTXASError("too many registers")
+        return results(sizes)
+
+    assert fastest(Search("some.kernel", SLOW, [WRONG, FAST], compiled), "cpu") == FAST
+    assert "fails, PTXASError PTXAS error: too many registers: rows 64" in capsys.readouterr().out
+
+
+def test_what_a_candidate_leaves_out_is_not_what_the_one_before_left() -> None:
+    place = torch.zeros(8), torch.zeros(8, dtype=torch.int64)
+
+    def halves(sizes: Tiles) -> list[torch.Tensor]:
+        for t in place:
+            t[: 4 if sizes == WRONG else 8] = 3
+        return list(place)
+
+    search = Search("some.kernel", SLOW, [WRONG], halves)
+    wanted = results_of(search, SLOW)
+    assert refusal(search, FAST, wanted) is None
+    assert refusal(search, WRONG, wanted) == "refused, its result is nan apart"
+
+
+def test_whole_numbers_are_right_or_wrong() -> None:
+    """Of a long order, two places that are exchanged are a small part."""
+
+    def order(sizes: Tiles) -> list[torch.Tensor]:
+        found = torch.arange(10_000)
+        if sizes == WRONG:
+            found[:2] = found[:2].flip(0)
+        return [found]
+
+    search = Search("some.kernel", SLOW, [WRONG], order)
+    wanted = results_of(search, SLOW)
+    assert refusal(search, FAST, wanted) is None
+    assert refusal(search, WRONG, wanted) == "refused, its result is not equal"
+
+
+def test_inputs_that_are_written_over_are_put_back() -> None:
+    x = torch.ones(4)
+    search = Search("some.kernel", SLOW, [FAST], lambda _: [x.mul_(2)], partial(x.fill_, 1.0))
+    assert fastest(search, "cpu") in (SLOW, FAST)
+    assert not x.isnan().any()  # which what is timed would have gone on with
+    assert results_of(search, FAST)[0].eq(2).all()
+
+
+def test_the_fastest_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searches = [Search("some.kernel", SLOW, [FAST], results), Search("another", FAST, [SLOW], results)]
+    monkeypatch.setattr(tune, "search_of", lambda _: SimpleNamespace(searches=lambda _: iter(searches)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    tune.tune(["some"], "cpu", tmp_path / "tiles.json")
+    numbers = {"rows": FAST.rows, "keys": FAST.keys, "warps": FAST.warps, "stages": FAST.stages}
+    assert tiles.read(tmp_path / "tiles.json") == {"Some GPU": {"some.kernel": numbers, "another": numbers}}
+
+
+def test_a_run_takes_what_was_found_for_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what is found after it asked."""
+    file, device = tmp_path / "tiles.json", torch.device("cuda", 0)
+    monkeypatch.setattr(tiles, "FILE", file)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    tiles._found_on.cache_clear()
+    assert tiles.tuned("some.kernel", device, SLOW) == SLOW
+    tiles.put("Some GPU", "some.kernel", FAST, file)
+    assert tiles.tuned("some.kernel", device, SLOW) == FAST
+    assert tiles.tuned("some.kernel", torch.device("cpu"), SLOW) == SLOW
+    tiles._found_on.cache_clear()
 
 
 def test_what_was_found_is_kept_by_device(tmp_path: Path) -> None:

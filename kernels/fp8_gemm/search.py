@@ -1,0 +1,118 @@
+"""What `bench --tune` tries of FP8: its product of long and of short groups, its gradient, and the quantisations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gristmill.kernels.fp8_gemm.gpu import (
+    GRADIENT,
+    PRODUCT,
+    QUANTISED_COLUMNS,
+    QUANTISED_ROWS,
+    SHORT_PRODUCT,
+    Strip,
+    fp8_grouped_gemm,
+    fp8_weight_gradient,
+    quantise_blocks,
+    quantise_columns,
+    quantise_rows,
+)
+from gristmill.kernels.fp8_gemm.reference import BLOCK
+from gristmill.kernels.grouped_gemm.gpu import Tiles
+from gristmill.kernels.tune import Search, Sizes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Experts, rows of each where they are many and where they are few, and both sides of a matrix."""
+
+    experts: int
+    long: int
+    short: int
+    inner: int
+    outer: int
+
+
+# V3's matrices, a quarter of its experts: each candidate's results are kept, and the gradient's are float32.
+DEEPSEEK = Shape(64, 1024, 128, 7168, 2048)
+SMALL = Shape(2, 390, 40, 256, 256)
+
+
+def _tiles(rows: int, columns: int, warps: int, stages: int, programs: int = 1) -> Tiles:
+    """Of steps of one block; a product's columns lie in one block of the matrix, which has one scale."""
+    return Tiles(rows, columns, BLOCK, warps, stages, programs)
+
+
+SIZES: dict[str, Sizes] = {
+    "fp8_gemm.product": (
+        PRODUCT,
+        [
+            _tiles(128, 128, 8, 4),
+            _tiles(128, 64, 4, 4, programs=2),
+            _tiles(64, 128, 4, 3, programs=2),
+            _tiles(64, 128, 4, 4, programs=2),
+            _tiles(256, 64, 8, 3),
+        ],
+    ),
+    "fp8_gemm.short_product": (
+        SHORT_PRODUCT,
+        [
+            _tiles(64, 128, 4, 3, programs=2),
+            _tiles(64, 128, 4, 2, programs=3),
+            _tiles(64, 64, 4, 4, programs=3),
+            _tiles(128, 64, 4, 4, programs=2),
+            _tiles(128, 128, 8, 3),
+        ],
+    ),
+    "fp8_gemm.gradient": (
+        GRADIENT,
+        [
+            _tiles(128, 128, 8, 3),
+            _tiles(64, 128, 4, 4),
+            _tiles(64, 128, 4, 3, programs=2),
+            _tiles(128, 64, 4, 3, programs=2),
+            _tiles(64, 64, 4, 3, programs=3),
+        ],
+    ),
+    "fp8_gemm.quantise_rows": (
+        QUANTISED_ROWS,
+        [Strip(*sizes) for sizes in ((8, 1), (16, 2), (16, 4), (32, 8), (64, 8))],
+    ),
+    "fp8_gemm.quantise_columns": (
+        QUANTISED_COLUMNS,
+        [Strip(*sizes) for sizes in ((32, 4), (64, 8), (128, 8), (128, 16))],
+    ),
+}
+
+
+def searches(device: str, shape: Shape = DEEPSEEK) -> Iterator[Search]:
+    """All groups have as many rows."""
+    experts, inner, outer = shape.experts, shape.inner, shape.outer
+
+    def drawn(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, device=device, dtype=torch.bfloat16)
+
+    def ends(rows: int) -> Tensor:
+        return (torch.arange(experts, device=device) + 1) * rows
+
+    x, long, short = drawn(experts * shape.long, inner), ends(shape.long), ends(shape.short)
+    few = x[: experts * shape.short]
+    name = "fp8_gemm.quantise_rows"
+    yield Search(name, *SIZES[name], lambda strip: [*quantise_rows(few, strip=strip)])
+    name = "fp8_gemm.quantise_columns"
+    yield Search(name, *SIZES[name], lambda strip: [*quantise_columns(few, short, strip)])
+    w = quantise_blocks(drawn(experts, outer, inner))
+    yield _product("fp8_gemm.product", x, w, long)
+    yield _product("fp8_gemm.short_product", few, w, short)
+    sides = *quantise_columns(drawn(len(x), outer), long), *quantise_columns(x, long)
+    name = "fp8_gemm.gradient"
+    yield Search(name, *SIZES[name], lambda tiles: [fp8_weight_gradient(*sides, long, tiles)])
+
+
+def _product(name: str, x_NK: Tensor, w: tuple[Tensor, Tensor], ends_E: Tensor) -> Search:
+    sides = *quantise_rows(x_NK), *w
+    return Search(name, *SIZES[name], lambda tiles: [fp8_grouped_gemm(*sides, ends_E, torch.bfloat16, tiles)])
