@@ -140,23 +140,37 @@ def _quantise_blocks(w, q, scales, outer, inner, w_group, w_out, w_in, NATIVE: t
 @triton.jit
 def _product(
     x, x_scale, w, w_scale, y, table, inner, outer, s_row, s_block,
-    NATIVE: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    NATIVE: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y[rows of e] = x[rows of e] · w[e]ᵀ; x, w and y are descriptors, and OUT columns lie in one block of w."""
-    columns, steps = outer // OUT, inner // BLOCK
+    """y[rows of e] = x[rows of e] · w[e]ᵀ; x, w and y are descriptors, and OUT columns lie in one block of w.
+
+    With TWO, a tile has twice as many columns, whose halves are multiplied one after the other: rows of x are read half
+    as often, and no more than one half's products wait outside of the tensor cores to be scaled.
+    """
+    WIDE: tl.constexpr = 2 * OUT if TWO else OUT
+    columns, steps = outer // WIDE, inner // BLOCK
     for tile in tl.range(tl.program_id(0), tl.load(table + 3) * columns, tl.num_programs(0), flatten=NATIVE):
-        entry, column = table + 4 * (tile // columns), tile % columns * OUT
+        entry, column = table + 4 * (tile // columns), tile % columns * WIDE
         group, first, last = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
         rows = first + tl.arange(0, ROWS)
         own_scale = w_scale + (group.to(tl.int64) * (outer // BLOCK) + column // BLOCK) * steps
+        next_scale = w_scale + (group.to(tl.int64) * (outer // BLOCK) + (column + OUT) // BLOCK) * steps
         total = tl.zeros((ROWS, OUT), dtype=tl.float32)
+        second = tl.zeros((ROWS, OUT), dtype=tl.float32)
         for step in range(steps):
             a, b = x.load([first, step * BLOCK]), w.load([group, column, step * BLOCK]).reshape(OUT, BLOCK)
             at = rows.to(tl.int64) * s_row + tl.cast(step, tl.int64) * s_block
             scale = tl.load(x_scale + at, mask=rows < last, other=0.0)
             total += _block_sum(a, b, NATIVE) * (scale * tl.load(own_scale + step))[:, None]
+            if TWO:
+                b = w.load([group, column + OUT, step * BLOCK]).reshape(OUT, BLOCK)
+                second += _block_sum(a, b, NATIVE) * (scale * tl.load(next_scale + step))[:, None]
         place = [MOST, last, MOST - last + first, column]
         y.store(place, total.to(y.dtype).reshape(1, 1, ROWS, OUT))
+        if TWO:
+            place = [MOST, last, MOST - last + first, column + OUT]
+            y.store(place, second.to(y.dtype).reshape(1, 1, ROWS, OUT))
 
 
 @triton.jit
@@ -255,14 +269,16 @@ def fp8_grouped_gemm(
         return y.zero_()
     kernel, usual = ("short_product", SHORT_PRODUCT) if rows < SHORT * groups else ("product", PRODUCT)
     tiles = tiles or tuned(f"fp8_gemm.{kernel}", x_NK.device, usual)
+    columns = min(tiles.columns, BLOCK)
+    two = tiles.columns > BLOCK and outer % tiles.columns == 0
     most = triton.cdiv(rows, tiles.rows) + groups
     table = _table(ends_E, most, tiles.rows)
-    x, w = _whole(x_NK.contiguous(), tiles.rows, BLOCK), _whole(w_EMK.contiguous(), 1, tiles.columns, BLOCK)
-    out = create_ragged_descriptor(y, [tiles.rows, tiles.columns])
-    grid = (min(most * (outer // tiles.columns), tiles.programs * _processors(x_NK.device)),)
+    x, w = _whole(x_NK.contiguous(), tiles.rows, BLOCK), _whole(w_EMK.contiguous(), 1, columns, BLOCK)
+    out = create_ragged_descriptor(y, [tiles.rows, columns])
+    grid = (min(most * (outer // (2 * columns if two else columns)), tiles.programs * _processors(x_NK.device)),)
     _product[grid](
         x, x_scale_NC, w, w_scale_EBC.contiguous(), out, table, inner, outer, *x_scale_NC.stride(),
-        NATIVE=_native(x_NK.device), MOST=MOST_ROWS, ROWS=tiles.rows, OUT=tiles.columns, BLOCK=BLOCK,
+        NATIVE=_native(x_NK.device), MOST=MOST_ROWS, ROWS=tiles.rows, OUT=columns, TWO=two, BLOCK=BLOCK,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y

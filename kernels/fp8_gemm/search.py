@@ -43,7 +43,7 @@ SMALL = Shape(2, 390, 40, 256, 256)
 
 
 def _tiles(rows: int, columns: int, warps: int, stages: int, programs: int = 1) -> Tiles:
-    """Of steps of one block; a product's columns lie in one block of the matrix, which has one scale."""
+    """Of steps of one block; a product's columns lie in one block of the matrix, which has one scale, or in two."""
     return Tiles(rows, columns, BLOCK, warps, stages, programs)
 
 
@@ -56,6 +56,10 @@ SIZES: dict[str, Sizes] = {
             _tiles(64, 128, 4, 3, programs=2),
             _tiles(64, 128, 4, 4, programs=2),
             _tiles(256, 64, 8, 3),
+            _tiles(128, 256, 8, 2),
+            _tiles(128, 256, 8, 3),
+            _tiles(64, 256, 4, 2, programs=2),
+            _tiles(64, 128, 4, 2, programs=3),
         ],
     ),
     "fp8_gemm.short_product": (

@@ -30,6 +30,7 @@ from gristmill.kernels.norm_rope import add_rms_norm, rms_norm, rotate, rotate_h
 from gristmill.kernels.optim import AdamW, Origin, adamw, round_stochastically
 from gristmill.kernels.router import Choice, route
 from gristmill.kernels.swiglu import swiglu
+from gristmill.kernels.tune import SEARCHED, search_of
 from tests.model.benches import bench
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -202,6 +203,23 @@ def test_nothing_is_left_out(launched: set[str]) -> None:
     named = {name for name in re.findall(r"\b(\w+)\[(?:\(|grid)", sources) if name in defined}
     assert len(named) > 25
     assert named <= launched
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("folder", SEARCHED)
+def test_every_candidate_of_a_search_compiles(folder: str, code: ModuleType, compiled: list[Row]) -> None:
+    """At DeepSeek's shapes, so that no time of a GPU goes into finding that one does not fit."""
+    module = search_of(folder)
+    with code.without_numbers() as mode:
+        for search in module.searches("cpu", module.DEEPSEEK):
+            mode.preparing = False
+            for sizes in (search.usual, *search.others):
+                compiled.clear()
+                search.results(sizes)
+                print("\n".join([f"{search.kernel} {sizes}", *(code.said(row) for row in compiled)]))
+                assert all(row["shared"] <= code.MOST_SHARED for row in compiled)
+            mode.preparing = True
 
 
 def test_a_look_at_a_number_is_an_error(code: ModuleType, compiled: list[Row]) -> None:

@@ -230,6 +230,20 @@ def test_products(groups: list[int], outer: int, inner: int, dtype: torch.dtype,
         begin, tile = end, tiles
 
 
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="of the code in Triton")
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_a_tile_of_two_blocks_of_a_matrix_gives_the_same_bits(blocks: int) -> None:
+    """Or is taken as two, where the matrix has an odd number of them."""
+    from gristmill.kernels.fp8_gemm import gpu
+
+    ends = torch.tensor([20, 20, 65], device=DEVICE)
+    sides = *quantise_rows(draw(18, 65, 256, spread=3.0)), *quantise_blocks(draw(19, 3, 128 * blocks, 256))
+    one, two = (
+        gpu.fp8_grouped_gemm(*sides, ends, torch.float32, gpu.Tiles(64, columns, 128, 4, 2)) for columns in (128, 256)
+    )
+    assert torch.equal(one, two)
+
+
 def test_numbers_that_the_format_has_are_multiplied_exactly() -> None:
     x = torch.randint(-8, 9, (20, 256), generator=torch.Generator().manual_seed(10)).float().to(DEVICE) * 28
     w = torch.randint(-8, 9, (128, 256), generator=torch.Generator().manual_seed(11)).float().to(DEVICE) * 28
