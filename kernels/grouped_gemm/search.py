@@ -36,7 +36,7 @@ _GRADIENT = [
 SIZES: dict[str, Sizes] = {
     "grouped_gemm.product": (
         PRODUCT,
-        [TilesTiles(128, 128, 64, 8, 4), Tiles(256, 128, 64, 8, 3)],
+        [Tiles(128, 128, 64, 8, 4), Tiles(256, 128, 64, 8, 3)],
     ),
     "grouped_gemm.gradient": (GRADIENT, [tiles for tiles in _GRADIENT if tiles != GRADIENT]),
     "grouped_gemm.short_gradient": (SHORT_GRADIENT, _GRADIENT),

@@ -15,20 +15,9 @@ INTERPRETER = ("TRITON_INTERPRET", "GRISTMILL_KERNELS")
 @pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_it_compiles_and_holds_what_it_should(part: str) -> None:
     pytest.importorskip("triton.backends.nvidia")
+    command = ["pytest", "-q", "-p", "no:cacheprovider", "--no-cov", "-m", part, "compiled_for_a_gpu.py"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--no-cov",
-            "-m",
-            part,
-            "compiled_for_a_gpu.py",
-        ],
+        [sys.executable, "-P", "-m", *command],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent,
