@@ -44,9 +44,10 @@ class Tiles:
 
 
 PLAIN = Tiles(64, 64, 32, 4, 3, programs=4)
-PRODUCT = Tiles(128, 256, 64, 8, 3)
+PRODUCT = SHORT_PRODUCT = Tiles(128, 256, 64, 8, 3)
 GRADIENT, SHORT_GRADIENT = Tiles(256, 128, 32, 8, 4), Tiles(128, 128, 32, 4, 4, programs=2)
-FEW_ROWS = 256  # of a group, on average: its gradient is soon summed, and most of the time goes into writing it
+FEW_ROWS = 256
+"""Of a group, on average: a product waits for its matrices, and a gradient is soon summed and has to be written."""
 
 
 @triton.jit
@@ -192,7 +193,9 @@ def product(a_NI: Tensor, w_EMK: Tensor, ends_E: Tensor, transposed: bool, tiles
     if not inner:
         return y.zero_()
     engine = _fits_engine(a_NI, w_EMK, y)
-    tiles = tiles or (tuned("grouped_gemm.product", a_NI.device, PRODUCT) if engine else PLAIN)
+    few = rows < FEW_ROWS * groups
+    kernel, usual = ("short_product", SHORT_PRODUCT) if few else ("product", PRODUCT)
+    tiles = tiles or (tuned(f"grouped_gemm.{kernel}", a_NI.device, usual) if engine else PLAIN)
     # Each group may end in a tile that is not full: there are at most this many of rows, known without the ends.
     most = triton.cdiv(rows, tiles.rows) + groups
     table = torch.empty(most, 4, dtype=torch.int32, device=a_NI.device)

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gristmill.kernels.grouped_gemm.gpu import GRADIENT, PRODUCT, SHORT_GRADIENT, Tiles, product, weight_gradient
+from gristmill.kernels.grouped_gemm.gpu import (
+    GRADIENT,
+    PRODUCT,
+    SHORT_GRADIENT,
+    SHORT_PRODUCT,
+    Tiles,
+    product,
+    weight_gradient,
+)
 from gristmill.kernels.tune import Search, Sizes
 
 
@@ -38,6 +46,18 @@ SIZES: dict[str, Sizes] = {
         PRODUCT,
         [Tiles(128, 128, 64, 8, 4), Tiles(256, 128, 64, 8, 3)],
     ),
+    "grouped_gemm.short_product": (
+        SHORT_PRODUCT,
+        [
+            Tiles(64, 256, 64, 4, 2, programs=2),
+            Tiles(64, 256, 32, 4, 4, programs=2),
+            Tiles(64, 256, 64, 4, 4),
+            Tiles(64, 256, 64, 8, 4),
+            Tiles(64, 128, 64, 4, 4, programs=2),
+            Tiles(64, 128, 128, 4, 2, programs=2),
+            Tiles(128, 128, 64, 8, 5),
+        ],
+    ),
     "grouped_gemm.gradient": (GRADIENT, [tiles for tiles in _GRADIENT if tiles != GRADIENT]),
     "grouped_gemm.short_gradient": (SHORT_GRADIENT, _GRADIENT),
 }
@@ -58,5 +78,7 @@ def searches(device: str, shape: Shape = DEEPSEEK) -> Iterator[Search]:
     name = "grouped_gemm.gradient"
     yield Search(name, *SIZES[name], lambda tiles: [weight_gradient(grad, x, ends, tiles)])
     few_x, few_grad, few_ends = sides(shape.short)
+    name = "grouped_gemm.short_product"
+    yield Search(name, *SIZES[name], lambda tiles: [product(few_x, w, few_ends, True, tiles)])
     name = "grouped_gemm.short_gradient"
     yield Search(name, *SIZES[name], lambda tiles: [weight_gradient(few_grad, few_x, few_ends, tiles)])
