@@ -297,10 +297,10 @@ class MixtureOfExperts(nn.Module):
         """fᵢ and Pᵢ of each sequence: means over its positions, (B, E) each (V3 equations 18–20)."""
         experts, chosen = self.config.n_routed_experts, self.config.num_experts_per_tok
         expert_BT = expert_TK.view(sequences, -1)
-        row_B = torch.arange(sequences, device=expert_BT.device)[:, None] * experts
-        count_BE = torch.bincount((expert_BT + row_B).reshape(-1), minlength=sequences * experts)
+        none_BE = expert_BT.new_zeros(sequences, experts)
+        count_BE = none_BE.scatter_add(1, expert_BT, torch.ones_like(expert_BT))  # a GPU's bincount waits for the host
         length = expert_BT.shape[1] // chosen
-        f_BE = count_BE.view(sequences, experts).float() * (experts / (chosen * length))
+        f_BE = count_BE.float() * (experts / (chosen * length))
         share_TE = score_TE / (score_TE.sum(-1, keepdim=True) + 1e-20)
         return f_BE, share_TE.view(sequences, length, experts).mean(1)
 

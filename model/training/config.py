@@ -169,7 +169,8 @@ class LayoutConfig(Config):
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
         title="Recompute",
-        description="Activations that are dropped and computed again: selective keeps products and attention.",
+        description="Activations that are dropped and computed again: selective keeps attention, and "
+        "a GPU's products outside of the experts where they are not FP8.",
     )
     nodes: int = Field(
         default=1, ge=1, title="Nodes", description="Machines that share the ranks evenly; their store is one folder."

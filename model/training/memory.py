@@ -10,10 +10,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from gristmill.model.config import ModelConfig
+from gristmill.model.training.activations import FLOAT, activations, result_bytes
 from gristmill.model.training.config import LayoutConfig, OptimizerConfig, Precision
 from gristmill.model.training.layout import Layout
 
-FLOAT = 4  # bytes
 LARGEST_BUCKET = 500_000_000  # numbers of gradients on their way, DeepSpeed's own
 LARGEST_GATHERED = 1_000_000_000  # numbers of parameters that ZeRO 3 keeps whole, DeepSpeed's own
 CHUNK_LOGITS = {"cpu": (1 << 20, 1 << 20), "cuda": (1 << 25, 1 << 27)}  # of kernels/cross_entropy/chunked.py
@@ -172,8 +172,8 @@ def training_memory(
         gradients=FLOAT * (gradients + bucket + own.total),
         moments=(0 if away else moments) + own_moments,
         average=(0 if away else average) + (FLOAT * own.total if averaged else 0),
-        activations=_activations(model, tokens, layout, precision, device, mtp_modules)
-        + _head(model, vocab_size, tokens, device, mtp_modules),
+        activations=activations(model, tokens, layout, precision, device, mtp_modules)
+        + _head(model, vocab_size, tokens, precision, device, mtp_modules),
         step=step + (FLOAT * part if stage in (1, 2) else 0),
         finished=FLOAT * found.total,
         offloaded=state,
@@ -227,44 +227,13 @@ def _operand_bytes(precision: Precision, device: str) -> int:
     return FLOAT if device == "cpu" else 2 if precision == "bfloat16" else 1
 
 
-def _head(model: ModelConfig, vocab_size: int, tokens: int, device: str, mtp_modules: int) -> int:
-    """Bytes of the head's gradient, which each loss makes in its forward pass, and of the logits of a chunk."""
+def _head(
+    model: ModelConfig, vocab_size: int, tokens: int, precision: Precision, device: str, mtp_modules: int
+) -> int:  # fmt: skip
+    """Bytes of each loss's input and gradients, which it makes in its forward pass, and of the logits of a chunk."""
     least, most = CHUNK_LOGITS[device]
     chunk = max(CHUNK_ROWS * vocab_size, min(most, max(least, tokens * vocab_size // CHUNK_SHARE)))
-    gradients = (1 + mtp_modules) * (vocab_size + tokens) * model.hidden_size
-    return FLOAT * (gradients + min(chunk, tokens * vocab_size))
-
-
-def _activations(
-    model: ModelConfig, tokens: int, layout: LayoutConfig, precision: Precision, device: str, mtp_modules: int
-) -> int:
-    """Bytes that the blocks keep for the backward pass; where they are computed again, of one block all the same."""
-    size = FLOAT if precision == "float32" or device == "cpu" else 2
-    dense = model.first_k_dense_replace
-    of_dense, of_sparse = (_kept(model, is_dense) for is_dense in (True, False))
-    blocks = [*[of_dense] * dense, *[of_sparse] * (model.num_hidden_layers - dense)]
-    blocks += [blocks[-1]] * mtp_modules
-    inputs = FLOAT * model.hidden_size * (len(blocks) + 3 * mtp_modules)
-    products = [size * products for products, _ in blocks]
-    rest = [FLOAT * rest for _, rest in blocks]
-    if layout.recompute == "full":
-        kept = max(p + r for p, r in zip(products, rest, strict=True))
-    elif layout.recompute == "selective":
-        kept = sum(products) + max(rest)
-    else:
-        kept = sum(products) + sum(rest)
-    return tokens * (inputs + kept)
-
-
-def _kept(model: ModelConfig, dense: bool) -> tuple[int, int]:
-    """Numbers a token of one block, beside its input: results of products and of attention, and of all else."""
-    width, heads, head = model.hidden_size, model.num_attention_heads, model.head_width
-    value = model.v_head_dim if model.attention == "mla" else head
-    projected = sum(rows for rows, _ in _attention(model))
-    products, rest = projected + heads * value, 3 * width + 2 * heads * head + _attention_vectors(model)
-    if dense:
-        return products + 2 * model.intermediate_size + width, rest + model.intermediate_size
-    chosen, hidden = model.num_experts_per_tok, model.moe_intermediate_size
-    shared = model.n_shared_experts * hidden
-    products += chosen * (2 * hidden + width) + 2 * shared + width
-    return products, rest + chosen * (hidden + width) + shared + 2 * model.n_routed_experts
+    size = FLOAT if device == "cpu" else result_bytes(precision, device)
+    losses, width = 1 + mtp_modules, model.hidden_size
+    kept = losses * width * (size * (vocab_size + tokens) + FLOAT * tokens)
+    return kept + size * min(chunk, tokens * vocab_size)

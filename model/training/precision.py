@@ -61,7 +61,7 @@ def apply_precision(model: Transformer, precision: Precision) -> Metrics:
 
 
 def _bfloat16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.device.type == "cpu":
+    if x.is_cpu:
         return linear(x.float(), weight, bias, rounded=True)
     return F.linear(x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16())
 
@@ -70,14 +70,14 @@ def _bfloat16_experts(
     x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, load_E: Tensor,
     order_M: Tensor,
 ) -> Tensor:  # fmt: skip
-    if x_TD.device.type == "cpu":
+    if x_TD.is_cpu:
         return moe_mlp(x_TD.float(), expert_TK, gate_TK, gate_up_EGD, down_EDF, load_E, order_M, rounded=True)
     x_TD, gate_up_EGD, down_EDF = (x.bfloat16() for x in (x_TD, gate_up_EGD, down_EDF))
     return moe_mlp(x_TD, expert_TK, gate_TK, gate_up_EGD, down_EDF, load_E, order_M)
 
 
 def _bfloat16_head_loss(x_TD: Tensor, weight_VD: Tensor, target_T: Tensor, weight_T: Tensor) -> Tensor:
-    if x_TD.device.type == "cpu":
+    if x_TD.is_cpu:
         return linear_cross_entropy_mean(x_TD.float(), weight_VD, target_T, weight_T, rounded=True)
     return linear_cross_entropy_mean(x_TD.bfloat16(), weight_VD.bfloat16(), target_T, weight_T)
 
