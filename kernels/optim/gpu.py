@@ -183,10 +183,10 @@ def _tables(group: list[tuple[Tensor, ...]], origins: list[Origin]) -> tuple[Ten
 @lru_cache(maxsize=64)
 def _chunks(lengths: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """Of each chunk its tensor, its number in it, and how many numbers it holds, (chunks, 3)."""
-    length = torch.tensor(lengths)
+    length = torch.tensor(lengths, device="cpu")
     count = (length + CHUNK - 1) // CHUNK
-    tensor = torch.arange(len(lengths)).repeat_interleave(count)
-    chunk = torch.arange(len(tensor)) - (count.cumsum(0) - count)[tensor]
+    tensor = torch.arange(len(lengths), device="cpu").repeat_interleave(count)
+    chunk = torch.arange(len(tensor), device="cpu") - (count.cumsum(0) - count)[tensor]
     numbers = (length[tensor] - chunk * CHUNK).clamp_(max=CHUNK)
     return _sent(torch.stack((tensor, chunk, numbers), 1).to(torch.int32), device)
 
@@ -194,7 +194,7 @@ def _chunks(lengths: tuple[int, ...], device: torch.device, stream: int) -> Tens
 @lru_cache(maxsize=64)
 def _addresses(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """Where the tensors lie, list after list; with origins their streams and first places behind that."""
-    return _sent(torch.tensor(addresses), device)
+    return _sent(torch.tensor(addresses, device="cpu"), device)
 
 
 def _sent(table: Tensor, device: torch.device) -> Tensor:
