@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.i
 _counts: Counter[tuple[str, str]] = Counter()
 _reference = False  # of the whole process: on a GPU autograd has a thread of its own
 _said: set[tuple[str, ...]] = set()
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 
 def chosen(
@@ -99,6 +102,22 @@ def _say(key: tuple[str, ...], text: str, *details: Any) -> None:
     if key not in _said:
         _said.add(key)
         log.warning(text, *details)
+
+
+def in_own_dtypes(operation: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Keep autocast out of a public function: products of torch's in it would have another dtype than it says.
+
+    Compiled code would take such for float32.
+    """
+
+    @functools.wraps(operation)
+    def apart(*given: Given.args, **named: Given.kwargs) -> Result:
+        if not torch._C._is_any_autocast_enabled():  # one look, for all kinds of devices
+            return operation(*given, **named)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return operation(*given, **named)
+
+    return apart
 
 
 def readable(x: Tensor) -> bool:

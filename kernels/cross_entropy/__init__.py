@@ -10,12 +10,13 @@ from gristmill.kernels.cross_entropy.reference import (
     linear_cross_entropy_mean_reference,
     linear_log_probs_and_entropy_reference,
 )
-from gristmill.kernels.dispatch import INTEGERS, chosen, readable, require, require_device, require_dtype
+from gristmill.kernels.dispatch import INTEGERS, chosen, in_own_dtypes, readable, require, require_device, require_dtype
 from gristmill.kernels.operations import graded
 
 __all__ = ["linear_cross_entropy_mean", "linear_log_probs", "linear_log_probs_and_entropy"]
 
 
+@in_own_dtypes
 def linear_cross_entropy_mean(
     x_TD: Tensor, w_VD: Tensor, target_T: Tensor, weight_T: Tensor, *, z_loss: float = 0.0, rounded: bool = False
 ) -> Tensor:
@@ -64,6 +65,7 @@ def linear_log_probs(x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: 
     return linear_log_probs_and_entropy(x_TD, w_VD, target_T, temperature)[0]
 
 
+@in_own_dtypes
 def linear_log_probs_and_entropy(
     x_TD: Tensor, w_VD: Tensor, target_T: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:

@@ -21,10 +21,10 @@ WHOLE_ROWS = 256  # of two tiles of a GPU's products: a few rows more would take
 def chunks(rows: int, vocab_size: int, implementation: str) -> Iterator[slice]:
     """Slices of rows whose logits fit a chunk, but at least `LEAST_ROWS` of them."""
     if implementation == "cpu":
-        size = CPU_LOGITS // vocab_size
+        size = CPU_LOGITS // max(1, vocab_size)
     else:
         least, most = GPU_LOGITS
-        size = min(most, max(least, rows * vocab_size // SHARE)) // vocab_size
+        size = min(most, max(least, rows * vocab_size // SHARE)) // max(1, vocab_size)
         size = size // WHOLE_ROWS * WHOLE_ROWS
     size = max(LEAST_ROWS, size)
     for start in range(0, rows, size):

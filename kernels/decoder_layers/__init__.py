@@ -112,8 +112,8 @@ class DecoderLayers:
         ):  # fmt: skip
             require(tensor.shape[-1] == width, ValueError, f"decoder_layers: width of {name}", tensor.shape[-1], width)
             _check_tensor(tensor, name)
-        self._table = torch.tensor([_row(layer) for layer in layers], dtype=torch.int64)
-        self._sizes = torch.tensor(shape.integers(), dtype=torch.int64)
+        self._table = torch.tensor([_row(layer) for layer in layers], dtype=torch.int64, device="cpu")
+        self._sizes = torch.tensor(shape.integers(), dtype=torch.int64, device="cpu")
         self._numbers = tuple(map(float, (shape.eps, shape.latent_eps, shape.scale, shape.choice.scale)))
 
     def through(
@@ -204,8 +204,10 @@ def joined(hidden_BSD: Tensor, embedding_BSD: Tensor, norm_D: Tensor, weights: M
     _check_tensor(weights.join_DX, "join_DX", "joined")
     for name, states in (("hidden_BSD", hidden_BSD), ("embedding_BSD", embedding_BSD)):
         _check_kind(states, name, "joined")
-    out_BSD, rows = torch.empty_like(hidden_BSD), hidden_BSD.numel() // shape[-1]
-    needed(SOURCE)("join", hidden_BSD.contiguous(), embedding_BSD.contiguous(), *given, out_BSD, rows, shape[-1], eps)
+    out_BSD, rows = hidden_BSD.new_empty(shape), hidden_BSD.numel() // shape[-1]
+    needed(SOURCE)(
+        "join", hidden_BSD.contiguous(), embedding_BSD.contiguous(), *given, out_BSD, rows, shape[-1], float(eps)
+    )
     return out_BSD
 
 

@@ -101,12 +101,13 @@ def fp8_gemm(
     """x · wᵀ, (N, M) in `dtype`; x by `quantise_rows`, w a matrix of `quantise_blocks`, in any layout.
 
     Raises:
-        TypeError: values that are not E4M3 or scales that are not float32.
+        TypeError: values that are not E4M3, scales that are not float32, or results that are not floating.
         ValueError: shapes or devices that do not fit; K or M is no multiple of 128.
     """
     _check_operand("fp8_gemm", "x_NK", x_NK, x_scale_NC, 2, (1, BLOCK))
     _check_operand("fp8_gemm", "w_MK", w_MK, w_scale_BC, 2, (BLOCK, BLOCK))
     _check_pair("fp8_gemm", "w_MK", w_MK, "x_NK", x_NK)
+    _check_result("fp8_gemm", dtype)
     ends_E = torch.full((1,), len(x_NK), device=x_NK.device)
     module = _module("fp8_gemm", x_NK)
     return module.fp8_grouped_gemm(x_NK, x_scale_NC, w_MK[None], w_scale_BC[None], ends_E, dtype)
@@ -123,13 +124,15 @@ def fp8_grouped_gemm(
     """y (N, M) in `dtype` with y[rows of e] = x[rows of e] · w[e]ᵀ; `ends_E` as `grouped_gemm` has it.
 
     Raises:
-        TypeError: values that are not E4M3, scales that are not float32, or ends that are no integers.
+        TypeError: values that are not E4M3, scales that are not float32, ends that are no integers, or results that
+            are not floating.
         ValueError: shapes or devices that do not fit; K or M is no multiple of 128; the ends do not ascend to N (on a
             CPU; on a GPU where GRISTMILL_KERNELS_CHECK=1); on a GPU, there are 2³⁰ rows or more.
     """
     _check_operand("fp8_grouped_gemm", "x_NK", x_NK, x_scale_NC, 2, (1, BLOCK))
     _check_operand("fp8_grouped_gemm", "w_EMK", w_EMK, w_scale_EBC, 3, (BLOCK, BLOCK))
     _check_pair("fp8_grouped_gemm", "w_EMK", w_EMK, "x_NK", x_NK)
+    _check_result("fp8_grouped_gemm", dtype)
     check_ends("fp8_grouped_gemm", ends_E, len(w_EMK), "x_NK", x_NK)
     module = _module("fp8_grouped_gemm", x_NK)
     return module.fp8_grouped_gemm(x_NK, x_scale_NC, w_EMK, w_scale_EBC, ends_E, dtype)
@@ -189,6 +192,10 @@ def _check_operand(operation: str, name: str, q: Tensor, scale: Tensor, rank: in
     what = f"{operation}: shape of the scales of {name}"
     require(tuple(scale.shape) == wanted, ValueError, what, tuple(scale.shape), wanted)
     require_device(operation, name, q, **{f"the scales of {name}": scale})
+
+
+def _check_result(operation: str, dtype: torch.dtype) -> None:
+    require(dtype.is_floating_point, TypeError, f"{operation}: dtype", dtype, "a floating dtype")
 
 
 def _check_pair(operation: str, name: str, w: Tensor, other: str, x: Tensor) -> None:

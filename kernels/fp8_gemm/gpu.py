@@ -227,7 +227,9 @@ def swiglu_quantise(x_NG: Tensor) -> tuple[Tensor, Tensor]:
 def _table(ends_E: Tensor, most: int, rows: int) -> Tensor:
     """Of each tile of rows, its group and bounds: see the grouped product in 16 bits."""
     table = torch.empty(most, 4, dtype=torch.int32, device=ends_E.device)
-    _places[(most,)](ends_E.contiguous(), table, len(ends_E), ROWS=rows, GROUPS=triton.next_power_of_2(len(ends_E)))
+    _places[(most,)](
+        ends_E.long().contiguous(), table, len(ends_E), ROWS=rows, GROUPS=triton.next_power_of_2(len(ends_E))
+    )
     return table
 
 

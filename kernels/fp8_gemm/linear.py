@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gristmill.kernels import fp8_gemm as public
 from gristmill.kernels.dispatch import require, require_device, require_ranks, require_shapes
@@ -91,6 +92,7 @@ class _Product(torch.autograd.Function):
         return public.fp8_grouped_gemm(*public.quantise_rows(x_NK), w, w_scale, ends_E, x_NK.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_NM: Tensor):
         ends_E, w, w_scale, *kept = ctx.saved_tensors
         grad_x = _input_gradient(grad_NM, w, w_scale, ends_E) if ctx.needs_input_grad[0] else None
@@ -113,6 +115,7 @@ class _SwiGLUProduct(torch.autograd.Function):
         return public.fp8_grouped_gemm(*public.swiglu_quantise(x_NG), w, w_scale, ends_E, x_NG.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_NM: Tensor):
         ends_E, w, w_scale, x_NG = ctx.saved_tensors
         gate, up = x_NG.float().chunk(2, 1)

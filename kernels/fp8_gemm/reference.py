@@ -44,7 +44,7 @@ def quantise_rows(x_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 def tile_ends(ends_E: Tensor) -> Tensor:
     """Where the tiles of each group end, if each group begins a tile of 128 rows; int32, (E,)."""
-    rows_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    rows_E = ends_E.long().diff(prepend=ends_E.new_zeros(1, dtype=torch.int64))  # narrow integers would overflow below
     return ((rows_E + BLOCK - 1) // BLOCK).cumsum(0).to(torch.int32)
 
 

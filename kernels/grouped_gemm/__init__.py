@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gristmill.kernels.dispatch import chosen, require, require_device, require_dtype, require_ranks
+from gristmill.kernels.dispatch import chosen, in_own_dtypes, require, require_device, require_dtype, require_ranks
 from gristmill.kernels.expert_rows import check_ends
 from gristmill.kernels.grouped_gemm import library
 from gristmill.kernels.grouped_gemm.cpu import GroupedGemm
@@ -18,6 +18,7 @@ from gristmill.kernels.grouped_gemm.reference import grouped_gemm_reference
 __all__ = ["grouped_gemm"]
 
 
+@in_own_dtypes
 def grouped_gemm(x_NK: Tensor, w_EMK: Tensor, ends_E: Tensor, *, rounded: bool = False) -> Tensor:
     """y (N, M) with y[rows of e] = x[rows of e] · w[e]ᵀ, differentiable in x and w (once on the compiled path).
 

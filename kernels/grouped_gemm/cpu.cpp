@@ -17,7 +17,8 @@ int64_t begin_of(const int64_t *ends, int64_t group) { return group ? ends[group
 // Blocks of a group's result, more of them where there are more threads than groups.
 void cut(std::vector<Task> &tasks, int64_t group, int64_t groups, int64_t rows, int64_t columns, int64_t threads) {
     const int64_t strips = (columns + STRIP - 1) / STRIP;
-    const int64_t high = block_rows(rows, (threads + groups * strips - 1) / std::max<int64_t>(1, groups * strips));
+    if (!strips) return;
+    const int64_t high = block_rows(rows, (threads + groups * strips - 1) / (groups * strips));
     for (int64_t j = 0; j < columns; j += STRIP)
         for (int64_t i = 0; i < rows; i += high)
             tasks.push_back({group, i, std::min(high, rows - i), j, std::min(STRIP, columns - j)});

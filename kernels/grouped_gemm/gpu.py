@@ -256,7 +256,7 @@ class TritonGroupedGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NK: Tensor, w_EMK: Tensor, ends_E: Tensor) -> Tensor:
         require(len(x_NK) < MOST_ROWS, ValueError, "grouped_gemm: rows of x_NK", len(x_NK), "fewer than 2³⁰")
-        ends_E = ends_E.contiguous()  # the kernels read it by place
+        ends_E = ends_E.long().contiguous()  # the kernels read it by place, and narrow integers would overflow
         ctx.save_for_backward(x_NK, w_EMK, ends_E)
         return product(x_NK, w_EMK, ends_E, transposed=True)
 

@@ -28,7 +28,7 @@ def grouped_gemm_backward(needs: list[bool], grad: Tensor, x_NK: Tensor, w_EMK: 
     if implementation == "gpu":
         from gristmill.kernels.grouped_gemm.gpu import TritonGroupedGemm
 
-        return TritonGroupedGemm.backward(Context(x_NK, w_EMK, ends_E.contiguous(), needs=needs), grad)[:2]
+        return TritonGroupedGemm.backward(Context(x_NK, w_EMK, ends_E.long().contiguous(), needs=needs), grad)[:2]
     if implementation == "compiled":
         saved = x_NK.contiguous(), w_EMK.contiguous(), ends_E.long().contiguous()
         return NativeGroupedGemm.backward(Context(*saved, needs=needs, rounded=int(rounded)), grad)[:2]

@@ -35,7 +35,7 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     if implementation != "compiled":
         return likeliest_reference(logits.detach())
     logits, columns = logits.contiguous(), logits.shape[-1]
-    token = torch.empty(logits.shape[:-1], dtype=torch.int64)
-    log_p = torch.empty(logits.shape[:-1])
+    token = logits.new_empty(logits.shape[:-1], dtype=torch.int64)
+    log_p = logits.new_empty(logits.shape[:-1])
     needed(SOURCE)("likeliest", logits, token, log_p, token.numel(), columns)
     return token, log_p

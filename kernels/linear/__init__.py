@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from gristmill.kernels.blocks import empty
 from gristmill.kernels.compiled import needed
-from gristmill.kernels.dispatch import chosen, require, require_device, require_dtype
+from gristmill.kernels.dispatch import chosen, in_own_dtypes, require, require_device, require_dtype
 from gristmill.kernels.linear import library
 from gristmill.kernels.linear.reference import linear_reference
 
@@ -26,6 +26,7 @@ LEAST_PRODUCTS = 1 << 17  # with fewer, torch's product takes less than the prep
 TAKES = "float32 and a contiguous w_MK"
 
 
+@in_own_dtypes
 def linear(x: Tensor, w_MK: Tensor, bias_M: Tensor | None = None, *, rounded: bool = False) -> Tensor:
     """x·wᵀ + bias over the last dimension, (…, M), in x's dtype; differentiable once on the compiled path.
 

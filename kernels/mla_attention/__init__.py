@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gristmill.kernels.dispatch import INTERPRETED, chosen, readable, require
+from gristmill.kernels.dispatch import INTERPRETED, chosen, in_own_dtypes, readable, require
 from gristmill.kernels.mla_attention import library, operation
 from gristmill.kernels.mla_attention.native import SOURCE, Attention, LatentAttention
 from gristmill.kernels.mla_attention.reference import attention_reference, latent_attention_reference
@@ -22,6 +22,7 @@ LOGS = -2
 TAKES = "16 bits on a Hopper GPU, a scale above zero, and heads whose parts have whole 16 bytes and at most 128 numbers"
 
 
+@in_own_dtypes
 def attention(
     q_BSHN: Tensor,
     k_BSGN: Tensor,
@@ -74,6 +75,7 @@ def attention(
     return sdpa_attention(q_BSHN, k_BSGN, v_BSGW, scale, mask_BSS, first_BS)
 
 
+@in_own_dtypes
 def latent_attention(
     q_BSHQ: Tensor,
     kv_BSHX: Tensor,
@@ -100,6 +102,7 @@ def latent_attention(
     name, (cos, sin) = "latent_attention", rotary
     _check_tensors(name, {"q_BSHQ": (q_BSHQ, 4), "kv_BSHX": (kv_BSHX, 4), "key_BSR": (key_BSR, 3)})
     (batch, length, heads, wide), turning = q_BSHQ.shape, key_BSR.shape[2]
+    require(heads > 0, ValueError, f"{name}: heads of q_BSHQ", heads, "1 or more")
     require(turning % 2 == 0, ValueError, f"{name}: width of key_BSR", turning, "an even number, of pairs")
     require(turning <= wide, ValueError, f"{name}: width of key_BSR", turning, f"at most that of q_BSHQ, {wide}")
     more = kv_BSHX.shape[3] > wide - turning

@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
         strides = [x.stride()[:3] for x in (self.q_BSHQ, self.k_BSGN, self.v_BSGW)]
         strides += [(*self.key_BSR.stride()[:2], 0), *(x.stride()[:3] for x in gradients)]
         counts = (sequences, length, heads, groups, width, self.key_BSR.shape[-1], self.v_BSGW.shape[-1])
-        return torch.tensor([*counts, *(step for three in strides for step in three)])
+        return torch.tensor([*counts, *(step for three in strides for step in three)], device="cpu")
 
 
 def _rowwise(x: Tensor) -> Tensor:
@@ -45,8 +45,9 @@ def _rowwise(x: Tensor) -> Tensor:
 
 def _seen(mask_BSS: Tensor | None, first_BS: Tensor | None) -> tuple[Tensor, Tensor]:
     """The mask and the first keys, int64, as the source reads them; what is not given is empty."""
-    mask = torch.empty(0) if mask_BSS is None else mask_BSS.contiguous()
-    return mask, torch.empty(0) if first_BS is None else first_BS.long().contiguous()
+    none = torch.empty(0, device="cpu")
+    mask = none if mask_BSS is None else mask_BSS.contiguous()
+    return mask, none if first_BS is None else first_BS.long().contiguous()
 
 
 def of_whole(
@@ -70,7 +71,7 @@ def of_latents(
 
 def reach(mask_BSS: Tensor, first_BS: Tensor, batch: int, length: int) -> Tensor:
     """The keys that each query sees, (B, S, 3)."""
-    reach = torch.empty(batch, length, 3, dtype=torch.int64)
+    reach = torch.empty(batch, length, 3, dtype=torch.int64, device="cpu")
     needed(SOURCE)("attention_reach", mask_BSS, first_BS, reach, batch, length)
     return reach
 
@@ -141,7 +142,7 @@ class Attention(torch.autograd.Function):
         inputs, first = of_whole(q_BSHN, k_BSGN, v_BSGW, mask_BSS, first_BS)
         out, log_sums, reach = attend(*inputs, first, scale)
         ctx.save_for_backward(*inputs, out, log_sums, reach)
-        ctx.scale = scale
+        ctx.scale = float(scale)  # a number of the source's kind, whatever it came as
         return out
 
     @staticmethod
@@ -172,7 +173,7 @@ class LatentAttention(torch.autograd.Function):
         kv_BSHX, inputs, first = of_latents(q_BSHQ, kv_BSHX, key_BSR, cos, sin, mask_BSS, first_BS)
         out, log_sums, reach = attend(*inputs, first, scale)
         ctx.save_for_backward(inputs.q_BSHQ, kv_BSHX, *inputs[3:], out, log_sums, reach)
-        ctx.scale = scale
+        ctx.scale = float(scale)  # a number of the source's kind, whatever it came as
         return out
 
     @staticmethod

@@ -18,6 +18,7 @@ from gristmill.kernels.compiled import needed
 from gristmill.kernels.dispatch import (
     INTERPRETED,
     chosen,
+    in_own_dtypes,
     readable,
     require,
     require_device,
@@ -49,6 +50,7 @@ def mla_decode(
     norm_C: Tensor, eps: float, up_HXC: Tensor, scale: float, table_BJ: Tensor | None = None, *,
     with_log: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@in_own_dtypes
 @torch.no_grad()
 def mla_decode(
     q_BSHQ: Tensor,

@@ -52,8 +52,9 @@ def _attended(
         page = cache_BPC.shape[1]
         cache_BPC[table_BJ.gather(1, position_BS // page), position_BS % page] = new_BSC.to(cache_BPC.dtype)
         seen_BPC = cache_BPC[table_BJ.clamp(0, len(cache_BPC) - 1)].flatten(1, 2)[:, :reach]
-        unseen_BP = torch.arange(reach, device=start_B.device) > position_BS[:, -1:]
-        seen_BPC = seen_BPC.masked_fill(unseen_BP[..., None], 0)  # whose pages may be another row's, or none
+    # What lies there may be no number, be another row's, or of no page at all: by a weight of zero it would still count
+    unseen_BP = torch.arange(reach, device=start_B.device) > position_BS[:, -1:]
+    seen_BPC = seen_BPC.masked_fill(unseen_BP[..., None], 0)
     hidden_BSP = torch.arange(seen_BPC.shape[1], device=start_B.device) > position_BS[..., None]
     plain, turned = q_BSHQ.split([q_BSHQ.shape[3] - turning, turning], -1)
     up_HNC, up_HWC = up_HXC.split([plain.shape[3], up_HXC.shape[1] - plain.shape[3]], 1)

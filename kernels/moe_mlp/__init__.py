@@ -8,6 +8,7 @@ from torch import Tensor
 from gristmill.kernels.dispatch import (
     INTEGERS,
     chosen,
+    in_own_dtypes,
     readable,
     require,
     require_device,
@@ -34,6 +35,7 @@ def experts_are_compiled(down_EDF: Tensor) -> bool:
     return runs_compiled(down_EDF, SOURCE)
 
 
+@in_own_dtypes
 def moe_mlp(
     x_TD: Tensor,
     expert_TK: Tensor,

@@ -61,7 +61,7 @@ class MoeMlp(torch.autograd.Function):
         operand = ctx.operand
         token_M, gate_M1 = _by_row(order_M, gate_TK, x_TD.dtype)
         most, width, hidden = _longest(ctx.bounds), x_TD.shape[1], down_EDF.shape[2]
-        grad_gate_up, grad_down = (torch.empty(w.shape, dtype=w.dtype) for w in (gate_up_E2FD, down_EDF))
+        grad_gate_up, grad_down = (w.new_empty(w.shape) for w in (gate_up_E2FD, down_EDF))
         grad_x_MD, grad_gate_M = x_TD.new_empty(len(order_M), width), x_TD.new_empty(len(order_M))
         gathered_RD, slope_R2F = x_TD.new_empty(most, width), x_TD.new_empty(most, 2 * hidden)
         grad_h_RF, h_RF = x_TD.new_empty(most, hidden), x_TD.new_empty(most, hidden)

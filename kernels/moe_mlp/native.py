@@ -26,9 +26,9 @@ class NativeMoeMlp(torch.autograd.Function):
         rows, library = tokens * chosen, needed(SOURCE)
         x_TD, gate_up_E2FD, down_EDF = (t.contiguous() for t in (x_TD, gate_up_E2FD, down_EDF))
         gate = gate_TK.float().contiguous()
-        bounds_E = torch.zeros(experts + 1, dtype=torch.int64)
+        bounds_E = x_TD.new_zeros(experts + 1, dtype=torch.int64)
         if order_M is None:
-            order_M = torch.empty(rows, dtype=torch.int64)
+            order_M = x_TD.new_empty(rows, dtype=torch.int64)
             library("sort_choices", expert_TK.long().contiguous(), order_M, bounds_E, rows, experts)
         else:
             order_M = order_M.contiguous()

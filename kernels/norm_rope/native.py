@@ -26,7 +26,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def _normed(x: Tensor, distance: int, weight_D: Tensor, eps: float, scale: Tensor | None) -> Tensor:
     """The result; each row's factor is written to scale."""
-    y, width = torch.empty(x.shape), x.shape[-1]
+    y, width = x.new_empty(x.shape), x.shape[-1]
     rows = x.numel() // max(1, width)
     needed(SOURCE)("rms_norm", x, weight_D.contiguous(), y, scale, rows, width, distance, float(eps))
     return y
@@ -108,7 +108,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rows: Rows, interleaved: bool) -
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, rows: Rows, interleaved: bool) -> Tensor:
-    y = torch.empty(x.shape)
+    y = x.new_empty(x.shape)
     needed(SOURCE)("rotate", x, cos, sin, y, x.shape[-1] // 2, *rows, int(interleaved))
     return y
 

@@ -41,8 +41,8 @@ def adamw(
 
     Raises:
         TypeError: a tensor is not floating; with a seed, gradients are not float32 or moments not bfloat16.
-        ValueError: the lists differ in length, or a gradient or moment in shape or device from its parameter; a seed
-            without origins, or one of the numbers of the rounding is out of its range.
+        ValueError: the lists differ in length, or a gradient or moment in shape or device from its parameter; the step
+            is below 1; a seed without origins, or one of the numbers of the rounding is out of its range.
     """
     if is_dynamo_compiling():
         numbers = (how.rate, how.step, how.decay, how.beta1, how.beta2, how.eps, how.coefficient, how.seed)
@@ -57,6 +57,7 @@ def adamw(
                 raise ValueError(
                     f"adamw: shape and device of {name}[{i}] is {got}; wanted those of parameters[{i}], {wanted}"
                 )
+    require(how.step >= 1, ValueError, "adamw: step", how.step, "1 or more")
     for name, tensors in (("parameters", parameters), *lists.items()):
         for i, tensor in enumerate(tensors):
             if not tensor.is_floating_point():
@@ -82,10 +83,10 @@ def adamw(
     if path != "compiled":
         return adamw_reference(parameters, gradients, exp_avg, exp_avg_sq, how, origins)
     addresses = [[t.data_ptr() for t in tensors] for tensors in (parameters, *lists.values())]
-    counts = torch.tensor([p.numel() for p in parameters])
+    counts = torch.tensor([p.numel() for p in parameters], device="cpu")
     needed(SOURCE)(
-        "adamw", torch.tensor(addresses), counts, len(parameters), int(moments == {torch.bfloat16}),
-        float(how.coefficient), 1 - how.rate * how.decay, how.beta1, how.beta2, how.eps,
+        "adamw", torch.tensor(addresses, device="cpu"), counts, len(parameters), int(moments == {torch.bfloat16}),
+        float(how.coefficient), 1.0 - how.rate * how.decay, float(how.beta1), float(how.beta2), float(how.eps),
         how.rate / (1 - how.beta1**how.step), 1 / (1 - how.beta2**how.step),
         table(origins) if origins else None, how.seed or 0, how.step,
     )  # fmt: skip

@@ -208,10 +208,11 @@ def _tables(group: list[tuple[Tensor, ...]], origins: list[Origin], numbers: int
 @lru_cache(maxsize=64)
 def _chunks(lengths: tuple[int, ...], most: int, device: torch.device, stream: int) -> Tensor:
     """Of each chunk its tensor, its number in it, and how many numbers it holds, at most so many: (chunks, 3)."""
-    length = torch.tensor(lengths)
+    length = torch.tensor(lengths, device="cpu")
     count = (length + most - 1) // most
-    tensor = torch.arange(len(lengths)).repeat_interleave(count, output_size=sum(-(-n // most) for n in lengths))
-    chunk = torch.arange(len(tensor)) - (count.cumsum(0) - count)[tensor]
+    chunks = sum(-(-n // most) for n in lengths)
+    tensor = torch.arange(len(lengths), device="cpu").repeat_interleave(count, output_size=chunks)
+    chunk = torch.arange(chunks, device="cpu") - (count.cumsum(0) - count)[tensor]
     numbers = (length[tensor] - chunk * most).clamp_(max=most)
     return _sent(torch.stack((tensor, chunk, numbers), 1).to(torch.int32), device)
 
@@ -219,7 +220,7 @@ def _chunks(lengths: tuple[int, ...], most: int, device: torch.device, stream: i
 @lru_cache(maxsize=64)
 def _addresses(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """Where the tensors lie, list after list; with origins their streams and first places behind that."""
-    return _sent(torch.tensor(addresses), device)
+    return _sent(torch.tensor(addresses, device="cpu"), device)
 
 
 def _sent(table: Tensor, device: torch.device) -> Tensor:

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from gristmill.kernels.blocks import empty
 from gristmill.kernels.compiled import needed
-from gristmill.kernels.dispatch import chosen, require
+from gristmill.kernels.dispatch import chosen, in_own_dtypes, require
 from gristmill.kernels.optim.reference import NEWTON_SCHULZ, orthogonalised_reference
 
 SOURCE = "optim/newton_schulz.cpp"
 
 
+@in_own_dtypes
 @torch.no_grad()
 def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
     """Towards U·Vᵀ of each matrix U·S·Vᵀ, by a quintic Newton–Schulz iteration: (…, rows, columns), in the same dtype.

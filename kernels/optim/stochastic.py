@@ -56,14 +56,14 @@ def round_stochastically(
         return triton_round(exact, rounded, seed, step, origins)
     if path != "compiled":
         return round_reference(exact, rounded, seed, step, origins)
-    addresses = torch.tensor([[t.data_ptr() for t in tensors] for tensors in (exact, rounded)])
-    counts = torch.tensor([t.numel() for t in exact])
+    addresses = torch.tensor([[t.data_ptr() for t in tensors] for tensors in (exact, rounded)], device="cpu")
+    counts = torch.tensor([t.numel() for t in exact], device="cpu")
     needed(SOURCE)("round_stochastically", addresses, counts, len(exact), table(origins), seed, step)
 
 
 def table(origins: list[Origin]) -> Tensor:
     """Streams, and places of first numbers, (2, tensors)."""
-    return torch.tensor([[o.stream for o in origins], [o.first for o in origins]])
+    return torch.tensor([[o.stream for o in origins], [o.first for o in origins]], device="cpu")
 
 
 def check_rounding(operation: str, seed: int, step: int, origins: list[Origin] | None, tensors: int) -> None:

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from gristmill.kernels.blocks import empty
 from gristmill.kernels.compiled import needed
-from gristmill.kernels.dispatch import chosen, require, require_device
+from gristmill.kernels.dispatch import chosen, in_own_dtypes, require, require_device
 from gristmill.kernels.linear import LEAST_ROWS, linear
 from gristmill.kernels.router import library
 from gristmill.kernels.router.reference import Choice, Routes, route_reference
@@ -20,6 +20,7 @@ SOURCE = "router/cpu.cpp"
 TAKES = "float32, and on a CPU a contiguous weight_ED"
 
 
+@in_own_dtypes
 def route(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice) -> Routes:
     """Chosen experts (T, K), highest biased affinity first; their gates (T, K), all affinities (T, E) and loads (E,).
 
@@ -91,12 +92,12 @@ class NativeRouter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor, how: Choice):
         x_TD, experts, tokens = x_TD.contiguous(), len(weight_ED), len(x_TD)
-        many = tokens >= LEAST_ROWS
+        many = tokens >= LEAST_ROWS and x_TD.numel() > 0  # an empty tensor is a null pointer, which stands for none
         # Torch's product recomputation may keep and give again: it is not to be written to
         score_TE = x_TD.new_empty(tokens, experts) if many else linear(x_TD, weight_ED).clone()
-        expert_TK = torch.empty(tokens, how.chosen, dtype=torch.int64)
-        gate_TK, order_M = x_TD.new_empty(tokens, how.chosen), torch.empty(expert_TK.numel(), dtype=torch.int64)
-        load_E, ends_E = (torch.empty(experts, dtype=torch.int64) for _ in range(2))  # each with memory of its own
+        gate_TK = x_TD.new_empty(tokens, how.chosen)
+        sizes = (tokens, how.chosen), (tokens * how.chosen,), (experts,), (experts,)
+        expert_TK, order_M, load_E, ends_E = (x_TD.new_empty(size, dtype=torch.int64) for size in sizes)
         ctx.numbers = numbers_of(x_TD, weight_ED, how)
         given = x_TD if many else None, weight_ED, score_TE, bias_E.float().contiguous()
         made = expert_TK, gate_TK, load_E, order_M, ends_E

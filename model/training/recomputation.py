@@ -1,9 +1,9 @@
 """Activation checkpointing: a block's activations are dropped after the forward pass and computed again.
 
-It is laid around the blocks from outside. `full` keeps a block's input alone; `selective` keeps the results of attention
-too, and those of torch's matrix products (a GPU's in float32 and bfloat16, outside of the experts), as Korthikanti et al.
-2022 (arXiv 2205.05198) propose. Our own products, of the experts, in FP8 and on CPUs, are computed again with what is
-cheap (norms, rotation, SwiGLU). The numbers are those of a run without it.
+It is laid around the blocks from outside. `full` keeps a block's input alone; `selective` keeps the results of
+attention too, and those of torch's matrix products (a GPU's in float32 and bfloat16, outside of the experts), as
+Korthikanti et al. 2022 (arXiv 2205.05198) propose. Our own products, of the experts, in FP8 and on CPUs, are computed
+again with what is cheap (norms, rotation, SwiGLU). The numbers are those of a run without it.
 """
 
 from __future__ import annotations

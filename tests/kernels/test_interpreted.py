@@ -21,14 +21,27 @@ FILES += [
 ]
 
 
-@pytest.mark.skipif(os.environ.get("GRISTMILL_KERNELS") == "gpu", reason="this is the run inside")
+outside = pytest.mark.skipif(os.environ.get("GRISTMILL_KERNELS") == "gpu", reason="this is the run inside")
+
+
+@outside
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_triton_code(part: int) -> None:
     """In processes of their own, since Triton reads the variable at import; one for several files, as it starts long."""
     files = FILES[part::3]
     assert len(files) >= 3
+    passes("not slow", *files)
+
+
+@outside
+@pytest.mark.slow
+def test_triton_code_at_length() -> None:
+    passes("slow", *FILES)
+
+
+def passes(marked: str, *files: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", "-x", *files],
+        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", "-x", "-m", marked, *files],
         capture_output=True,
         text=True,
         cwd=HERE,
