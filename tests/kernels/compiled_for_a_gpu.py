@@ -31,6 +31,13 @@ from gristmill.kernels.optim import AdamW, Origin, adamw, round_stochastically
 from gristmill.kernels.router import Choice, route
 from gristmill.kernels.swiglu import swiglu
 from gristmill.kernels.tune import SEARCHED, search_of
+from gristmill.model.config import ModelConfig
+from gristmill.model.training.config import LayoutConfig, OptimizerConfig
+from gristmill.model.training.layout import Layout
+from gristmill.model.training.memory import training_memory
+from gristmill.model.training.precision import apply_precision
+from gristmill.model.training.recomputation import recompute_blocks
+from gristmill.model.transformer import Batch, Routing, Transformer
 from tests.model.benches import bench
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -203,6 +210,48 @@ def test_nothing_is_left_out(launched: set[str]) -> None:
     named = {name for name in re.findall(r"\b(\w+)\[(?:\(|grid)", sources) if name in defined}
     assert len(named) > 25
     assert named <= launched
+
+
+WIDTHS = ModelConfig(
+    hidden_size=2048, intermediate_size=10_944, moe_intermediate_size=1408, num_hidden_layers=4, num_attention_heads=16,
+    kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=1,
+    n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2, max_position_embeddings=4096,
+)  # fmt: skip
+"""Of the 16B model of DeepSeek-V2's paper; few of its blocks."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_models_step_waits_for_nothing_and_holds_what_is_said(
+    precision: Any, recompute: Any, code: ModuleType, compiled: list[Row]
+) -> None:
+    """Both passes over 16,384 tokens, with documents, MTP and the balance loss.
+
+    Said is the most of activations and all gradients, which are there together for no long time, so that it is above
+    what is held; what is kept without recomputing was counted tensor by tensor, and is said to a fifth.
+    """
+    sequences, vocabulary, layout = 4, 102_400, LayoutConfig(recompute=recompute)
+    with code.without_numbers() as mode:
+        model = Transformer(WIDTHS, vocabulary).train()
+        apply_precision(model, precision)
+        if recompute != "none":
+            recompute_blocks(model, recompute)
+        token_BS, weight_BS = whole(sequences, 4096), draw(sequences, 4096)
+        batch, routing = Batch(token_BS, token_BS, token_BS), Routing()
+        mode.preparing = False
+        with code.Held() as held:
+            main, ahead = model.losses(batch, token_BS, token_BS, weight_BS, routing)
+            kept = held.now
+            torch.stack([main, *ahead, *routing.balance_loss]).sum().backward()
+    said = training_memory(
+        WIDTHS, vocabulary, OptimizerConfig(), Layout.of(1, layout), layout, tokens=token_BS.numel(),
+        precision=precision, device="cuda", mtp_modules=1, averaged=False,
+    )  # fmt: skip
+    operands = said.weights - sum(p.nbytes for p in model.parameters())
+    assert held.most < said.activations + said.gradients + operands < 1.8 * held.most
+    if recompute == "none":
+        assert kept < said.activations + operands < 1.2 * kept
 
 
 @pytest.mark.slow
