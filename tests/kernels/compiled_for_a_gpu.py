@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gristmill import kernels
 from gristmill.kernels.cross_entropy import (
     linear_cross_entropy_mean,
     linear_log_probs,
@@ -32,6 +33,7 @@ from gristmill.kernels.router import Choice, route
 from gristmill.kernels.swiglu import swiglu
 from gristmill.kernels.tune import SEARCHED, search_of
 from gristmill.model.config import ModelConfig
+from gristmill.model.decoding import Decoder
 from gristmill.model.training.config import LayoutConfig, OptimizerConfig
 from gristmill.model.training.layout import Layout
 from gristmill.model.training.memory import training_memory
@@ -77,9 +79,9 @@ def test_every_case_of_the_benchmark_compiles(code: ModuleType, compiled: list[R
     assert all(row["tma"] for row in found.kernels if row["kernel"] in ("_product", "forward"))
 
 
-def _check(code: ModuleType, kernels: list[Row]) -> None:
-    assert all(row["shared"] <= code.MOST_SHARED for row in kernels)
-    spilled = [code.said(row) for row in kernels if row["spilled"] > SPILLED.get(row["kernel"], 0)]
+def _check(code: ModuleType, found: list[Row]) -> None:
+    assert all(row["shared"] <= code.MOST_SHARED for row in found)
+    spilled = [code.said(row) for row in found if row["spilled"] > SPILLED.get(row["kernel"], 0)]
     assert not spilled, "\n".join(spilled)
 
 
@@ -252,6 +254,26 @@ def test_a_models_step_waits_for_nothing_and_holds_what_is_said(
     assert held.most < said.activations + said.gradients + operands < 1.8 * held.most
     if recompute == "none":
         assert kept < said.activations + operands < 1.2 * kept
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(("rows", "tokens"), [(32, 1), (2, 64)])
+def test_a_step_of_decoding_waits_for_nothing(
+    rows: int, tokens: int, paged: bool, code: ModuleType, compiled: list[Row]
+) -> None:
+    with code.without_numbers() as mode:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            decoder = Decoder(Transformer(WIDTHS, 1000))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        cache = decoder.paged_cache(rows, 4096, rows * 4096) if paged else decoder.cache(rows, 4096)
+        mode.preparing = False
+        before = kernels.report().get("mla_decode", {}).get("gpu", 0)
+        _, logits_BSV = decoder.step(whole(rows, tokens), whole(rows), cache)
+    assert logits_BSV.shape == (rows, tokens, 1000)
+    assert kernels.report()["mla_decode"]["gpu"] == before + WIDTHS.num_hidden_layers
 
 
 @pytest.mark.slow
