@@ -360,8 +360,10 @@ def test_the_last_rows_of_activations_and_of_sums(monkeypatch: pytest.MonkeyPatc
     def made(x: Tensor, grad: Tensor) -> list[Tensor]:
         gate, order = torch.full((len(x), 1), 0.5), torch.arange(len(x))
         results = [*both_ways(swiglu, [x], grad), experts._activated(x, gate, order)]
-        results.append(experts._summed(x, order, len(x))[:, -experts.BLOCK :])  # a program's columns
-        results += [*experts._slopes_(x, gate, order, grad), grad]  # in whose place the activation is
+        total, slope = torch.empty_like(x), torch.empty_like(x)
+        experts._sum(x, order, total)
+        gates = experts._slopes_(x, gate, order, grad, slope)
+        results += [total[:, -experts.BLOCK :], gates, slope, grad]  # a program's columns; grad becomes the activation
         return [t[-1] for t in results]
 
     (x, row), (grad, grad_row) = last_row(0), last_row(1, WIDTH // 2)
