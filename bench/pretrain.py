@@ -22,8 +22,7 @@ sides take turns. `small` is the shape of 22 M parameters (width 256, 6 layers, 
     loss_apart_fastest  that of the two that `ratio` compares, with the same limit
     loss_apart_theirs   that of their fastest from theirs in float32: what rounding alone does to these batches
 
-The text is this Python's library, so that losses are those of that version. Debian's 3.11.2 has a batch at which
-rounding moves them far, theirs as well as ours, and the limit is passed.
+The text is the source of the first hundred models in the transformers that is measured, the same for every Python.
 """
 
 from __future__ import annotations
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
 BATCH, LENGTH, VOCAB = 8, 256, 8192
 RATE, CLIP = 3e-4, 1.0
 WARM = 3  # steps that are run and not counted
+FILES = 100  # of transformers' models, 4 MB
 SHAPES = {
     "small": {"hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 1024},
     "wide": {"hidden_size": 1024, "moe_intermediate_size": 512, "intermediate_size": 4096},
@@ -67,8 +67,9 @@ def shape(name: str) -> Any:
 
 
 def prepare(folder: Path, name: str, steps: int) -> None:
-    """The same weights in both forms, and tokens: bytes of this Python's library, in pairs, so that there is a text."""
+    """The same weights in both forms, and tokens: bytes of models in transformers, in pairs, so that there is a text."""
     import numpy as np
+    import transformers
 
     from gristmill.model.hugging_face.conversion import export, of_model
     from gristmill.model.training.models import save_model
@@ -78,7 +79,8 @@ def prepare(folder: Path, name: str, steps: int) -> None:
     model.initialise(0)
     save_model(folder / "ours", model)
     export(of_model(model), model.config, VOCAB, folder / "theirs")
-    text = b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
+    sources = sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py"))[:FILES]
+    text = b"".join(path.read_bytes() for path in sources)
     pairs = np.frombuffer(text[: len(text) // 2 * 2], np.uint16)
     token = np.unique(pairs, return_inverse=True)[1] % VOCAB
     count = (steps + WARM) * BATCH * (LENGTH + 1)
