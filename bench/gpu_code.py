@@ -52,6 +52,8 @@ MOST_SHARED = 227 << 10  # bytes of a multiprocessor that one program may have
 BLOCK = 512  # bytes; of torch's allocator on a GPU
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 Row = dict[str, Any]
+launched: set[JITFunction] = set()
+"""The kernels that a GPU would have run so far."""
 
 
 class Driver:
@@ -122,6 +124,7 @@ def pretend() -> list[Row]:
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+        launched.add(self)
         kernel: Any = run(self, *arguments, grid=grid, warmup=True, **named)
         if kernel.hash not in seen:
             seen.add(kernel.hash)

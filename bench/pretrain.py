@@ -67,7 +67,7 @@ def shape(name: str) -> Any:
 
 
 def prepare(folder: Path, name: str, steps: int) -> None:
-    """The same weights in both forms, and tokens: bytes of models in transformers, in pairs, so that there is a text."""
+    """The same weights in both forms, and tokens: bytes of transformers' models, in pairs, so that there is a text."""
     import numpy as np
     import transformers
 

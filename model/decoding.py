@@ -51,19 +51,8 @@ class Step:
         place_S = torch.arange(length, device=start_B.device)
         self.start_B, self.position_BS = start_B, start_B[:, None] + place_S
         self.slot_B1, self.table_BJ = torch.arange(len(start_B), device=start_B.device)[:, None], table_BJ
-        self.length = length
+        self.reach = int(start_B.max()) + length
         self.cos_BSR, self.sin_BSR = (table[self.position_BS] for table in turn_SR)
-
-    @cached_property
-    def reach(self) -> int:
-        """One more than the furthest place of a token; a GPU is waited for."""
-        return int(self.start_B.max()) + self.length
-
-    def reach_within(self, cache_BSC: Tensor) -> int:
-        """It, or all places of a row where little depends on it: a GPU's code in 16 bits sees itself where rows end."""
-        if not (cache_BSC.is_cuda and cache_BSC.element_size() == 2):
-            return self.reach
-        return cache_BSC.shape[1] * (1 if self.table_BJ is None else self.table_BJ.shape[1])
 
     @cached_property
     def seen_BSP(self) -> Tensor:
@@ -91,7 +80,7 @@ class LatentAttention:
         self.module, self.weight = module, module.reading()
 
     def __call__(self, x_BSD: Tensor, step: Step, cache_BSC: Tensor) -> Tensor:
-        rotary, where = (step.cos_BSR, step.sin_BSR), (step.start_B, step.reach_within(cache_BSC), step.table_BJ)
+        rotary, where = (step.cos_BSR, step.sin_BSR), (step.start_B, step.reach, step.table_BJ)
         return self.module.absorbed(x_BSD, self.weight, rotary, cache_BSC, *where)
 
 

@@ -35,6 +35,8 @@ def _slope(
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
     target = tl.load(target_ptr + row)
+    # Before the sums, for which all warps wait: behind them another one might have written over it
+    aimed = tl.load(logits_ptr + target).to(tl.float32) * inverse_temperature
     highest, total, weighted = -float("inf"), 0.0, 0.0
     for start in range(0, vocab, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
@@ -48,7 +50,6 @@ def _slope(
         total = total * kept + tl.sum(share, 0)
         highest = above
     log_total = highest + tl.log(total)
-    aimed = tl.load(logits_ptr + target).to(tl.float32) * inverse_temperature
     tl.store(loss_ptr + row, log_total - aimed + z_loss * log_total * log_total)
     if not WRITE:
         tl.store(entropy_ptr + row, tl.log(total) - weighted / total)

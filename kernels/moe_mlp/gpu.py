@@ -20,9 +20,9 @@ from gristmill.kernels.dispatch import require
 from gristmill.kernels.expert_rows import places, rows_by_expert
 from gristmill.kernels.grouped_gemm.gpu import MOST_ROWS, product, weight_gradient
 
-BLOCK = 1024
-WHOLE_COLUMNS = 128  # a part of the columns is a multiple of these
-PARTS_OF_INPUTS, PARTS_OF_GRADIENTS = 4, 6
+BLOCK, WARPS = 1024, 4
+WHOLE_COLUMNS = 256  # a part of the columns is a multiple of these, a product's tile
+PARTS_OF_INPUTS, PARTS_OF_GRADIENTS = 4, 8
 """In how many parts of their columns rows of x, and of its gradient, lie there at a time in the backward pass. More
 would take less memory, and read the slopes more often; the second kind is there beside the whole gradient."""
 
@@ -92,10 +92,11 @@ def _slopes_(pre_M2F: Tensor, gate_TK: Tensor, order_M: Tensor, grad_h_MF: Tenso
     grad_gate_TK = torch.zeros_like(gate_TK)
     if grad_h_MF.numel():
         hidden = grad_h_MF.shape[1]
+        # Of fewer columns than threads, several would read what one of them writes over
+        block = max(32 * WARPS, min(BLOCK, triton.next_power_of_2(hidden)))
         _swiglu_backward[(len(order_M),)](
-            pre_M2F, gate_TK, order_M, grad_h_MF, slope_M2F, grad_gate_TK, hidden,
-            BLOCK_F=min(BLOCK, triton.next_power_of_2(hidden)),
-        )  # fmt: skip
+            pre_M2F, gate_TK, order_M, grad_h_MF, slope_M2F, grad_gate_TK, hidden, BLOCK_F=block, num_warps=WARPS
+        )
     return grad_gate_TK
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gristmill.kernels.dispatch import chosen, require_device
+from gristmill.kernels.dispatch import chosen, in_own_dtypes, require_device
 from gristmill.kernels.norm_rope import library, native
 from gristmill.kernels.norm_rope.layout import rows_of
 from gristmill.kernels.norm_rope.reference import (
@@ -26,6 +26,7 @@ TAKES = f"float32, bfloat16 and float16, and rows of at most {WIDEST} numbers"
 TAKES_ANGLES = f"{TAKES}, and angles in float32 that want no gradient and lie evenly apart, as the rows do"
 
 
+@in_own_dtypes
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / √(mean x² + eps) · weight of the last dimension, (..., D), differentiable once in x and weight.
 
@@ -51,6 +52,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight_D.shape, weight_D, eps)
 
 
+@in_own_dtypes
 def add_rms_norm(x: Tensor, y: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + y, and `rms_norm` of it: a residual and the norm that reads it, in one pass each way.
 

@@ -49,7 +49,8 @@ def activations(
 ) -> int:
     """Bytes that the blocks keep; where they are computed again, of one block all the same."""
     dense, width = model.first_k_dense_replace, model.hidden_size
-    of_dense, of_sparse = (kept(model, is_dense, precision, device) for is_dense in (True, False))
+    apart = layout.expert_parallel > 1
+    of_dense, of_sparse = (kept(model, is_dense, precision, device, apart=apart) for is_dense in (True, False))
     blocks = [*[of_dense] * dense, *[of_sparse] * (model.num_hidden_layers - dense)]
     blocks += [blocks[-1]] * mtp_modules
     inputs = FLOAT * width * (len(blocks) + 3 * mtp_modules) + _operand(precision, device) * 2 * width * mtp_modules
@@ -73,10 +74,10 @@ def _operand(precision: Precision, device: str) -> int:
     return 1 if precision == "fp8" else result_bytes(precision, device)
 
 
-def kept(model: ModelConfig, dense: bool, precision: Precision, device: str) -> Kept:
-    """Of one block, with a dense FFN or with experts."""
+def kept(model: ModelConfig, dense: bool, precision: Precision, device: str, *, apart: bool = False) -> Kept:
+    """Of one block, with a dense FFN or with experts, which may be shared out over ranks."""
     attention = _of_attention(model, precision, device)
-    ffn = (_of_dense if dense else _of_experts)(model, precision, device)
+    ffn = _of_dense(model, precision, device) if dense else _of_experts(model, precision, device, apart)
     residual = FLOAT * model.hidden_size  # behind attention, before the second norm
     rest = attention.rest + ffn.rest + residual
     return Kept(attention.attended, attention.products + ffn.products, attention.last + ffn.last, rest, ffn.passing)
@@ -111,7 +112,7 @@ def _of_dense(model: ModelConfig, precision: Precision, device: str) -> Kept:
     return Kept(0, result * 2 * hidden, result * width, operand * (hidden + width), result * (3 * hidden + width))
 
 
-def _of_experts(model: ModelConfig, precision: Precision, device: str) -> Kept:
+def _of_experts(model: ModelConfig, precision: Precision, device: str, apart: bool) -> Kept:
     result, operand = result_bytes(precision, device), _operand(precision, device)
     chosen, hidden, width = model.num_experts_per_tok, model.moe_intermediate_size, model.hidden_size
     shared, copies = model.n_shared_experts * hidden, result < FLOAT
@@ -119,11 +120,13 @@ def _of_experts(model: ModelConfig, precision: Precision, device: str) -> Kept:
     rows = operand * width if copies else 0
     if precision == "fp8":  # the rows' operand, the results that gates weigh, and where rows came from
         rows = chosen * (FILLED * operand * width + result * width + INDEX)
+    if apart and precision != "fp8":  # what arrived in place of the tokens, and came back (expert_parallel.py)
+        rows = chosen * (operand + result) * width
+    rows += 3 * INDEX * chosen if apart else 0  # where rows lie on both sides
     of_shared = (operand * width if copies else 0) + operand * shared if shared else 0
     rest = gate + rows + of_shared + result * 2 * chosen * hidden
-    passing = (
-        result * chosen * (hidden + width)
-    )  # the gradient's rows, and what is activated; slopes lie over what was kept
+    # The gradient's rows, and what is activated; slopes lie over what was kept
+    passing = result * chosen * (hidden + width) + (2 * FLOAT * chosen * width if apart else 0)
     if precision == "fp8":  # slopes, the rows of x's gradient, and both sides' operands
         passing += chosen * (result * (2 * hidden + width) + FILLED * operand * (2 * hidden + width))
     return Kept(0, result * 2 * shared, result * width if shared else 0, rest, passing)

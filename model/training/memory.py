@@ -227,9 +227,7 @@ def _operand_bytes(precision: Precision, device: str) -> int:
     return FLOAT if device == "cpu" else 2 if precision == "bfloat16" else 1
 
 
-def _head(
-    model: ModelConfig, vocab_size: int, tokens: int, precision: Precision, device: str, mtp_modules: int
-) -> int:  # fmt: skip
+def _head(model: ModelConfig, vocab_size: int, tokens: int, precision: Precision, device: str, mtp_modules: int) -> int:
     """Bytes of each loss's input and gradients, which it makes in its forward pass, and of the logits of a chunk."""
     least, most = CHUNK_LOGITS[device]
     chunk = max(CHUNK_ROWS * vocab_size, min(most, max(least, tokens * vocab_size // CHUNK_SHARE)))

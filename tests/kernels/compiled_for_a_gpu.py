@@ -6,6 +6,7 @@ test_gpu_code.py runs it in a process of its own, since tensors without numbers 
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
-from gristmill import kernels
+from gristmill.kernels.bench import OPERATIONS
 from gristmill.kernels.cross_entropy import (
     linear_cross_entropy_mean,
     linear_log_probs,
@@ -33,8 +35,9 @@ from gristmill.kernels.router import Choice, route
 from gristmill.kernels.swiglu import swiglu
 from gristmill.kernels.tune import SEARCHED, search_of
 from gristmill.model.config import ModelConfig
-from gristmill.model.decoding import Decoder
+from gristmill.model.training.activations import kept
 from gristmill.model.training.config import LayoutConfig, OptimizerConfig
+from gristmill.model.training.expert_parallel import ShardedExperts, shard_experts
 from gristmill.model.training.layout import Layout
 from gristmill.model.training.memory import training_memory
 from gristmill.model.training.precision import apply_precision
@@ -59,20 +62,11 @@ def compiled(code: ModuleType) -> list[Row]:
     return code.pretend()
 
 
-@pytest.fixture(scope="module")
-def launched() -> set[str]:
-    """Names of kernels that were compiled so far."""
-    return set()
-
-
 @pytest.mark.filterwarnings("ignore")
-def test_every_case_of_the_benchmark_compiles(code: ModuleType, compiled: list[Row], launched: set[str]) -> None:
+def test_every_case_of_the_benchmark_compiles(code: ModuleType, compiled: list[Row]) -> None:
     """At full size: without a look at a number, within a multiprocessor's shared memory, and nearly without spills."""
-    from gristmill.kernels.bench import OPERATIONS
-
     found = code.look_at(list(OPERATIONS), compiled)
     assert not found.failed
-    launched |= {row["kernel"] for row in found.kernels}
     _check(code, found.kernels)
     on_tensor_cores = {row["kernel"] for row in found.kernels if row["wgmma"]}
     assert {"_product", "_weight_gradient", "forward", "gradient_of_queries", "gradient_of_keys"} <= on_tensor_cores
@@ -186,57 +180,112 @@ def updates(dtype: torch.dtype) -> None:
         round_stochastically(p, m, 0, 3, origins)
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize(
-    "calls",
-    [products, experts, in_fp8, heads, decoding, head, gate, between, updates],
-    ids=lambda calls: calls.__name__,
-)
-def test_small_and_odd_shapes_compile(
-    calls: Callable[[torch.dtype], None], dtype: torch.dtype, code: ModuleType, compiled: list[Row], launched: set[str]
-) -> None:
-    """Whatever is not in the benchmark: plain loads, float32, masks, documents, entropies, pages, logarithms."""
-    compiled.clear()
+CALLS = [products, experts, in_fp8, heads, decoding, head, gate, between, updates]
+
+
+def call(calls: Callable[[torch.dtype], None], dtype: torch.dtype, code: ModuleType) -> None:
     with code.without_numbers() as mode:
         mode.preparing = False
         calls(dtype)
-    launched |= {row["kernel"] for row in compiled}
-    _check(code, compiled)
-
-
-def test_nothing_is_left_out(launched: set[str]) -> None:
-    """Every kernel that the sources launch was compiled by a test above."""
-    sources = "".join(path.read_text(encoding="utf-8") for path in sorted(KERNELS.glob("*/gpu*.py")))
-    defined = set(re.findall(r"@triton\.jit(?:\([^)]*\))?\ndef (\w+)", sources))
-    named = {name for name in re.findall(r"\b(\w+)\[(?:\(|grid)", sources) if name in defined}
-    assert len(named) > 25
-    assert named <= launched
-
-
-WIDTHS = ModelConfig(
-    hidden_size=2048, intermediate_size=10_944, moe_intermediate_size=1408, num_hidden_layers=4, num_attention_heads=16,
-    kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, first_k_dense_replace=1,
-    n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2, max_position_embeddings=4096,
-)  # fmt: skip
-"""Of the 16B model of DeepSeek-V2's paper; few of its blocks."""
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("calls", CALLS, ids=lambda calls: calls.__name__)
+def test_small_and_odd_shapes_compile(
+    calls: Callable[[torch.dtype], None], dtype: torch.dtype, code: ModuleType, compiled: list[Row]
+) -> None:
+    """Whatever is not in the benchmark: plain loads, float32, masks, documents, entropies, pages, logarithms."""
+    compiled.clear()
+    call(calls, dtype, code)
+    _check(code, compiled)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_is_left_out(code: ModuleType, compiled: list[Row]) -> None:
+    """Every kernel that the sources launch is launched above."""
+    code.look_at(list(OPERATIONS), compiled)
+    for calls in CALLS:
+        for dtype in DTYPES:
+            call(calls, dtype, code)
+    wanted = {}
+    for path in sorted(KERNELS.glob("*/gpu.py")):
+        module = importlib.import_module(f"gristmill.kernels.{path.parent.name}.gpu")
+        for name in set(re.findall(r"\b(\w+)\[(?:\(|grid)", path.read_text(encoding="utf-8"))):
+            if isinstance(kernel := getattr(module, name, None), JITFunction):
+                wanted[f"{path.parent.name}.{name}"] = kernel
+    assert len(wanted) >= 30
+    assert [name for name, kernel in wanted.items() if kernel not in code.launched] == []
+
+
+WIDTHS: dict[str, Any] = {
+    "hidden_size": 2048, "intermediate_size": 10_944, "moe_intermediate_size": 1408, "num_hidden_layers": 4,
+    "num_attention_heads": 16, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "first_k_dense_replace": 1, "n_routed_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 2,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+"""Of the 16B model of DeepSeek-V2's paper; few of its blocks."""
+GROUPED = {"attention": "gqa", "num_key_value_heads": 2, "qk_norm": True, "first_k_dense_replace": 4}
+
+
+class Exchanged(torch.autograd.Function):
+    """Rows as they come from other ranks that have as many."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.clone()
+
+
+class TwoRanks:
+    """Stands for a group of processes."""
+
+    def size(self) -> int:
+        return 2
+
+    def rank(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def balanced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks that share out experts, and send each other as many rows as they keep."""
+
+    def counts(self: ShardedExperts, load_E: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        rows = 4 * 4096 * WIDTHS["num_experts_per_tok"] // 2
+        return load_E.view(2, -1), [rows, rows], [rows, rows]
+
+    monkeypatch.setattr("gristmill.model.training.expert_parallel.exchange_rows", lambda x, *_: Exchanged.apply(x))
+    monkeypatch.setattr(ShardedExperts, "_counts", counts)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("balanced")
 @pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("recompute", "other", "expert_ranks"),
+    [("none", {}, 1), ("selective", {}, 1), ("full", {}, 1), ("none", GROUPED, 1), ("none", {}, 2), ("full", {}, 2)],
+)
 def test_a_models_step_waits_for_nothing_and_holds_what_is_said(
-    precision: Any, recompute: Any, code: ModuleType, compiled: list[Row]
+    precision: Any, recompute: Any, other: dict[str, Any], expert_ranks: int, code: ModuleType, compiled: list[Row]
 ) -> None:
     """Both passes over 16,384 tokens, with documents, MTP and the balance loss.
 
     Said is the most of activations and all gradients, which are there together for no long time, so that it is above
-    what is held; what is kept without recomputing was counted tensor by tensor, and is said to a fifth.
+    what is held; what is kept without recomputing was counted tensor by tensor, and is said to a tenth.
     """
-    sequences, vocabulary, layout = 4, 102_400, LayoutConfig(recompute=recompute)
+    sequences, vocabulary = 4, 102_400
+    layout = LayoutConfig(recompute=recompute, expert_parallel=expert_ranks)
+    config = ModelConfig(**{**WIDTHS, **other})
     with code.without_numbers() as mode:
-        model = Transformer(WIDTHS, vocabulary).train()
+        model = Transformer(config, vocabulary).train()
+        whole_model = sum(p.nbytes for p in model.parameters())
         apply_precision(model, precision)
+        if expert_ranks > 1:
+            shard_experts(model, TwoRanks())  # type: ignore[arg-type]
         if recompute != "none":
             recompute_blocks(model, recompute)
         token_BS, weight_BS = whole(sequences, 4096), draw(sequences, 4096)
@@ -244,36 +293,21 @@ def test_a_models_step_waits_for_nothing_and_holds_what_is_said(
         mode.preparing = False
         with code.Held() as held:
             main, ahead = model.losses(batch, token_BS, token_BS, weight_BS, routing)
-            kept = held.now
+            before_backward = held.now
             torch.stack([main, *ahead, *routing.balance_loss]).sum().backward()
     said = training_memory(
-        WIDTHS, vocabulary, OptimizerConfig(), Layout.of(1, layout), layout, tokens=token_BS.numel(),
+        config, vocabulary, OptimizerConfig(), Layout.of(expert_ranks, layout), layout, tokens=token_BS.numel(),
         precision=precision, device="cuda", mtp_modules=1, averaged=False,
     )  # fmt: skip
-    operands = said.weights - sum(p.nbytes for p in model.parameters())
-    assert held.most < said.activations + said.gradients + operands < 1.8 * held.most
+    own = sum(p.nbytes for p in model.parameters())
+    operands = said.weights - own
+    assert own < whole_model if expert_ranks > 1 else own == whole_model
+    assert held.most < said.activations + own + operands < 1.8 * held.most
     if recompute == "none":
-        assert kept < said.activations + operands < 1.2 * kept
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize(("rows", "tokens"), [(32, 1), (2, 64)])
-def test_a_step_of_decoding_waits_for_nothing(
-    rows: int, tokens: int, paged: bool, code: ModuleType, compiled: list[Row]
-) -> None:
-    with code.without_numbers() as mode:
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            decoder = Decoder(Transformer(WIDTHS, 1000))
-        finally:
-            torch.set_default_dtype(torch.float32)
-        cache = decoder.paged_cache(rows, 4096, rows * 4096) if paged else decoder.cache(rows, 4096)
-        mode.preparing = False
-        before = kernels.report().get("mla_decode", {}).get("gpu", 0)
-        _, logits_BSV = decoder.step(whole(rows, tokens), whole(rows), cache)
-    assert logits_BSV.shape == (rows, tokens, 1000)
-    assert kernels.report()["mla_decode"]["gpu"] == before + WIDTHS.num_hidden_layers
+        kinds = {True, config.first_k_dense_replace == config.num_hidden_layers}
+        blocks = [kept(config, dense, precision, "cuda", apart=expert_ranks > 1) for dense in kinds]
+        passing = int(max(block.passing for block in blocks) * token_BS.numel())
+        assert before_backward < said.activations - passing + operands < 1.1 * before_backward
 
 
 @pytest.mark.slow
