@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,19 +22,8 @@ from gristmill.kernels.fp8_gemm.gpu import (
 )
 from gristmill.kernels.fp8_gemm.reference import BLOCK
 from gristmill.kernels.grouped_gemm.gpu import Tiles
+from gristmill.kernels.grouped_gemm.search import Shape
 from gristmill.kernels.tune import Search, Sizes
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Experts, rows of each where they are many and where they are few, and both sides of a matrix."""
-
-    experts: int
-    long: int
-    short: int
-    inner: int
-    outer: int
-
 
 # V3's matrices, a quarter of its experts: each candidate's results are kept, and the gradient's are float32.
 DEEPSEEK = Shape(64, 1024, 128, 7168, 2048)
