@@ -138,6 +138,12 @@ def _quantise_blocks(w, q, scales, outer, inner, w_group, w_out, w_in, NATIVE: t
 
 
 @triton.jit
+def _made(x):
+    """x, made before what comes next: a half's sums would else lie beside the next half's, and registers run out."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _product(
     x, x_scale, w, w_scale, y, table, inner, outer, s_row, s_block,
     NATIVE: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, TWO: tl.constexpr,
@@ -147,25 +153,31 @@ def _product(
 
     With TWO, a tile has twice as many columns, whose halves are multiplied one after the other: rows of x are read half
     as often, and no more than one half's products wait outside of the tensor cores to be scaled.
+
+    Scales are read a step before their use: they are multiplied, and so waited for, before the tensor cores begin.
     """
     WIDE: tl.constexpr = 2 * OUT if TWO else OUT
     columns, steps = outer // WIDE, inner // BLOCK
     for tile in tl.range(tl.program_id(0), tl.load(table + 3) * columns, tl.num_programs(0), flatten=NATIVE):
         entry, column = table + 4 * (tile // columns), tile % columns * WIDE
         group, first, last = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-        rows = first + tl.arange(0, ROWS)
-        own_scale = w_scale + (group.to(tl.int64) * (outer // BLOCK) + column // BLOCK) * steps
-        next_scale = w_scale + (group.to(tl.int64) * (outer // BLOCK) + (column + OUT) // BLOCK) * steps
+        rows = tl.minimum(first + tl.arange(0, ROWS), last - 1).to(tl.int64)  # what is past the last is not written
+        blocks = w_scale + group.to(tl.int64) * (outer // BLOCK) * steps
+        own_at, other_at = blocks + column // BLOCK * steps, blocks + (column + WIDE - OUT) // BLOCK * steps
         total = tl.zeros((ROWS, OUT), dtype=tl.float32)
         second = tl.zeros((ROWS, OUT), dtype=tl.float32)
+        row, own, other = tl.load(x_scale + rows * s_row), tl.load(own_at), tl.load(other_at)
         for step in range(steps):
             a, b = x.load([first, step * BLOCK]), w.load([group, column, step * BLOCK]).reshape(OUT, BLOCK)
-            at = rows.to(tl.int64) * s_row + tl.cast(step, tl.int64) * s_block
-            scale = tl.load(x_scale + at, mask=rows < last, other=0.0)
-            total += _block_sum(a, b, NATIVE) * (scale * tl.load(own_scale + step))[:, None]
+            scale, scale_2, after = row * own, row * other, tl.minimum(step + 1, steps - 1)
+            row = tl.load(x_scale + tl.cast(after, tl.int64) * s_block + rows * s_row)
+            own, other = tl.load(own_at + after), tl.load(other_at + after)
+            total += _block_sum(a, b, NATIVE) * scale[:, None]
             if TWO:
+                if NATIVE:
+                    total = _made(total)
                 b = w.load([group, column + OUT, step * BLOCK]).reshape(OUT, BLOCK)
-                second += _block_sum(a, b, NATIVE) * (scale * tl.load(next_scale + step))[:, None]
+                second += _block_sum(a, b, NATIVE) * scale_2[:, None]
         place = [MOST, last, MOST - last + first, column]
         y.store(place, total.to(y.dtype).reshape(1, 1, ROWS, OUT))
         if TWO:
@@ -185,15 +197,17 @@ def _weight_gradient(
     for turn in tl.range(tl.program_id(0), groups * tiles, tl.num_programs(0), flatten=NATIVE):
         group, tile = turn // tiles, turn % tiles
         out, into = tile // columns * OUT, tile % columns * IN
-        outs, ins = out + tl.arange(0, OUT), into + tl.arange(0, IN)
         begin, end = tl.load(tile_ends + group - 1, mask=group > 0, other=0), tl.load(tile_ends + group)
         total = tl.zeros((OUT, IN), dtype=tl.float32)
-        for step in range(end - begin):
-            block = begin + step
+        own_at = grad_scale + (out + tl.arange(0, OUT)).to(tl.int64) * g_row
+        other_at = x_scale + (into + tl.arange(0, IN)).to(tl.int64) * x_row
+        here = tl.maximum(tl.minimum(begin, end - 1), 0).to(tl.int64)  # some tile, for a group that has none
+        own, other = tl.load(own_at + here * g_block), tl.load(other_at + here * x_block)
+        for block in range(begin, end):
             a, b = grad.load([out, block * BLOCK]), x.load([into, block * BLOCK])
-            own = tl.load(grad_scale + outs.to(tl.int64) * g_row + block.to(tl.int64) * g_block)
-            other = tl.load(x_scale + ins.to(tl.int64) * x_row + block.to(tl.int64) * x_block)
-            total += _block_sum(a, b, NATIVE) * (own[:, None] * other[None, :])
+            scale, scale_2, after = own, other, tl.minimum(block + 1, end - 1).to(tl.int64)
+            own, other = tl.load(own_at + after * g_block), tl.load(other_at + after * x_block)
+            total += _block_sum(a, b, NATIVE) * (scale[:, None] * scale_2[None, :])
         y.store([group, out, into], total.reshape(1, OUT, IN))
 
 
@@ -281,7 +295,7 @@ def fp8_grouped_gemm(
     _product[grid](
         x, x_scale_NC, w, w_scale_EBC.contiguous(), out, table, inner, outer, *x_scale_NC.stride(),
         NATIVE=_native(x_NK.device), MOST=MOST_ROWS, ROWS=tiles.rows, OUT=columns, TWO=two, BLOCK=BLOCK,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        **tiles.options(),
     )  # fmt: skip
     return y
 
@@ -301,6 +315,6 @@ def fp8_weight_gradient(
         grad, grad_scale_MQ, x, x_scale_KQ, _whole(dw, 1, tiles.rows, tiles.columns), tile_ends(ends_E), groups,
         outer, inner, *grad_scale_MQ.stride(), *x_scale_KQ.stride(),
         NATIVE=_native(x_KP.device), OUT=tiles.rows, IN=tiles.columns, BLOCK=BLOCK,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        **tiles.options(),
     )  # fmt: skip
     return dw

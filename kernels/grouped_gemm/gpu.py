@@ -28,6 +28,7 @@ from gristmill.kernels.tiles import tuned
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter's dot does not know bfloat16
 ALIGNED = 16  # bytes; of addresses and of steps from row to row
+REGISTERS = 1 << 16  # of a multiprocessor, handed out to a thread by eights, up to 255
 MOST_ROWS = 1 << 30  # the bound of Triton's descriptors of groups
 
 
@@ -42,8 +43,13 @@ class Tiles:
     stages: int
     programs: int = 1
 
+    def options(self) -> dict[str, int | None]:
+        """What a kernel is launched with: no more registers a thread than let all programs run at once."""
+        most = REGISTERS // (32 * self.warps * self.programs) // 8 * 8
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": most if most < 255 else None}
 
-PLAIN = Tiles(64, 64, 32, 4, 3, programs=4)
+
+PLAIN = Tiles(64, 64, 32, 4, 3, programs=2)
 PRODUCT = SHORT_PRODUCT = Tiles(128, 256, 64, 8, 3)
 GRADIENT, SHORT_GRADIENT = Tiles(256, 128, 32, 8, 4), Tiles(128, 128, 32, 4, 4, programs=2)
 FEW_ROWS = 256
@@ -211,7 +217,7 @@ def product(a_NI: Tensor, w_EMK: Tensor, ends_E: Tensor, transposed: bool, tiles
         a, b, out, table, inner, outer,
         a_NI.stride(0), a_NI.stride(1), w_EMK.stride(0), w_in, w_out, y.stride(0),
         TRANSPOSED=transposed, ENGINE=engine, WIDE=INTERPRETED, MOST=MOST_ROWS,
-        ROWS=tiles.rows, OUT=tiles.columns, IN=tiles.terms, num_warps=tiles.warps, num_stages=tiles.stages,
+        ROWS=tiles.rows, OUT=tiles.columns, IN=tiles.terms, **tiles.options(),
     )  # fmt: skip
     return y
 
@@ -241,7 +247,7 @@ def weight_gradient(
     _weight_gradient[(min(most, tiles.programs * _processors(x_NK.device)),)](
         grad, x, w, ends_E, groups, outer, inner, grad_w.stride(0), grad_w.stride(1),
         ENGINE=engine, WIDE=INTERPRETED, MOST=MOST_ROWS,
-        OUT=tiles.rows, IN=tiles.columns, ROWS=tiles.terms, num_warps=tiles.warps, num_stages=tiles.stages,
+        OUT=tiles.rows, IN=tiles.columns, ROWS=tiles.terms, **tiles.options(),
     )  # fmt: skip
     return grad_w
 
