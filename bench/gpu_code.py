@@ -6,6 +6,7 @@ is compiled for a Hopper GPU, down to its machine code, and is not launched. So 
 - whether each kernel compiles, fits into a multiprocessor's shared memory, and with how many registers; how many bytes
   of a thread's own memory it takes, which is where registers are spilled to; how many products go to tensor cores
   (`wgmma`) and how many copies to the copy engine (`tma`), as instructions of the program;
+- loads from memory that products wait for at every turn of their loop (kernels/machine_code.py);
 - whether any operation looks at a number, for which a GPU would be waited for (an error here, under the case's name);
 - the most bytes that an operation holds at a time beyond its inputs, and beside it the peer that a goal of memory
   names; results (gradients) are left out where the case says their size. They are those of torch's tensors, in blocks
@@ -13,8 +14,8 @@ is compiled for a Hopper GPU, down to its machine code, and is not launched. So 
 
 It says nothing of time, and nothing of what is computed: for that there are Triton's interpreter and GPUs.
 
-With `--json` the last line is an object: `kernels` (op, shape, kernel, registers, spilled, shared, warps, wgmma, tma),
-`memory` (op, shape, side, bytes), `goals` of memory (op, shape, peer, ratio, goal, met), `triton`.
+With `--json` the last line is an object: `kernels` (op, shape, kernel, registers, spilled, shared, warps, wgmma, tma,
+waits), `memory` (op, shape, side, bytes), `goals` of memory (op, shape, peer, ratio, goal, met), `triton`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from triton.runtime.jit import JITFunction
 
 NAME, CAPABILITY, PROCESSORS = "NVIDIA H100 80GB HBM3", (9, 0), 132
 MOST_SHARED = 227 << 10  # bytes of a multiprocessor that one program may have
+SAID = 4  # of a kernel's waits
 BLOCK = 512  # bytes; of torch's allocator on a GPU
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 Row = dict[str, Any]
@@ -149,11 +151,17 @@ def pretend() -> list[Row]:
 
 def resources(kernel: Any) -> Row:
     """What a compiled kernel takes."""
+    from gristmill.kernels import machine_code
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        def told(tool: str, how: str) -> str:
+            return subprocess.run([TOOLS / tool, how, file.name], capture_output=True, text=True, check=True).stdout
+
+        said = told("cuobjdump", "--dump-resource-usage")
+        listing = told("nvdisasm", "-c") if "mma" in kernel.asm["ptx"] else ""
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
     if found is None:
         raise RuntimeError(f"cuobjdump says of no kernel what it takes: {said}")
@@ -166,6 +174,7 @@ def resources(kernel: Any) -> Row:
         "warps": kernel.metadata.num_warps,
         "wgmma": program.count("wgmma.mma_async"),
         "tma": program.count("cp.async.bulk.tensor"),
+        "waits": machine_code.waits(listing),
     }
 
 
@@ -237,6 +246,7 @@ def said(row: Row) -> str:
     return (
         f"{row['kernel']:<28} {row['registers']:3} registers, {row['spilled']:4} bytes spilled, {row['shared']:6} "
         f"shared, {row['warps']:2} warps, {row['wgmma']:3} wgmma, {row['tma']:3} tma"
+        + "".join(f"\n        products wait for {wait}" for wait in row["waits"][:SAID])
     )
 
 

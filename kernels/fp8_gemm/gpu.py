@@ -152,26 +152,30 @@ def _product(
     """y[rows of e] = x[rows of e] · w[e]ᵀ; x, w and y are descriptors, and OUT columns lie in one block of w.
 
     With TWO, a tile has twice as many columns, whose halves are multiplied one after the other: rows of x are read half
-    as often, and no more than one half's products wait outside of the tensor cores to be scaled.
+    as often, and no more than one half's products wait outside of the tensor cores to be scaled. A tile's first loads
+    do not begin within the sums of the one before, then: registers would run out.
 
     Scales are read a step before their use: they are multiplied, and so waited for, before the tensor cores begin.
     """
     WIDE: tl.constexpr = 2 * OUT if TWO else OUT
+    SECOND: tl.constexpr = 1 if TWO else 0
     columns, steps = outer // WIDE, inner // BLOCK
-    for tile in tl.range(tl.program_id(0), tl.load(table + 3) * columns, tl.num_programs(0), flatten=NATIVE):
+    for tile in tl.range(
+        tl.program_id(0), tl.load(table + 3) * columns, tl.num_programs(0), flatten=NATIVE and not TWO
+    ):
         entry, column = table + 4 * (tile // columns), tile % columns * WIDE
         group, first, last = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-        rows = tl.minimum(first + tl.arange(0, ROWS), last - 1).to(tl.int64)  # what is past the last is not written
-        blocks = w_scale + group.to(tl.int64) * (outer // BLOCK) * steps
-        own_at, other_at = blocks + column // BLOCK * steps, blocks + (column + WIDE - OUT) // BLOCK * steps
+        rows = tl.minimum(first + tl.arange(0, ROWS), last - 1)  # what is past the last is not written
+        block = (group * (outer // BLOCK) + column // BLOCK) * steps
         total = tl.zeros((ROWS, OUT), dtype=tl.float32)
         second = tl.zeros((ROWS, OUT), dtype=tl.float32)
-        row, own, other = tl.load(x_scale + rows * s_row), tl.load(own_at), tl.load(other_at)
+        row = tl.load(x_scale + rows.to(tl.int64) * s_row)
+        own, other = tl.load(w_scale + block), tl.load(w_scale + block + SECOND * steps)
         for step in range(steps):
             a, b = x.load([first, step * BLOCK]), w.load([group, column, step * BLOCK]).reshape(OUT, BLOCK)
             scale, scale_2, after = row * own, row * other, tl.minimum(step + 1, steps - 1)
-            row = tl.load(x_scale + tl.cast(after, tl.int64) * s_block + rows * s_row)
-            own, other = tl.load(own_at + after), tl.load(other_at + after)
+            row = tl.load(x_scale + tl.cast(after, tl.int64) * s_block + rows.to(tl.int64) * s_row)
+            own, other = tl.load(w_scale + block + after), tl.load(w_scale + block + SECOND * steps + after)
             total += _block_sum(a, b, NATIVE) * scale[:, None]
             if TWO:
                 if NATIVE:

@@ -67,6 +67,7 @@ def test_every_case_of_the_benchmark_compiles(code: ModuleType, compiled: list[R
     """At full size: without a look at a number, within a multiprocessor's shared memory, and nearly without spills."""
     found = code.look_at(list(OPERATIONS), compiled)
     _check(code, found.kernels)
+    _check_that_products_wait_for_nothing(code, found.kernels)
     on_tensor_cores = {row["kernel"] for row in found.kernels if row["wgmma"]}
     assert {"_product", "_weight_gradient", "forward", "gradient_of_queries", "gradient_of_keys"} <= on_tensor_cores
     assert all(row["tma"] for row in found.kernels if row["kernel"] in ("_product", "forward"))
@@ -76,6 +77,12 @@ def _check(code: ModuleType, found: list[Row]) -> None:
     assert all(row["shared"] <= code.MOST_SHARED for row in found)
     spilled = [code.said(row) for row in found if row["spilled"] > SPILLED.get(row["kernel"], 0)]
     assert not spilled, "\n".join(spilled)
+
+
+def _check_that_products_wait_for_nothing(code: ModuleType, found: list[Row]) -> None:
+    """Beyond odd sizes, whose numbers no engine copies."""
+    waiting = [code.said(row) for row in found if row["waits"]]
+    assert not waiting, "\n".join(waiting)
 
 
 def both_ways(function: Callable[..., Any], *leaves: Tensor) -> None:
@@ -322,6 +329,7 @@ def test_every_candidate_of_a_search_compiles(folder: str, code: ModuleType, com
                 search.results(sizes)
                 print("\n".join([f"{search.kernel} {sizes}", *(code.said(row) for row in compiled)]))
                 assert all(row["shared"] <= code.MOST_SHARED for row in compiled)
+                _check_that_products_wait_for_nothing(code, compiled)
             mode.preparing = True
 
 
