@@ -12,13 +12,16 @@ import re
 
 PRODUCT = re.compile(r"\b[HIQ]G?MMA\.")
 LOAD = re.compile(r"\bLDG\.(\S*)\s+R(\d+),")
+END = re.compile(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0\b")
 BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 WORDS = {"64": 2, "128": 4}
 """Registers that a load of so many bits fills; of others one."""
 
 
 def waits(listing: str) -> list[str]:
-    """Loads that an innermost loop waits for at every turn before a product, each with the instruction that waits."""
+    """What the products of innermost loops wait for at every turn: loads, each with the instruction that takes it, and
+    one another, where a compiler lets each end before the next begins.
+    """
     program, labels = _instructions(listing)
     loops = []
     for end, text in enumerate(program):
@@ -28,7 +31,16 @@ def waits(listing: str) -> list[str]:
             loops.append(range(labels[branch[1]], end + 1))
     loops = [loop for loop in loops if any(PRODUCT.search(program[at]) for at in loop)]
     inner = [a for a in loops if not any(a != b and a.start <= b.start and b.stop <= a.stop for b in loops)]
-    return [found for loop in inner for found in _waits_of(program[loop.start : loop.stop], labels, loop.start)]
+    found = []
+    for loop in inner:
+        body = program[loop.start : loop.stop]
+        found += _one_by_one(body) + _loads(body, labels, loop.start)
+    return found
+
+
+def _one_by_one(body: list[str]) -> list[str]:
+    products, ends = (sum(bool(wanted.search(text)) for text in body) for wanted in (PRODUCT, END))
+    return [f"each other, {products} products one by one"] if products > 1 and ends >= products else []
 
 
 def _instructions(listing: str) -> tuple[list[str], dict[str, int]]:
@@ -42,7 +54,7 @@ def _instructions(listing: str) -> tuple[list[str], dict[str, int]]:
     return program, labels
 
 
-def _waits_of(body: list[str], labels: dict[str, int], start: int) -> list[str]:
+def _loads(body: list[str], labels: dict[str, int], start: int) -> list[str]:
     products = [at for at, text in enumerate(body) if PRODUCT.search(text)]
     skipped: set[int] = set()  # by a branch ahead: not of every turn
     for at, text in enumerate(body):

@@ -26,8 +26,8 @@ from gristmill.kernels.grouped_gemm.search import Shape
 from gristmill.kernels.tune import Search, Sizes
 
 # V3's matrices, a quarter of its experts: each candidate's results are kept, and the gradient's are float32.
-DEEPSEEK = Shape(64, 1024, 128, 7168, 2048)
-SMALL = Shape(2, 390, 40, 256, 256)
+DEEPSEEK = Shape(64, 1024, 128, 7168, 2048, 2)
+SMALL = Shape(2, 390, 40, 256, 256, 1)
 
 
 def _tiles(rows: int, columns: int, warps: int, stages: int, programs: int = 1) -> Tiles:
@@ -82,16 +82,12 @@ SIZES: dict[str, Sizes] = {
 
 
 def searches(device: str, shape: Shape = DEEPSEEK) -> Iterator[Search]:
-    """All groups have as many rows."""
     experts, inner, outer = shape.experts, shape.inner, shape.outer
 
     def drawn(*sizes: int) -> Tensor:
         return torch.randn(*sizes, device=device, dtype=torch.bfloat16)
 
-    def ends(rows: int) -> Tensor:
-        return (torch.arange(experts, device=device) + 1) * rows
-
-    x, long, short = drawn(experts * shape.long, inner), ends(shape.long), ends(shape.short)
+    x, long, short = drawn(experts * shape.long, inner), shape.ends(shape.long, device), shape.ends(shape.short, device)
     few = x[: experts * shape.short]
     name = "fp8_gemm.quantise_rows"
     yield Search(name, *SIZES[name], lambda strip: [*quantise_rows(few, strip=strip)])

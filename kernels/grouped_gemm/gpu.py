@@ -76,20 +76,28 @@ def _places(ends_ptr, table_ptr, groups, ROWS: tl.constexpr, GROUPS: tl.constexp
 @triton.jit
 def _product(
     a, b, y, table_ptr, inner, outer, a_row, a_in, b_group, b_in, b_out, y_row,
-    TRANSPOSED: tl.constexpr, ENGINE: tl.constexpr, WIDE: tl.constexpr, MOST: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ENGINE: tl.constexpr, WIDE: tl.constexpr, MOST: tl.constexpr, THREE: tl.constexpr,
     ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
 ):  # fmt: skip
     """y[rows of e] = a[rows of e] · B_e, where B_e[i, o] lies at b + e·b_group + i·b_in + o·b_out.
 
     With ENGINE, a, b and y are descriptors, b's of w as it lies: (groups, outer, inner) if TRANSPOSED; y's is of groups
     of rows, and cuts off what a tile has beyond its group.
+
+    With THREE, a tile has three times as many rows, each third with a total of its own: 192 rows × 256 columns fill the
+    registers, and read a fifth less for a product than 128 × 256, the next that Triton has. A tile's first loads do not
+    begin within the sums of the one before, then: the totals would be set to zero while products may be under way, for
+    which the compiler would let each product end before the next.
     """
     columns, steps = tl.cdiv(outer, OUT), tl.cdiv(inner, IN)
-    for tile in tl.range(tl.program_id(0), tl.load(table_ptr + 3) * columns, tl.num_programs(0), flatten=ENGINE):
+    for tile in tl.range(
+        tl.program_id(0), tl.load(table_ptr + 3) * columns, tl.num_programs(0), flatten=ENGINE and not THREE
+    ):
         entry, column = table_ptr + 4 * (tile // columns), tile % columns * OUT
         group, first, last = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
         rows, outs, ins = first + tl.arange(0, ROWS), column + tl.arange(0, OUT), tl.arange(0, IN)
         total = tl.zeros((ROWS, OUT), dtype=tl.float32)
+        second, third = tl.zeros((ROWS, OUT), dtype=tl.float32), tl.zeros((ROWS, OUT), dtype=tl.float32)
         for step in range(steps):
             start = step * IN
             if ENGINE:
@@ -113,9 +121,18 @@ def _product(
             if WIDE:
                 x, w = x.to(tl.float32), w.to(tl.float32)
             total = tl.dot(x, w, total, input_precision="ieee")
+            if THREE:
+                x, next_x = a.load([first + ROWS, start]), a.load([first + 2 * ROWS, start])
+                if WIDE:
+                    x, next_x = x.to(tl.float32), next_x.to(tl.float32)
+                second = tl.dot(x, w, second, input_precision="ieee")
+                third = tl.dot(next_x, w, third, input_precision="ieee")
         if ENGINE:
-            place = [MOST, last, MOST - last + first, column]
-            y.store(place, total.to(y.dtype).reshape(1, 1, ROWS, OUT))
+            place = MOST - last + first
+            y.store([MOST, last, place, column], total.to(y.dtype).reshape(1, 1, ROWS, OUT))
+            if THREE:
+                y.store([MOST, last, place + ROWS, column], second.to(y.dtype).reshape(1, 1, ROWS, OUT))
+                y.store([MOST, last, place + 2 * ROWS, column], third.to(y.dtype).reshape(1, 1, ROWS, OUT))
         else:
             where = y + rows.to(tl.int64)[:, None] * y_row + outs[None, :]
             tl.store(where, total.to(y.dtype.element_ty), mask=(rows[:, None] < last) & (outs[None, :] < outer))
@@ -124,24 +141,26 @@ def _product(
 @triton.jit
 def _weight_gradient(
     grad, x, w, ends_ptr, groups, outer, inner, w_group, w_row,
-    ENGINE: tl.constexpr, WIDE: tl.constexpr, MOST: tl.constexpr,
+    ENGINE: tl.constexpr, WIDE: tl.constexpr, MOST: tl.constexpr, THREE: tl.constexpr,
     OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dw[e] = grad[rows of e]ᵀ · x[rows of e]; zero for a group without rows. grad and x are contiguous.
 
     With ENGINE, grad, x and w are descriptors; those of grad and x are of groups of rows, with zeros beyond a group
     (MOST and the sums with it are how such a descriptor is told the bounds of a group; Triton's own function for that
-    does not run under its interpreter).
+    does not run under its interpreter). THREE is as in the product: of rows of the gradient.
     """
+    HIGH: tl.constexpr = 3 * OUT if THREE else OUT
     columns = tl.cdiv(inner, IN)
-    tiles = tl.cdiv(outer, OUT) * columns
-    for turn in tl.range(tl.program_id(0), groups * tiles, tl.num_programs(0), flatten=ENGINE):
+    tiles = tl.cdiv(outer, HIGH) * columns
+    for turn in tl.range(tl.program_id(0), groups * tiles, tl.num_programs(0), flatten=ENGINE and not THREE):
         group, tile = turn // tiles, turn % tiles
-        out, into = tile // columns * OUT, tile % columns * IN
+        out, into = tile // columns * HIGH, tile % columns * IN
         outs, ins = out + tl.arange(0, OUT), into + tl.arange(0, IN)
         begin = tl.load(ends_ptr + group - 1, mask=group > 0, other=0).to(tl.int32)
         end = tl.load(ends_ptr + group).to(tl.int32)
         total = tl.zeros((OUT, IN), dtype=tl.float32)
+        second, third = tl.zeros((OUT, IN), dtype=tl.float32), tl.zeros((OUT, IN), dtype=tl.float32)
         for step in range(tl.cdiv(end - begin, ROWS)):
             if ENGINE:
                 beyond = MOST - (end - begin) + step * ROWS
@@ -155,8 +174,18 @@ def _weight_gradient(
             if WIDE:
                 g, v = g.to(tl.float32), v.to(tl.float32)
             total = tl.dot(g.T, v, total, input_precision="ieee")
+            if THREE:
+                g = grad.load([MOST, end, beyond, out + OUT]).reshape(ROWS, OUT)
+                next_g = grad.load([MOST, end, beyond, out + 2 * OUT]).reshape(ROWS, OUT)
+                if WIDE:
+                    g, next_g = g.to(tl.float32), next_g.to(tl.float32)
+                second = tl.dot(g.T, v, second, input_precision="ieee")
+                third = tl.dot(next_g.T, v, third, input_precision="ieee")
         if ENGINE:
             w.store([group, out, into], total.to(w.dtype).reshape(1, OUT, IN))
+            if THREE:
+                w.store([group, out + OUT, into], second.to(w.dtype).reshape(1, OUT, IN))
+                w.store([group, out + 2 * OUT, into], third.to(w.dtype).reshape(1, OUT, IN))
         else:
             where = w + group.to(tl.int64) * w_group + outs[:, None].to(tl.int64) * w_row + ins[None, :]
             tl.store(where, total.to(w.dtype.element_ty), mask=(outs[:, None] < outer) & (ins[None, :] < inner))
@@ -207,17 +236,19 @@ def product(a_NI: Tensor, w_EMK: Tensor, ends_E: Tensor, transposed: bool, tiles
     table = torch.empty(most, 4, dtype=torch.int32, device=a_NI.device)
     _places[(most,)](ends_E, table, groups, ROWS=tiles.rows, GROUPS=triton.next_power_of_2(groups))
     a, b, out = a_NI, w_EMK, y
+    three = engine and tiles.rows % 3 == 0
+    part = tiles.rows // 3 if three else tiles.rows
     if engine:
-        a = _whole(a_NI, tiles.rows, tiles.terms)
+        a = _whole(a_NI, part, tiles.terms)
         b = _whole(w_EMK, 1, *((tiles.columns, tiles.terms) if transposed else (tiles.terms, tiles.columns)))
-        out = create_ragged_descriptor(y, [tiles.rows, tiles.columns])
+        out = create_ragged_descriptor(y, [part, tiles.columns])
     w_in, w_out = w_EMK.stride()[:0:-1] if transposed else w_EMK.stride()[1:]
     grid = (min(most * triton.cdiv(outer, tiles.columns), tiles.programs * _processors(a_NI.device)),)
     _product[grid](
         a, b, out, table, inner, outer,
         a_NI.stride(0), a_NI.stride(1), w_EMK.stride(0), w_in, w_out, y.stride(0),
-        TRANSPOSED=transposed, ENGINE=engine, WIDE=INTERPRETED, MOST=MOST_ROWS,
-        ROWS=tiles.rows, OUT=tiles.columns, IN=tiles.terms, **tiles.options(),
+        TRANSPOSED=transposed, ENGINE=engine, WIDE=INTERPRETED, MOST=MOST_ROWS, THREE=three,
+        ROWS=part, OUT=tiles.columns, IN=tiles.terms, **tiles.options(),
     )  # fmt: skip
     return y
 
@@ -239,15 +270,17 @@ def weight_gradient(
     kernel, usual = ("short_gradient", SHORT_GRADIENT) if few else ("gradient", GRADIENT)
     tiles = tiles or (tuned(f"grouped_gemm.{kernel}", x_NK.device, usual) if engine else PLAIN)
     grad, x, w = grad_NM, x_NK, grad_w
+    three = engine and tiles.rows % 3 == 0
+    part = tiles.rows // 3 if three else tiles.rows
     if engine:
-        grad = create_ragged_descriptor(grad_NM, [tiles.terms, tiles.rows])
+        grad = create_ragged_descriptor(grad_NM, [tiles.terms, part])
         x = create_ragged_descriptor(x_NK, [tiles.terms, tiles.columns])
-        w = _whole(grad_w, 1, tiles.rows, tiles.columns)
+        w = _whole(grad_w, 1, part, tiles.columns)
     most = groups * triton.cdiv(outer, tiles.rows) * triton.cdiv(inner, tiles.columns)
     _weight_gradient[(min(most, tiles.programs * _processors(x_NK.device)),)](
         grad, x, w, ends_E, groups, outer, inner, grad_w.stride(0), grad_w.stride(1),
-        ENGINE=engine, WIDE=INTERPRETED, MOST=MOST_ROWS,
-        OUT=tiles.rows, IN=tiles.columns, ROWS=tiles.terms, **tiles.options(),
+        ENGINE=engine, WIDE=INTERPRETED, MOST=MOST_ROWS, THREE=three,
+        OUT=part, IN=tiles.columns, ROWS=tiles.terms, **tiles.options(),
     )  # fmt: skip
     return grad_w
 

@@ -17,22 +17,29 @@ from gristmill.kernels.grouped_gemm.gpu import (
     product,
     weight_gradient,
 )
+from gristmill.kernels.timing import routed
 from gristmill.kernels.tune import Search, Sizes
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Experts, rows of each where they are many and where they are few, and both sides of a matrix."""
+    """Experts, rows of each on the mean where they are many and where they are few, and both sides of a matrix."""
 
     experts: int
     long: int
     short: int
     inner: int
     outer: int
+    active: int  # experts of a token
+
+    def ends(self, rows: int, device: str) -> Tensor:
+        """Of groups as tokens that choose at random make them: few fill their last tile."""
+        chosen = routed(rows * self.experts // self.active, self.experts, self.active)
+        return chosen.flatten().bincount(minlength=self.experts).cumsum(0).to(device)
 
 
-DEEPSEEK = Shape(256, 1024, 128, 7168, 2048)  # V3's, of 32,768 and 4,096 tokens
-SMALL = Shape(2, 270, 40, 136, 264)
+DEEPSEEK = Shape(256, 1024, 128, 7168, 2048, 8)  # V3's, of 32,768 and 4,096 tokens
+SMALL = Shape(2, 270, 40, 136, 264, 1)
 
 # Rows, columns, terms, warps, buffers, programs.
 _GRADIENT = [
@@ -40,11 +47,13 @@ _GRADIENT = [
     Tiles(256, 128, 64, 8, 3),
     Tiles(128, 256, 64, 8, 3),
     Tiles(128, 128, 64, 4, 3, programs=2),
+    Tiles(192, 256, 64, 8, 3),
+    Tiles(192, 256, 32, 8, 4),
 ]
 SIZES: dict[str, Sizes] = {
     "grouped_gemm.product": (
         PRODUCT,
-        [Tiles(128, 128, 64, 8, 4), Tiles(256, 128, 64, 8, 3)],
+        [Tiles(128, 128, 64, 8, 4), Tiles(256, 128, 64, 8, 3), Tiles(192, 256, 64, 8, 3), Tiles(192, 256, 32, 8, 4)],
     ),
     "grouped_gemm.short_product": (
         SHORT_PRODUCT,
@@ -56,6 +65,8 @@ SIZES: dict[str, Sizes] = {
             Tiles(64, 128, 64, 4, 4, programs=2),
             Tiles(64, 128, 128, 4, 2, programs=2),
             Tiles(128, 128, 64, 8, 5),
+            Tiles(192, 256, 64, 8, 3),
+            Tiles(192, 128, 64, 4, 2, programs=2),
         ],
     ),
     "grouped_gemm.gradient": (GRADIENT, [tiles for tiles in _GRADIENT if tiles != GRADIENT]),
@@ -64,13 +75,12 @@ SIZES: dict[str, Sizes] = {
 
 
 def searches(device: str, shape: Shape = DEEPSEEK) -> Iterator[Search]:
-    """All groups have as many rows."""
     experts, inner, outer = shape.experts, shape.inner, shape.outer
     w = torch.empty(experts, outer, inner, device=device, dtype=torch.bfloat16).normal_(0, inner**-0.5)
 
     def sides(rows: int) -> tuple[Tensor, Tensor, Tensor]:
         x, grad = (torch.randn(rows * experts, n, device=device, dtype=torch.bfloat16) for n in (inner, outer))
-        return x, grad, (torch.arange(experts, device=device) + 1) * rows
+        return x, grad, shape.ends(rows, device)
 
     x, grad, ends = sides(shape.long)
     name = "grouped_gemm.product"

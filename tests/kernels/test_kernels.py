@@ -264,6 +264,25 @@ def test_groups_read_by_the_copy_engine() -> None:
             close(mine[there], theirs[there], size[there], terms)
 
 
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="of the GPU's code")
+def test_tiles_of_three_parts_give_the_same_bits() -> None:
+    """Each sum goes over as many terms at a time, in the same order; tiles end within groups, and groups within parts."""
+    from gristmill.kernels.grouped_gemm import gpu
+
+    ends = ends_at(0, 1, 193, 386, 386, 700, 764)
+    x, seen = (draw(seed, 764, width, dtype=torch.bfloat16) for seed, width in ((31, 72), (32, 264)))
+    w = draw(33, 7, 264, 72, dtype=torch.bfloat16)
+    whole, parts = (
+        [
+            gpu.product(x, w, ends, True, tiles),
+            gpu.product(seen, w, ends, False, tiles),
+            gpu.weight_gradient(seen, x, ends, tiles),
+        ]
+        for tiles in (gpu.Tiles(64, 64, 32, 4, 2), gpu.Tiles(192, 64, 32, 4, 2))
+    )
+    assert all(a.equal(b) for a, b in zip(whole, parts, strict=True))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 def test_the_logits_are_never_held_on_a_gpu() -> None:
     rows, vocab = 32_768, 65_536

@@ -42,6 +42,15 @@ def test_waits_of_a_loop(body: list[str], waited: list[str]) -> None:
     assert waits(listing(LOAD, SCALE, ".L_x_1:", *body, END, "EXIT")) == waited
 
 
+def test_products_that_wait_for_each_other() -> None:
+    """Where numbers are written into a sum's registers while products may still be under way, ptxas lets none be."""
+    done, later = "WARPGROUP.DEPBAR.LE gsb0, 0x0", "WARPGROUP.DEPBAR.LE gsb0, 0x3"
+    alone = waits(listing(".L_x_1:", PRODUCT, done, PRODUCT, done, END))
+    assert alone == ["each other, 2 products one by one"]
+    for body in ([PRODUCT, PRODUCT, done], [PRODUCT, later, PRODUCT, later], [PRODUCT, done]):
+        assert not waits(listing(".L_x_1:", *body, END))
+
+
 def test_what_is_around_the_loop_of_products_is_not_looked_at() -> None:
     """Neither an outer loop, nor the way back from where a barrier is waited for, which no condition is on."""
     spin = ".L_x_3:", "@!P5 BRA `(.L_x_3)", "BRA `(.L_x_4)"

@@ -54,7 +54,8 @@ def test_sizes_are_ones_that_a_device_can_be_asked_for(folder: str) -> None:
             for name, number in asdict(sizes).items():
                 assert number > 0, (kernel, sizes)
                 if name not in ("stages", "programs"):
-                    assert number & (number - 1) == 0, (kernel, sizes)
+                    part = number // 3 if name == "rows" and number % 3 == 0 else number  # three parts of a tile
+                    assert part & (part - 1) == 0, (kernel, sizes)
             assert sizes.warps <= 32
             assert getattr(sizes, "stages", 1) <= 5
             assert getattr(sizes, "programs", 1) <= 4
