@@ -22,6 +22,7 @@ from gristmill.kernels.tiles import FILE, put
 from gristmill.kernels.timing import Work, seconds, seconds_of_device
 
 ROUNDING = 2.0**-7  # of results in bfloat16, and of what is rounded to it on the way; sums come in another order
+PIECE = 1 << 26  # numbers that are copied at a time
 SEARCHED = ("mla_attention", "grouped_gemm", "fp8_gemm", "mla_decode", "router", "cross_entropy", "optim")
 """Folders with a search; not imported before they are asked for, since their kernels are Triton's."""
 
@@ -108,12 +109,20 @@ def refusal(search: Search, sizes: Any, wanted: list[Tensor]) -> str | None:
         return f"fails, {type(error).__name__} {error}"
     for mine, theirs in zip(got, wanted, strict=True):
         if theirs.is_floating_point():
-            apart = float((mine.float() - theirs.float()).norm() / theirs.float().norm())
+            apart = distance(mine, theirs)
             if not apart <= ROUNDING:
                 return f"refused, its result is {apart:.2g} apart"
         elif not torch.equal(mine, theirs):  # places and choices are not rounded
             return "refused, its result is not equal"
     return None
+
+
+def distance(mine: Tensor, theirs: Tensor) -> float:
+    """The norm of what two results differ by over that of the second; a part at a time, since copies may not fit."""
+    pieces = zip(mine.reshape(-1).split(PIECE), theirs.reshape(-1).split(PIECE), strict=True)
+    norms = [torch.stack([(a.float() - b.float()).norm(), b.float().norm()]) for a, b in pieces]
+    of_both = torch.stack(norms).double().square().sum(0).sqrt()
+    return float(of_both[0] / of_both[1])
 
 
 def _said(sizes: Any) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 
 from gristmill.kernels.dispatch import require
-from gristmill.kernels.fp8_gemm.reference import BLOCK, most_tiles, tile_ends
+from gristmill.kernels.fp8_gemm.reference import BLOCK, most_tiles
 from gristmill.kernels.grouped_gemm.gpu import INTERPRETED, MOST_ROWS, Tiles, _places, _processors, _whole
 from gristmill.kernels.tiles import tuned
 
@@ -33,9 +33,18 @@ class Strip:
     warps: int
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Numbers that a program writes at a time; programs a matrix."""
+
+    numbers: int
+    programs: int
+
+
 PRODUCT, SHORT_PRODUCT = Tiles(128, 128, BLOCK, 8, 3), Tiles(64, 128, BLOCK, 4, 4, programs=2)
 SHORT = 384  # rows of a group, on the mean, below which small tiles hide the writing of one behind the sums of another
 GRADIENT = Tiles(128, 128, BLOCK, 8, 4)
+NO_ROWS = Piece(4096, 16)
 QUANTISED_ROWS, QUANTISED_COLUMNS = Strip(32, 4), Strip(64, 4)
 E4M3 = torch.float8_e4m3fn
 
@@ -191,28 +200,44 @@ def _product(
 
 @triton.jit
 def _weight_gradient(
-    grad, grad_scale, x, x_scale, y, tile_ends, groups, outer, inner,
+    grad, grad_scale, x, x_scale, y, table, outer, inner,
     g_row, g_block, x_row, x_block,
     NATIVE: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y[e] = grad · xᵀ over the tiles of e; grad (outer, P), x (inner, P) and y are descriptors."""
-    columns = inner // IN
-    tiles = outer // OUT * columns
-    for turn in tl.range(tl.program_id(0), groups * tiles, tl.num_programs(0), flatten=NATIVE):
-        group, tile = turn // tiles, turn % tiles
-        out, into = tile // columns * OUT, tile % columns * IN
-        begin, end = tl.load(tile_ends + group - 1, mask=group > 0, other=0), tl.load(tile_ends + group)
-        total = tl.zeros((OUT, IN), dtype=tl.float32)
+    """y[e] = grad · xᵀ over the blocks of e; grad (outer, P), x (inner, P) and y are descriptors.
+
+    A program goes through the blocks of all groups for one tile of the matrices: one sum after the other, without a
+    pause between them. Groups without rows have no block, and are left out.
+    """
+    rows, blocks = outer // OUT, tl.load(table + 3)
+    for tile in tl.range(tl.program_id(0), rows * (inner // IN), tl.num_programs(0)):
+        out, into = tile % rows * OUT, tile // rows * IN
         own_at = grad_scale + (out + tl.arange(0, OUT)).to(tl.int64) * g_row
         other_at = x_scale + (into + tl.arange(0, IN)).to(tl.int64) * x_row
-        here = tl.maximum(tl.minimum(begin, end - 1), 0).to(tl.int64)  # some tile, for a group that has none
-        own, other = tl.load(own_at + here * g_block), tl.load(other_at + here * x_block)
-        for block in range(begin, end):
+        own, other = tl.load(own_at), tl.load(other_at)
+        group, first, last = tl.load(table), tl.load(table + 1), tl.load(table + 2)
+        total = tl.zeros((OUT, IN), dtype=tl.float32)
+        for block in range(blocks):
             a, b = grad.load([out, block * BLOCK]), x.load([into, block * BLOCK])
-            scale, scale_2, after = own, other, tl.minimum(block + 1, end - 1).to(tl.int64)
+            scale, scale_2, after = own, other, tl.minimum(block + 1, blocks - 1).to(tl.int64)
+            here, ends, entry = group, first + BLOCK >= last, table + 4 * after
+            group, first, last = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
             own, other = tl.load(own_at + after * g_block), tl.load(other_at + after * x_block)
             total += _block_sum(a, b, NATIVE) * (scale[:, None] * scale_2[None, :])
-        y.store([group, out, into], total.reshape(1, OUT, IN))
+            if ends:
+                y.store([here, out, into], total.reshape(1, OUT, IN))
+                total = tl.zeros((OUT, IN), dtype=tl.float32)
+
+
+@triton.jit
+def _no_rows(ends, y, size, PIECE: tl.constexpr):
+    """Zeros for the matrices of groups without rows."""
+    group = tl.program_id(0).to(tl.int64)
+    begin = tl.load(ends + group - 1, mask=group > 0, other=0)
+    if tl.load(ends + group) == begin:
+        for start in range(tl.program_id(1) * PIECE, size, tl.num_programs(1) * PIECE):
+            at = start + tl.arange(0, PIECE)
+            tl.store(y + group * size + at, tl.zeros((PIECE,), dtype=tl.float32), mask=at < size)
 
 
 @cache
@@ -314,10 +339,12 @@ def fp8_weight_gradient(
         return dw.zero_()
     tiles = tiles or tuned("fp8_gemm.gradient", x_KP.device, GRADIENT)
     grad, x = _whole(grad_MP.contiguous(), tiles.rows, BLOCK), _whole(x_KP.contiguous(), tiles.columns, BLOCK)
-    most = groups * (outer // tiles.rows) * (inner // tiles.columns)
+    ends_E = ends_E.long().contiguous()
+    _no_rows[(groups, NO_ROWS.programs)](ends_E, dw, outer * inner, PIECE=NO_ROWS.numbers)
+    most = (outer // tiles.rows) * (inner // tiles.columns)
     _weight_gradient[(min(most, tiles.programs * _processors(x_KP.device)),)](
-        grad, grad_scale_MQ, x, x_scale_KQ, _whole(dw, 1, tiles.rows, tiles.columns), tile_ends(ends_E), groups,
-        outer, inner, *grad_scale_MQ.stride(), *x_scale_KQ.stride(),
+        grad, grad_scale_MQ, x, x_scale_KQ, _whole(dw, 1, tiles.rows, tiles.columns),
+        _table(ends_E, x_KP.shape[1] // BLOCK, BLOCK), outer, inner, *grad_scale_MQ.stride(), *x_scale_KQ.stride(),
         NATIVE=_native(x_KP.device), OUT=tiles.rows, IN=tiles.columns, BLOCK=BLOCK,
         **tiles.options(),
     )  # fmt: skip

@@ -22,11 +22,9 @@ from gristmill.kernels.fp8_gemm.gpu import (
 )
 from gristmill.kernels.fp8_gemm.reference import BLOCK
 from gristmill.kernels.grouped_gemm.gpu import Tiles
-from gristmill.kernels.grouped_gemm.search import Shape
+from gristmill.kernels.grouped_gemm.search import DEEPSEEK, Shape
 from gristmill.kernels.tune import Search, Sizes
 
-# V3's matrices, a quarter of its experts: each candidate's results are kept, and the gradient's are float32.
-DEEPSEEK = Shape(64, 1024, 128, 7168, 2048, 2)
 SMALL = Shape(2, 390, 40, 256, 256, 1)
 
 

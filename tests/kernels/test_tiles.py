@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import fields, replace
 from functools import partial
@@ -74,6 +75,16 @@ def test_whole_numbers_are_right_or_wrong() -> None:
     wanted = results_of(search, SLOW)
     assert refusal(search, FAST, wanted) is None
     assert refusal(search, WRONG, wanted) == "refused, its result is not equal"
+
+
+def test_results_are_compared_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, theirs = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = float((mine.float() - theirs.float()).norm() / theirs.float().norm())
+    for piece in (4, 35, 100):
+        monkeypatch.setattr(tune, "PIECE", piece)
+        assert tune.distance(mine, theirs) == pytest.approx(wanted)  # of 35 numbers in float32, in another order
+    theirs[4, 6] = float("nan")
+    assert math.isnan(tune.distance(mine, theirs))
 
 
 def test_inputs_that_are_written_over_are_put_back() -> None:
