@@ -218,6 +218,11 @@ def _whole(tensor: Tensor, *block: int) -> Any:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
 
 
+def _part(tiles: Tiles, engine: bool) -> int:
+    """Rows of a tile with a total of their own: all, or a third (192 is no power of two, which Triton wants)."""
+    return tiles.rows // 3 if engine and tiles.rows % 3 == 0 else tiles.rows
+
+
 def product(a_NI: Tensor, w_EMK: Tensor, ends_E: Tensor, transposed: bool, tiles: Tiles | None = None) -> Tensor:
     """a[rows of e] · w[e]ᵀ if `transposed`, else a[rows of e] · w[e]; (N, M) or (N, K)."""
     rows, inner = a_NI.shape
@@ -236,8 +241,7 @@ def product(a_NI: Tensor, w_EMK: Tensor, ends_E: Tensor, transposed: bool, tiles
     table = torch.empty(most, 4, dtype=torch.int32, device=a_NI.device)
     _places[(most,)](ends_E, table, groups, ROWS=tiles.rows, GROUPS=triton.next_power_of_2(groups))
     a, b, out = a_NI, w_EMK, y
-    three = engine and tiles.rows % 3 == 0
-    part = tiles.rows // 3 if three else tiles.rows
+    part = _part(tiles, engine)
     if engine:
         a = _whole(a_NI, part, tiles.terms)
         b = _whole(w_EMK, 1, *((tiles.columns, tiles.terms) if transposed else (tiles.terms, tiles.columns)))
@@ -247,7 +251,7 @@ def product(a_NI: Tensor, w_EMK: Tensor, ends_E: Tensor, transposed: bool, tiles
     _product[grid](
         a, b, out, table, inner, outer,
         a_NI.stride(0), a_NI.stride(1), w_EMK.stride(0), w_in, w_out, y.stride(0),
-        TRANSPOSED=transposed, ENGINE=engine, WIDE=INTERPRETED, MOST=MOST_ROWS, THREE=three,
+        TRANSPOSED=transposed, ENGINE=engine, WIDE=INTERPRETED, MOST=MOST_ROWS, THREE=part < tiles.rows,
         ROWS=part, OUT=tiles.columns, IN=tiles.terms, **tiles.options(),
     )  # fmt: skip
     return y
@@ -270,8 +274,7 @@ def weight_gradient(
     kernel, usual = ("short_gradient", SHORT_GRADIENT) if few else ("gradient", GRADIENT)
     tiles = tiles or (tuned(f"grouped_gemm.{kernel}", x_NK.device, usual) if engine else PLAIN)
     grad, x, w = grad_NM, x_NK, grad_w
-    three = engine and tiles.rows % 3 == 0
-    part = tiles.rows // 3 if three else tiles.rows
+    part = _part(tiles, engine)
     if engine:
         grad = create_ragged_descriptor(grad_NM, [tiles.terms, part])
         x = create_ragged_descriptor(x_NK, [tiles.terms, tiles.columns])
@@ -279,7 +282,7 @@ def weight_gradient(
     most = groups * triton.cdiv(outer, tiles.rows) * triton.cdiv(inner, tiles.columns)
     _weight_gradient[(min(most, tiles.programs * _processors(x_NK.device)),)](
         grad, x, w, ends_E, groups, outer, inner, grad_w.stride(0), grad_w.stride(1),
-        ENGINE=engine, WIDE=INTERPRETED, MOST=MOST_ROWS, THREE=three,
+        ENGINE=engine, WIDE=INTERPRETED, MOST=MOST_ROWS, THREE=part < tiles.rows,
         OUT=part, IN=tiles.columns, ROWS=tiles.terms, **tiles.options(),
     )  # fmt: skip
     return grad_w
