@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 
 from gristmill.kernels.dispatch import require
-from gristmill.kernels.fp8_gemm.reference import BLOCK, most_tiles
+from gristmill.kernels.fp8_gemm.reference import BLOCK, most_tiles, tile_ends
 from gristmill.kernels.grouped_gemm.gpu import INTERPRETED, MOST_ROWS, Tiles, _places, _processors, _whole
 from gristmill.kernels.tiles import tuned
 
@@ -33,18 +33,10 @@ class Strip:
     warps: int
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Numbers that a program writes at a time; programs a matrix."""
-
-    numbers: int
-    programs: int
-
-
 PRODUCT, SHORT_PRODUCT = Tiles(128, 128, BLOCK, 8, 3), Tiles(64, 128, BLOCK, 4, 4, programs=2)
 SHORT = 384  # rows of a group, on the mean, below which small tiles hide the writing of one behind the sums of another
 GRADIENT = Tiles(128, 128, BLOCK, 8, 4)
-NO_ROWS = Piece(4096, 16)
+WRITERS = 16  # programs that write a matrix of zeros
 QUANTISED_ROWS, QUANTISED_COLUMNS = Strip(32, 4), Strip(64, 4)
 E4M3 = torch.float8_e4m3fn
 
@@ -200,29 +192,34 @@ def _product(
 
 @triton.jit
 def _weight_gradient(
-    grad, grad_scale, x, x_scale, y, table, outer, inner,
+    grad, grad_scale, x, x_scale, y, table, tile_ends, groups, most, turns, tiles, rows,
     g_row, g_block, x_row, x_block,
     NATIVE: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y[e] = grad · xᵀ over the blocks of e; grad (outer, P), x (inner, P) and y are descriptors.
 
-    A program goes through the blocks of all groups for one tile of the matrices: one sum after the other, without a
-    pause between them. Groups without rows have no block, and are left out.
+    A program goes through the blocks of `most` groups for one of a matrix's `tiles`, of which a column has `rows`: one
+    sum after the other, without a pause between them. Groups without rows have no block, and are left out.
     """
-    rows, blocks = outer // OUT, tl.load(table + 3)
-    for tile in tl.range(tl.program_id(0), rows * (inner // IN), tl.num_programs(0)):
+    for turn in tl.range(tl.program_id(0), turns, tl.num_programs(0)):
+        part, tile = turn // tiles, turn % tiles
         out, into = tile % rows * OUT, tile // rows * IN
-        own_at = grad_scale + (out + tl.arange(0, OUT)).to(tl.int64) * g_row
-        other_at = x_scale + (into + tl.arange(0, IN)).to(tl.int64) * x_row
-        own, other = tl.load(own_at), tl.load(other_at)
-        group, first, last = tl.load(table), tl.load(table + 1), tl.load(table + 2)
+        before, until = tl.minimum(part * most, groups), tl.minimum(part * most + most, groups)
+        begin = tl.load(tile_ends + before - 1, mask=before > 0, other=0).to(tl.int32)
+        end = tl.load(tile_ends + until - 1).to(tl.int32)
+        at = tl.maximum(tl.minimum(begin, end - 1), 0).to(tl.int64)  # some block, for a part that has none
+        outs, ins = out + tl.arange(0, OUT), into + tl.arange(0, IN)
+        own = tl.load(grad_scale + at * g_block + outs.to(tl.int64) * g_row)
+        other, entry = tl.load(x_scale + at * x_block + ins.to(tl.int64) * x_row), table + 4 * at
+        group, first, last = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
         total = tl.zeros((OUT, IN), dtype=tl.float32)
-        for block in range(blocks):
+        for block in range(begin, end):
             a, b = grad.load([out, block * BLOCK]), x.load([into, block * BLOCK])
-            scale, scale_2, after = own, other, tl.minimum(block + 1, blocks - 1).to(tl.int64)
+            scale, scale_2, after = own, other, tl.minimum(block + 1, end - 1).to(tl.int64)
             here, ends, entry = group, first + BLOCK >= last, table + 4 * after
             group, first, last = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-            own, other = tl.load(own_at + after * g_block), tl.load(other_at + after * x_block)
+            own = tl.load(grad_scale + after * g_block + outs.to(tl.int64) * g_row)
+            other = tl.load(x_scale + after * x_block + ins.to(tl.int64) * x_row)
             total += _block_sum(a, b, NATIVE) * (scale[:, None] * scale_2[None, :])
             if ends:
                 y.store([here, out, into], total.reshape(1, OUT, IN))
@@ -340,11 +337,14 @@ def fp8_weight_gradient(
     tiles = tiles or tuned("fp8_gemm.gradient", x_KP.device, GRADIENT)
     grad, x = _whole(grad_MP.contiguous(), tiles.rows, BLOCK), _whole(x_KP.contiguous(), tiles.columns, BLOCK)
     ends_E = ends_E.long().contiguous()
-    _no_rows[(groups, NO_ROWS.programs)](ends_E, dw, outer * inner, PIECE=NO_ROWS.numbers)
-    most = (outer // tiles.rows) * (inner // tiles.columns)
-    _weight_gradient[(min(most, tiles.programs * _processors(x_KP.device)),)](
+    _no_rows[(groups, WRITERS)](ends_E, dw, outer * inner, PIECE=4096)
+    programs, of_one = tiles.programs * _processors(x_KP.device), (outer // tiles.rows) * (inner // tiles.columns)
+    parts = min(groups, triton.cdiv(programs, of_one))  # small matrices have fewer tiles than there are programs
+    _weight_gradient[(min(parts * of_one, programs),)](
         grad, grad_scale_MQ, x, x_scale_KQ, _whole(dw, 1, tiles.rows, tiles.columns),
-        _table(ends_E, x_KP.shape[1] // BLOCK, BLOCK), outer, inner, *grad_scale_MQ.stride(), *x_scale_KQ.stride(),
+        _table(ends_E, x_KP.shape[1] // BLOCK, BLOCK), tile_ends(ends_E),
+        groups, triton.cdiv(groups, parts), parts * of_one, of_one, outer // tiles.rows,
+        *grad_scale_MQ.stride(), *x_scale_KQ.stride(),
         NATIVE=_native(x_KP.device), OUT=tiles.rows, IN=tiles.columns, BLOCK=BLOCK,
         **tiles.options(),
     )  # fmt: skip
