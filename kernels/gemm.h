@@ -11,6 +11,7 @@
 
 constexpr int64_t TILE_ROWS = 6;          // with two vectors of columns: twelve sums, of sixteen registers
 constexpr int64_t TILE_COLUMNS = 2 * LANES;
+constexpr int64_t WIDE_TILE = TILE_VECTORS * LANES;  // where there are columns for it: the same sums, to the bit
 constexpr int64_t DEPTH = 256;            // terms of a panel: 16 KiB of eight lanes
 constexpr int64_t BLOCK_ROWS = 48 * TILE_ROWS;  // of a, at most: 288 KiB of a panel's depth
 
@@ -34,7 +35,7 @@ struct Matrix {
 
 template <typename Kind>
 struct Panel {
-    alignas(64) typename Kind::Number at[DEPTH / Kind::STEP * TILE_COLUMNS];
+    alignas(64) typename Kind::Number at[DEPTH / Kind::STEP * WIDE_TILE];
 };
 
 typedef float Eight __attribute__((vector_size(32)));
@@ -59,37 +60,37 @@ static inline void transpose(const float *const *rows, float *to, int64_t stride
     for (int i = 0; i < 8; i++) std::memcpy(to + i * stride, &t[i], 32);
 }
 
-// Rows [k0, k0 + depth) and columns [j0, j0 + columns) of b; missing columns are zero.
-template <typename Kind>
+// Rows [k0, k0 + depth) and columns [j0, j0 + columns) of b, a panel of WIDE columns; missing ones are zero.
+template <typename Kind, int64_t WIDE>
 static inline void pack(Panel<Kind> &panel, const Matrix &b, int64_t k0, int64_t depth, int64_t j0, int64_t columns) {
     constexpr int64_t STEP = Kind::STEP;
     const int64_t count = numbers_of<Kind>(depth);
-    if (b.column == 1 && columns == TILE_COLUMNS) {
+    if (b.column == 1 && columns == WIDE) {
         for (int64_t n = 0; n < count; n++) {
             const bool two = (n + 1) * STEP <= depth;
             const float *first = b.at(k0 + n * STEP) + j0, *second = two ? b.at(k0 + n * STEP + STEP - 1) + j0 : nullptr;
-            for (int64_t j = 0; j < TILE_COLUMNS; j += LANES) {
+            for (int64_t j = 0; j < WIDE; j += LANES) {
                 const auto made = Kind::made(load(first + j), two ? load(second + j) : Vector{});
-                std::memcpy(panel.at + n * TILE_COLUMNS + j, &made, sizeof made);
+                std::memcpy(panel.at + n * WIDE + j, &made, sizeof made);
             }
         }
         return;
     }
-    if (columns < TILE_COLUMNS) std::memset(panel.at, 0, count * TILE_COLUMNS * sizeof(panel.at[0]));
+    if (columns < WIDE) std::memset(panel.at, 0, count * WIDE * sizeof(panel.at[0]));
     int64_t n = 0;
-    if (b.row == 1 && columns == TILE_COLUMNS) {  // columns that lie one behind the other
+    if (b.row == 1 && columns == WIDE) {  // columns that lie one behind the other
         typename Kind::Number lines[8][LANES];
         const float *rows[8];
         for (; (n + LANES) * STEP <= depth; n += LANES)
-            for (int64_t j = 0; j < TILE_COLUMNS; j += 8) {
+            for (int64_t j = 0; j < WIDE; j += 8) {
                 for (int64_t i = 0; i < 8; i++) {
                     const auto made = Kind::row(b.from + (j0 + j + i) * b.column + k0 + n * STEP);
                     std::memcpy(lines[i], &made, sizeof made);
                 }
                 for (int64_t part = 0; part < LANES; part += 8) {
                     for (int64_t i = 0; i < 8; i++) rows[i] = reinterpret_cast<const float *>(lines[i] + part);
-                    float *to = reinterpret_cast<float *>(panel.at + (n + part) * TILE_COLUMNS + j);
-                    transpose(rows, to, TILE_COLUMNS);
+                    float *to = reinterpret_cast<float *>(panel.at + (n + part) * WIDE + j);
+                    transpose(rows, to, WIDE);
                 }
             }
     }
@@ -97,77 +98,74 @@ static inline void pack(Panel<Kind> &panel, const Matrix &b, int64_t k0, int64_t
         const bool two = (n + 1) * STEP <= depth;
         const float *first = b.at(k0 + n * STEP), *second = two ? b.at(k0 + n * STEP + STEP - 1) : nullptr;
         for (int64_t j = 0; j < columns; j++)
-            panel.at[n * TILE_COLUMNS + j] =
+            panel.at[n * WIDE + j] =
                 Kind::made(first[(j0 + j) * b.column], two ? second[(j0 + j) * b.column] : 0.0f);
     }
 }
 
 // The last rows of a block, fewer than a tile has: the sum of the products is added last to what is there. (What sums in
 // which order router/few_of_many.h repeats.)
-template <typename Kind, int64_t ROWS>
+template <typename Kind, int64_t ROWS, int64_t WIDE>
 static inline void low_tile(
     const typename Kind::Number *const *a, int64_t stride, const typename Kind::Number *panel, int64_t count, float *c,
     int64_t c_row, bool add
 ) {
-    Vector s[ROWS][2] = {};
-    for (int64_t at = 0; at < count * stride; at += stride) {
-        typename Kind::Numbers b0, b1;
-        std::memcpy(&b0, panel, sizeof b0);
-        std::memcpy(&b1, panel + LANES, sizeof b1);
-        panel += TILE_COLUMNS;
+    constexpr int64_t VECTORS = WIDE / LANES;
+    Vector s[ROWS][VECTORS] = {};
+    for (int64_t at = 0; at < count * stride; at += stride, panel += WIDE) {
+        typename Kind::Numbers b[VECTORS];
+        std::memcpy(b, panel, sizeof b);
         for (int64_t i = 0; i < ROWS; i++) {
             const typename Kind::Numbers x = Kind::spread(a[i][at]);
-            s[i][0] = Kind::add(s[i][0], x, b0);
-            s[i][1] = Kind::add(s[i][1], x, b1);
+            for (int64_t v = 0; v < VECTORS; v++) s[i][v] = Kind::add(s[i][v], x, b[v]);
         }
     }
     for (int64_t i = 0; i < ROWS; i++)
-        for (int64_t v = 0; v < 2; v++) {
+        for (int64_t v = 0; v < VECTORS; v++) {
             float *to = c + i * c_row + v * LANES;
             store(to, (add ? load(to) : Vector{}) + s[i][v]);
         }
 }
 
-template <typename Kind>
+template <typename Kind, int64_t WIDE>
 static inline void low_tile_of(
     int64_t rows, const typename Kind::Number *const *a, int64_t stride, const typename Kind::Number *panel, int64_t count,
     float *c, int64_t c_row, bool add
 ) {
     static_assert(TILE_ROWS == 6);
     switch (rows) {
-        case 1: return low_tile<Kind, 1>(a, stride, panel, count, c, c_row, add);
-        case 2: return low_tile<Kind, 2>(a, stride, panel, count, c, c_row, add);
-        case 3: return low_tile<Kind, 3>(a, stride, panel, count, c, c_row, add);
-        case 4: return low_tile<Kind, 4>(a, stride, panel, count, c, c_row, add);
-        default: return low_tile<Kind, 5>(a, stride, panel, count, c, c_row, add);
+        case 1: return low_tile<Kind, 1, WIDE>(a, stride, panel, count, c, c_row, add);
+        case 2: return low_tile<Kind, 2, WIDE>(a, stride, panel, count, c, c_row, add);
+        case 3: return low_tile<Kind, 3, WIDE>(a, stride, panel, count, c, c_row, add);
+        case 4: return low_tile<Kind, 4, WIDE>(a, stride, panel, count, c, c_row, add);
+        default: return low_tile<Kind, 5, WIDE>(a, stride, panel, count, c, c_row, add);
     }
 }
 
-// A tile of c, (TILE_ROWS, TILE_COLUMNS): a's rows, `stride` between the numbers of one, times a panel; added to what is
-// there or written over it.
-template <typename Kind>
+// A tile of c, (TILE_ROWS, WIDE): a's rows, `stride` between the numbers of one, times a panel; added to what is there or
+// written over it.
+template <typename Kind, int64_t WIDE>
 static inline void tile(
     const typename Kind::Number *const *a, int64_t stride, const typename Kind::Number *panel, int64_t count, float *c,
     int64_t c_row, bool add
 ) {
-    Vector s[TILE_ROWS][2];
+    constexpr int64_t VECTORS = WIDE / LANES;
+    Vector s[TILE_ROWS][VECTORS];
     for (int64_t i = 0; i < TILE_ROWS; i++)
-        for (int64_t v = 0; v < 2; v++) s[i][v] = add ? load(c + i * c_row + v * LANES) : Vector{};
-    const typename Kind::Number *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
-    for (int64_t at = 0; at < count * stride; at += stride) {
-        typename Kind::Numbers b0, b1, x;
-        std::memcpy(&b0, panel, sizeof b0);
-        std::memcpy(&b1, panel + LANES, sizeof b1);
-        panel += TILE_COLUMNS;
-        x = Kind::spread(a0[at]); s[0][0] = Kind::add(s[0][0], x, b0); s[0][1] = Kind::add(s[0][1], x, b1);
-        x = Kind::spread(a1[at]); s[1][0] = Kind::add(s[1][0], x, b0); s[1][1] = Kind::add(s[1][1], x, b1);
-        x = Kind::spread(a2[at]); s[2][0] = Kind::add(s[2][0], x, b0); s[2][1] = Kind::add(s[2][1], x, b1);
-        x = Kind::spread(a3[at]); s[3][0] = Kind::add(s[3][0], x, b0); s[3][1] = Kind::add(s[3][1], x, b1);
-        x = Kind::spread(a4[at]); s[4][0] = Kind::add(s[4][0], x, b0); s[4][1] = Kind::add(s[4][1], x, b1);
-        x = Kind::spread(a5[at]); s[5][0] = Kind::add(s[5][0], x, b0); s[5][1] = Kind::add(s[5][1], x, b1);
+        for (int64_t v = 0; v < VECTORS; v++) s[i][v] = add ? load(c + i * c_row + v * LANES) : Vector{};
+    const typename Kind::Number *rows[TILE_ROWS];
+    std::memcpy(rows, a, sizeof rows);
+    for (int64_t at = 0; at < count * stride; at += stride, panel += WIDE) {
+        typename Kind::Numbers b[VECTORS];
+        std::memcpy(b, panel, sizeof b);
+#pragma GCC unroll 6
+        for (int64_t i = 0; i < TILE_ROWS; i++) {
+            const typename Kind::Numbers x = Kind::spread(rows[i][at]);
+            for (int64_t v = 0; v < VECTORS; v++) s[i][v] = Kind::add(s[i][v], x, b[v]);
+        }
     }
     for (int64_t i = 0; i < TILE_ROWS; i++)
-        for (int64_t v = 0; v < 2; v++) store(c + i * c_row + v * LANES, s[i][v]);
+        for (int64_t v = 0; v < VECTORS; v++) store(c + i * c_row + v * LANES, s[i][v]);
 }
 
 // A block of a, packed: its rows one behind the other, `step` 1 between the numbers of a row; or, where a's columns lie
@@ -214,55 +212,85 @@ struct Block {
     }
 };
 
+// A block's rows of a: where they lie, or packed.
+template <typename Kind>
+struct Rows {
+    const Matrix &a;
+    const Block<Kind> &packed;
+    bool as_they_lie;
+    int64_t first, count, depth;  // of a's rows, and of its columns
+
+    int64_t step() const { return as_they_lie ? 1 : packed.step(); }
+
+    // TILE_ROWS rows from i on, of which there are `high`.
+    void find(int64_t i, int64_t high, const typename Kind::Number **starts) const {
+        for (int64_t r = 0; r < TILE_ROWS; r++) {
+            if constexpr (std::is_same_v<Kind, Exact>)
+                if (as_they_lie) {
+                    starts[r] = a.at(first + i + std::min(r, high - 1)) + depth;
+                    continue;
+                }
+            starts[r] = packed.row(i, packed.strips ? r : std::min(r, high - 1));
+        }
+    }
+};
+
+// `wide` columns of a block's rows of c, at most WIDE: its rows of a times a panel of b.
+template <typename Kind, int64_t WIDE>
+static inline void times_panel(
+    const Rows<Kind> &rows, const typename Kind::Number *panel, int64_t count, int64_t wide, float *c, int64_t c_row,
+    bool add
+) {
+    for (int64_t i = 0; i < rows.count; i += TILE_ROWS) {
+        const int64_t high = std::min(TILE_ROWS, rows.count - i), step = rows.step();
+        const typename Kind::Number *starts[TILE_ROWS];
+        rows.find(i, high, starts);
+        float *to = c + i * c_row;
+        if (wide == WIDE) {
+            if (high == TILE_ROWS)
+                tile<Kind, WIDE>(starts, step, panel, count, to, c_row, add);
+            else
+                low_tile_of<Kind, WIDE>(high, starts, step, panel, count, to, c_row, add);
+            continue;
+        }
+        float edge[TILE_ROWS * WIDE];
+        tile<Kind, WIDE>(starts, step, panel, count, edge, WIDE, false);
+        for (int64_t r = 0; r < high; r++)
+            for (int64_t w = 0; w < wide; w++)
+                to[r * c_row + w] = (add ? to[r * c_row + w] : 0.0f) + edge[r * WIDE + w];
+    }
+}
+
 // c (rows, columns), its rows `c_row` apart, = a (rows, depth) · b (depth, columns), or that added to it.
 template <typename Kind>
 static void product(
     const Matrix &a, const Matrix &b, float *c, int64_t c_row, int64_t rows, int64_t columns, int64_t depth,
     bool add
 ) {
-    typedef typename Kind::Number Number;
     static thread_local Block<Kind> packed;
     Panel<Kind> panel;
     if (depth == 0 && !add)
         for (int64_t i = 0; i < rows; i++) std::memset(c + i * c_row, 0, columns * sizeof(float));
+    const bool as_they_lie = std::is_same_v<Kind, Exact> && a.column == 1 && a.depth_order == nullptr;
     const int64_t most = block_rows(rows);
     for (int64_t i0 = 0; i0 < rows; i0 += most)
         for (int64_t k0 = 0; k0 < depth; k0 += DEPTH) {
-            const int64_t here = std::min(DEPTH, depth - k0), block = std::min(most, rows - i0);
+            const int64_t here = std::min(DEPTH, depth - k0), count = numbers_of<Kind>(here);
+            const Rows<Kind> block{a, packed, as_they_lie, i0, std::min(most, rows - i0), k0};
             const bool more = add || k0 > 0;
-            bool as_it_lies = false;
-            if constexpr (std::is_same_v<Kind, Exact>) as_it_lies = a.column == 1 && a.depth_order == nullptr;
-            if (!as_it_lies) packed.pack(a, i0, block, k0, here);
-            for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
-                const int64_t wide = std::min(TILE_COLUMNS, columns - j);
-                pack(panel, b, k0, here, j, wide);
-                for (int64_t i = 0; i < block; i += TILE_ROWS) {
-                    const int64_t high = std::min(TILE_ROWS, block - i), count = numbers_of<Kind>(here);
-                    const Number *starts[TILE_ROWS];
-                    for (int64_t r = 0; r < TILE_ROWS; r++) {
-                        if constexpr (std::is_same_v<Kind, Exact>)
-                            if (as_it_lies) {
-                                starts[r] = a.at(i0 + i + std::min(r, high - 1)) + k0;
-                                continue;
-                            }
-                        starts[r] = packed.row(i, packed.strips ? r : std::min(r, high - 1));
-                    }
-                    const int64_t step = as_it_lies ? 1 : packed.step();
-                    float *to = c + (i0 + i) * c_row + j;
-                    if (high == TILE_ROWS && wide == TILE_COLUMNS) {
-                        tile<Kind>(starts, step, panel.at, count, to, c_row, more);
-                        continue;
-                    }
-                    if (wide == TILE_COLUMNS) {
-                        low_tile_of<Kind>(high, starts, step, panel.at, count, to, c_row, more);
-                        continue;
-                    }
-                    float edge[TILE_ROWS * TILE_COLUMNS];
-                    tile<Kind>(starts, step, panel.at, count, edge, TILE_COLUMNS, false);
-                    for (int64_t r = 0; r < high; r++)
-                        for (int64_t w = 0; w < wide; w++)
-                            to[r * c_row + w] = (more ? to[r * c_row + w] : 0.0f) + edge[r * TILE_COLUMNS + w];
+            if (!as_they_lie) packed.pack(a, i0, block.count, k0, here);
+            for (int64_t j = 0; j < columns;) {
+                float *to = c + i0 * c_row + j;
+                if (columns - j >= WIDE_TILE) {
+                    pack<Kind, WIDE_TILE>(panel, b, k0, here, j, WIDE_TILE);
+                    times_panel<Kind, WIDE_TILE>(block, panel.at, count, WIDE_TILE, to, c_row, more);
+                    j += WIDE_TILE;
+                    continue;
                 }
+                const int64_t wide = std::min(TILE_COLUMNS, columns - j);
+                pack<Kind, TILE_COLUMNS>(panel, b, k0, here, j, wide);
+                times_panel<Kind, TILE_COLUMNS>(block, panel.at, count, wide, to, c_row, more);
+                j += wide;
             }
         }
 }

@@ -11,6 +11,14 @@ constexpr int64_t LANES = 16;
 constexpr int64_t LANES = 8;
 #endif
 
+// Vectors of columns of a product's tile. Of two, six rows' sums wait for their operands where a processor multiplies two
+// whole vectors of 512 bits a cycle; Zen 4, a Zen 3 to older compilers, takes such a vector in two halves.
+#if defined(__AVX512F__) && !defined(__znver3__) && !defined(__znver4__)
+constexpr int64_t TILE_VECTORS = 4;
+#else
+constexpr int64_t TILE_VECTORS = 2;
+#endif
+
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
 

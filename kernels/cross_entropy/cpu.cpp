@@ -41,28 +41,62 @@ Many<Number> many(int64_t count) {
 
 Floats floats(int64_t count) { return many<float>(count); }
 
+// Sums of so many tiles, one below the other or side by side: as many as registers have room for.
+template <int64_t DOWN, int64_t ACROSS>
 struct Tile {
-    Vector at[TALL][2];
+    static constexpr int64_t ROWS = DOWN * TALL, VECTORS = ACROSS * 2;
+    Vector at[ROWS][VECTORS];
 };
 
-// tile(i, j) = Σ_k a[i · row + k · step] · b[k · pitch + j], over so many numbers
-template <typename Kind, typename Number = typename Kind::Number>
-inline __attribute__((always_inline)) Tile product(
-    const Number *a, int64_t row, int64_t step, const Number *b, int64_t pitch, int64_t count
+// Where a product's operands lie: a's number (i, k) at a[i / TALL · below + i % TALL · row + k · step], b's (k, j) at
+// b[j / WIDE · beside + k · pitch + j % WIDE].
+template <typename Number>
+struct Operands {
+    const Number *a;
+    int64_t below, row, step;
+    const Number *b;
+    int64_t beside, pitch;
+};
+
+// tile(i, j) = Σ_k a(i, k) · b(k, j), over so many numbers
+template <typename Kind, int64_t DOWN, int64_t ACROSS>
+inline __attribute__((always_inline)) Tile<DOWN, ACROSS> product(
+    const Operands<typename Kind::Number> &of, int64_t count
 ) {
-    Tile tile{};
-    for (int64_t k = 0; k < count; k++, a += step, b += pitch) {
-        typename Kind::Numbers left, right;
-        std::memcpy(&left, b, sizeof left);
-        std::memcpy(&right, b + LANES, sizeof right);
-#pragma GCC unroll 6
-        for (int64_t i = 0; i < TALL; i++) {
-            const typename Kind::Numbers x = Kind::spread(a[i * row]);
-            tile.at[i][0] = Kind::add(tile.at[i][0], left, x);
-            tile.at[i][1] = Kind::add(tile.at[i][1], right, x);
+    Tile<DOWN, ACROSS> tile;
+#pragma GCC unroll 12
+    for (int64_t i = 0; i < tile.ROWS; i++)
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < tile.VECTORS; v++) tile.at[i][v] = Vector{};
+    const typename Kind::Number *a = of.a, *b = of.b;
+    for (int64_t k = 0; k < count; k++, a += of.step, b += of.pitch) {
+        typename Kind::Numbers column[tile.VECTORS];
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < tile.VECTORS; v++)
+            std::memcpy(&column[v], b + v / 2 * of.beside + v % 2 * LANES, sizeof column[v]);
+#pragma GCC unroll 12
+        for (int64_t i = 0; i < tile.ROWS; i++) {
+            const typename Kind::Numbers x = Kind::spread(a[i / TALL * of.below + i % TALL * of.row]);
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < tile.VECTORS; v++) tile.at[i][v] = Kind::add(tile.at[i][v], column[v], x);
         }
     }
     return tile;
+}
+
+// Calls each(i, j, DOWN, ACROSS), two constants, for the tiles of so many rows and columns, which are whole tiles': two side
+// by side where there are, in the last column two below each other, if TILE_VECTORS says so.
+template <typename Each>
+inline void in_tiles(int64_t rows, int64_t columns, const Each &each) {
+    typedef std::integral_constant<int64_t, 1> One;
+    typedef std::integral_constant<int64_t, TILE_VECTORS / 2> Most;
+    int64_t j = 0;
+    for (; j + Most() * WIDE <= columns; j += Most() * WIDE)
+        for (int64_t i = 0; i < rows; i += TALL) each(i, j, One(), Most());
+    if (j == columns) return;
+    int64_t i = 0;
+    for (; i + Most() * TALL <= rows; i += Most() * TALL) each(i, j, Most(), One());
+    for (; i < rows; i += TALL) each(i, j, One(), One());
 }
 
 // Neighbours in the sum, the second of which may be beyond the end.
@@ -71,23 +105,33 @@ typename Kind::Number pair(const float *first, int64_t apart, bool whole) {
     return Kind::made(*first, Kind::STEP == 2 && whole ? first[apart] : 0.0f);
 }
 
-inline void put(const Tile &tile, float *to, int64_t pitch) {
-    for (int64_t i = 0; i < TALL; i++)
-        for (int64_t half = 0; half < 2; half++) store(to + i * pitch + half * LANES, tile.at[i][half]);
+template <int64_t DOWN, int64_t ACROSS>
+inline void put(const Tile<DOWN, ACROSS> &tile, float *to, int64_t pitch) {
+#pragma GCC unroll 12
+    for (int64_t i = 0; i < tile.ROWS; i++)
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < tile.VECTORS; v++) store(to + i * pitch + v * LANES, tile.at[i][v]);
 }
 
-inline void add(const Tile &tile, float *to, int64_t pitch) {
-    for (int64_t i = 0; i < TALL; i++)
-        for (int64_t half = 0; half < 2; half++) {
-            float *place = to + i * pitch + half * LANES;
-            store(place, load(place) + tile.at[i][half]);
+template <int64_t DOWN, int64_t ACROSS>
+inline void add(const Tile<DOWN, ACROSS> &tile, float *to, int64_t pitch) {
+#pragma GCC unroll 12
+    for (int64_t i = 0; i < tile.ROWS; i++)
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < tile.VECTORS; v++) {
+            float *place = to + i * pitch + v * LANES;
+            store(place, load(place) + tile.at[i][v]);
         }
 }
 
 // The part of a tile that lies within the matrix.
-inline void add_part(const Tile &tile, float *to, int64_t pitch, int64_t rows, int64_t columns) {
+template <int64_t DOWN, int64_t ACROSS>
+void add_part(const Tile<DOWN, ACROSS> &tile, float *to, int64_t pitch, int64_t rows, int64_t columns) {
+    constexpr int64_t LINE = ACROSS * WIDE;
+    float whole[DOWN * TALL * LINE];
+    put(tile, whole, LINE);
     for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < columns; j++) to[i * pitch + j] += tile.at[i][j / LANES][j % LANES];
+        for (int64_t j = 0; j < columns; j++) to[i * pitch + j] += whole[i * LINE + j];
 }
 
 struct Head {
@@ -162,25 +206,26 @@ struct Rows {
 // Logits of `count` rows of the head from v on, (count filled up to TALL, pitch). A tile that would begin too late to
 // be full has the last row of the head again, whose logits nobody looks at.
 template <typename Kind>
-void logits(
+__attribute__((noinline)) void logits(
     const Head &head, const Chunk<Kind> &chunk, int64_t v, int64_t count, typename Kind::Number *room, float *to
 ) {
     int64_t d = 0;
     do {  // once without any columns, too: then they are zero
         const int64_t depth = std::min(DEPTH, head.width - d);
         const Rows<Kind> rows(head.w + v * head.width + d, head.width, count, depth, room);
-        for (int64_t r = 0; r < chunk.pitch; r += WIDE) {
-            const typename Kind::Number *x = chunk.across + r * numbers_of<Kind>(head.width) + d / Kind::STEP * WIDE;
-            for (int64_t i = 0; i < count; i += TALL) {
-                float *place = to + i * chunk.pitch + r;
-                const Tile tile =
-                    product<Kind>(rows.at + i * rows.row, rows.row, 1, x, WIDE, numbers_of<Kind>(depth));
-                if (d == 0)
-                    put(tile, place, chunk.pitch);
-                else
-                    add(tile, place, chunk.pitch);
-            }
-        }
+        const int64_t panel = numbers_of<Kind>(head.width) * WIDE;
+        const typename Kind::Number *x = chunk.across + d / Kind::STEP * WIDE;
+        in_tiles(up_to(count, TALL), chunk.pitch, [&](int64_t i, int64_t r, auto down, auto across) {
+            float *place = to + i * chunk.pitch + r;
+            const auto tile = product<Kind, down(), across()>(
+                {rows.at + i * rows.row, TALL * rows.row, rows.row, 1, x + r / WIDE * panel, panel, WIDE},
+                numbers_of<Kind>(depth)
+            );
+            if (d == 0)
+                put(tile, place, chunk.pitch);
+            else
+                add(tile, place, chunk.pitch);
+        });
     } while ((d += DEPTH) < head.width);
 }
 
@@ -210,7 +255,7 @@ void statistics(const float *z, int64_t count, int64_t pitch, float *highest, fl
 
 // weight · (softmax − onehot)
 template <typename Kind>
-void slopes(
+__attribute__((noinline)) void slopes(
     const Chunk<Kind> &chunk, const int64_t *target, const float *weight, const float *z, int64_t v, int64_t count,
     float *to
 ) {
@@ -265,7 +310,7 @@ struct Slope {
 
 // What a block of the head's rows adds to the gradient of x, transposed and of a part of the columns, (span, pitch).
 template <typename Kind>
-void add_to_grad_x(
+__attribute__((noinline)) void add_to_grad_x(
     const Head &head, const Chunk<Kind> &chunk, const Slope<Kind> &slope, int64_t v, int64_t count, int64_t d,
     int64_t span, typename Kind::Number *panels, float *grad_x
 ) {
@@ -283,34 +328,33 @@ void add_to_grad_x(
         std::fill(line + span, line + up_to(span, TALL), 0);
         for (j = 0; j < span; j += TALL, panel += TALL * numbers) std::memcpy(panel, line + j, TALL * sizeof line[0]);
     }
-    for (int64_t r = 0; r < chunk.pitch; r += WIDE)
-        for (int64_t j = 0; j < span; j += TALL) {
-            const Tile tile = product<Kind>(panels + j * numbers, 1, TALL, slope.over_v + r, slope.v_row, numbers);
-            add(tile, grad_x + (d + j) * chunk.pitch + r, chunk.pitch);
-        }
+    in_tiles(up_to(span, TALL), chunk.pitch, [&](int64_t j, int64_t r, auto down, auto across) {
+        const auto tile = product<Kind, down(), across()>(
+            {panels + j * numbers, TALL * numbers, 1, TALL, slope.over_v + r, WIDE, slope.v_row}, numbers
+        );
+        add(tile, grad_x + (d + j) * chunk.pitch + r, chunk.pitch);
+    });
 }
 
 // What a chunk adds to the gradient of a block of the head's rows, of a part of the columns.
 template <typename Kind>
-void add_to_grad_w(
+__attribute__((noinline)) void add_to_grad_w(
     const Head &head, const Chunk<Kind> &chunk, const Slope<Kind> &slope, int64_t v, int64_t count, int64_t d,
     int64_t span, float *grad_w
 ) {
-    const int64_t numbers = numbers_of<Kind>(chunk.rows);
-    for (int64_t j = d; j < d + span; j += WIDE) {
-        const int64_t columns = std::min(WIDE, head.width - j);
-        const typename Kind::Number *x = chunk.along + j * numbers;
-        for (int64_t i = 0; i < count; i += TALL) {
-            float *place = grad_w + (v + i) * head.width + j;
-            const int64_t rows = std::min(TALL, count - i);
-            for (int64_t k = 0; k < rows; k++) __builtin_prefetch(place + k * head.width, 1);
-            const Tile tile = product<Kind>(slope.over_r + i * slope.r_row, slope.r_row, 1, x, WIDE, numbers);
-            if (rows == TALL && columns == WIDE)
-                add(tile, place, head.width);
-            else
-                add_part(tile, place, head.width, rows, columns);
-        }
-    }
+    const int64_t numbers = numbers_of<Kind>(chunk.rows), panel = numbers * WIDE;
+    in_tiles(up_to(count, TALL), up_to(span, WIDE), [&](int64_t i, int64_t j, auto down, auto across) {
+        float *place = grad_w + (v + i) * head.width + d + j;
+        const int64_t rows = std::min(down() * TALL, count - i), columns = std::min(across() * WIDE, span - j);
+        for (int64_t k = 0; k < rows; k++)
+            for (int64_t at = 0; at < columns; at += WIDE) __builtin_prefetch(place + k * head.width + at, 1);
+        const auto *slopes = slope.over_r + i * slope.r_row, *x = chunk.along + (d + j) / WIDE * panel;
+        const Operands<typename Kind::Number> of{slopes, TALL * slope.r_row, slope.r_row, 1, x, panel, WIDE};
+        if (rows == down() * TALL && columns == across() * WIDE)
+            add(product<Kind, down(), across()>(of, numbers), place, head.width);
+        else  // apart, so that the sums of whole tiles stay in registers
+            add_part(product<Kind, down(), across()>(of, numbers), place, head.width, rows, columns);
+    });
 }
 
 // One of `parts` of the vocabulary, which begin at whole tiles.
