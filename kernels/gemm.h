@@ -13,6 +13,10 @@ constexpr int64_t TILE_ROWS = 6;          // with two vectors of columns: twelve
 constexpr int64_t TILE_COLUMNS = 2 * LANES;
 constexpr int64_t WIDE_TILE = TILE_VECTORS * LANES;  // where there are columns for it: the same sums, to the bit
 constexpr int64_t DEPTH = 256;            // terms of a panel: 16 KiB of eight lanes
+constexpr int64_t CACHE_LINE = 16;        // floats
+// From so many columns on a block of a is packed even where it need not be: rows that lie a power of two apart evict each
+// other from the second cache, which wide tiles are quick enough to wait for.
+constexpr int64_t PACKED_COLUMNS = 8 * TILE_COLUMNS;
 constexpr int64_t BLOCK_ROWS = 48 * TILE_ROWS;  // of a, at most: 288 KiB of a panel's depth
 
 // Rows of each of as few blocks as there can be, as even as whole tiles are; their number a multiple of `times`, if
@@ -246,6 +250,8 @@ static inline void times_panel(
         const typename Kind::Number *starts[TILE_ROWS];
         rows.find(i, high, starts);
         float *to = c + i * c_row;
+        for (int64_t r = i + TILE_ROWS; r < std::min(i + 2 * TILE_ROWS, rows.count); r++)
+            for (int64_t j = 0; j < wide; j += CACHE_LINE) __builtin_prefetch(c + r * c_row + j, 1);
         if (wide == WIDE) {
             if (high == TILE_ROWS)
                 tile<Kind, WIDE>(starts, step, panel, count, to, c_row, add);
@@ -271,7 +277,8 @@ static void product(
     Panel<Kind> panel;
     if (depth == 0 && !add)
         for (int64_t i = 0; i < rows; i++) std::memset(c + i * c_row, 0, columns * sizeof(float));
-    const bool as_they_lie = std::is_same_v<Kind, Exact> && a.column == 1 && a.depth_order == nullptr;
+    const bool many = TILE_VECTORS > 2 && columns >= PACKED_COLUMNS;
+    const bool as_they_lie = std::is_same_v<Kind, Exact> && a.column == 1 && a.depth_order == nullptr && !many;
     const int64_t most = block_rows(rows);
     for (int64_t i0 = 0; i0 < rows; i0 += most)
         for (int64_t k0 = 0; k0 < depth; k0 += DEPTH) {
