@@ -118,7 +118,8 @@ static inline void low_tile(
     Vector s[ROWS][VECTORS] = {};
     for (int64_t at = 0; at < count * stride; at += stride, panel += WIDE) {
         typename Kind::Numbers b[VECTORS];
-        std::memcpy(b, panel, sizeof b);
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < VECTORS; v++) std::memcpy(&b[v], panel + v * LANES, sizeof b[v]);
         for (int64_t i = 0; i < ROWS; i++) {
             const typename Kind::Numbers x = Kind::spread(a[i][at]);
             for (int64_t v = 0; v < VECTORS; v++) s[i][v] = Kind::add(s[i][v], x, b[v]);
@@ -161,7 +162,8 @@ static inline void tile(
     std::memcpy(rows, a, sizeof rows);
     for (int64_t at = 0; at < count * stride; at += stride, panel += WIDE) {
         typename Kind::Numbers b[VECTORS];
-        std::memcpy(b, panel, sizeof b);
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < VECTORS; v++) std::memcpy(&b[v], panel + v * LANES, sizeof b[v]);
 #pragma GCC unroll 6
         for (int64_t i = 0; i < TILE_ROWS; i++) {
             const typename Kind::Numbers x = Kind::spread(rows[i][at]);
