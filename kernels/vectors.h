@@ -11,13 +11,16 @@ constexpr int64_t LANES = 16;
 constexpr int64_t LANES = 8;
 #endif
 
-// Vectors of columns of a product's tile. Of two, six rows' sums wait for their operands where a processor multiplies two
-// whole vectors of 512 bits a cycle; Zen 4, a Zen 3 to older compilers, takes such a vector in two halves.
+// Whether the processor multiplies two whole vectors of 512 bits a cycle. Zen 4, a Zen 3 to older compilers, takes each in
+// two halves, and its divisions keep up.
 #if defined(__AVX512F__) && !defined(__znver3__) && !defined(__znver4__)
-constexpr int64_t TILE_VECTORS = 4;
+constexpr bool WHOLE_VECTORS = true;
 #else
-constexpr int64_t TILE_VECTORS = 2;
+constexpr bool WHOLE_VECTORS = false;
 #endif
+
+// Of columns of a product's tile: of two, six rows' sums would wait for their operands there.
+constexpr int64_t TILE_VECTORS = WHOLE_VECTORS ? 4 : 2;
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));

@@ -1,8 +1,8 @@
 // AdamW over many tensors in one pass: a parameter, its gradient and its moments are read and written once.
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
+#include "quotients.h"
 #include "rounding.h"
 
 namespace {
@@ -39,19 +39,23 @@ struct Stochastic {
 
 // Numbers [start, start + count) of a tensor, whose own first number is at p[0], g[0] and so on
 template <typename Moment, typename Round>
-void update(float *p, const float *g, Moment *m, Moment *v, int64_t start, int64_t count, const Rates &r, Round &round) {
-    for (int64_t i = start; i < start + count; i += LANES) {
-        const int64_t left = start + count - i, along = (i - start) % rounding::Row::LENGTH;
-        if (along == 0) round.move_to(i);
+void update(float *p, const float *g, Moment *m, Moment *v, int64_t start, int64_t count, const Rates r, Round &round) {
+    const auto step = [&](int64_t i, int64_t along, int64_t left) __attribute__((always_inline)) {
         const Vector gradient = load(g + i, left) * r.coefficient;
         const Vector before = read(m + i, left);
         const Vector first = before + (gradient - before) * (1 - r.beta1);
         const Vector second = read(v + i, left) * r.beta2 + gradient * gradient * (1 - r.beta2);
         round.first(m + i, first, along, left);
         round.second(v + i, second, along, left);
-        Vector root = second * r.second_correction;
-        for (int64_t l = 0; l < LANES; l++) root[l] = std::sqrt(root[l]);
-        store(p + i, load(p + i, left) * r.shrink - r.size * first / (root + r.eps), left);
+        const Vector moved = quotients::over_root(r.size * first, second * r.second_correction, r.eps);
+        store(p + i, load(p + i, left) * r.shrink - moved, left);
+    };
+    for (int64_t row = start; row < start + count; row += rounding::Row::LENGTH) {
+        const int64_t here = std::min(rounding::Row::LENGTH, start + count - row);
+        round.move_to(row);
+        int64_t along = 0;
+        for (; along + LANES <= here; along += LANES) step(row + along, along, LANES);
+        if (along < here) step(row + along, along, here - along);
     }
 }
 

@@ -21,13 +21,29 @@ inline Words bits_of(Vector v) {
     return bits;
 }
 
+inline Words widened(Halves half) {
+#ifdef __AVX512F__
+    return (Words)_mm512_cvtepu16_epi32((__m256i)half);  // which compilers make of two halves, where left to it
+#else
+    return __builtin_convertvector(half, Words);
+#endif
+}
+
+inline Halves narrowed(Words word) {
+#ifdef __AVX512F__
+    return (Halves)_mm512_cvtepi32_epi16((__m512i)word);
+#else
+    return __builtin_convertvector(word, Halves);
+#endif
+}
+
 inline Vector read(const uint16_t *from, int64_t left) {
     Halves half{};
     if (left >= LANES)
         std::memcpy(&half, from, sizeof half);
     else
         for (int64_t i = 0; i < left; i++) half[i] = from[i];
-    const Words bits = __builtin_convertvector(half, Words) << 16;
+    const Words bits = widened(half) << 16;
     Vector v;
     std::memcpy(&v, &bits, sizeof v);
     return v;
@@ -35,8 +51,7 @@ inline Vector read(const uint16_t *from, int64_t left) {
 
 // The upper halves of v's bits after `added`; what is not a number becomes the one of 0x7fc0.
 inline void write(uint16_t *to, Vector v, Words added, int64_t left) {
-    const Words upper = v != v ? Words{} + 0x7fc0 : (bits_of(v) + added) >> 16;
-    const Halves half = __builtin_convertvector(upper, Halves);
+    const Halves half = narrowed(v != v ? Words{} + 0x7fc0 : (bits_of(v) + added) >> 16);
     if (left >= LANES)
         std::memcpy(to, &half, sizeof half);
     else
@@ -54,13 +69,16 @@ struct Stream {
 // Both halves of a · by.
 inline void product(Words a, uint32_t by, Words &high, Words &low) {
 #ifdef __AVX512F__
+    // Lanes are brought together by shuffles, since the products alone keep their unit busy
+    constexpr auto UPPER = static_cast<_MM_PERM_ENUM>(0xf5), LOWER = static_cast<_MM_PERM_ENUM>(0xa0);
     const __m512i factor = _mm512_set1_epi32(by), wide = (__m512i)a;
-    const __m512i even = _mm512_mul_epu32(wide, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(wide, 32), factor);
-    high = (Words)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+    const __m512i even = _mm512_mul_epu32(wide, factor), odd = _mm512_mul_epu32(_mm512_shuffle_epi32(wide, UPPER), factor);
+    high = (Words)_mm512_mask_shuffle_epi32(odd, 0x5555, even, UPPER);
+    low = (Words)_mm512_mask_shuffle_epi32(even, 0xaaaa, odd, LOWER);
 #else
     for (int64_t l = 0; l < LANES; l++) high[l] = static_cast<uint64_t>(a[l]) * by >> 32;
-#endif
     low = a * by;
+#endif
 }
 
 // Of each four lanes of a and b those that lie in the lower (FROM 0) or upper (2) two, in turn or one pair behind the other.
@@ -81,9 +99,22 @@ inline Words mixed(Words a, Words b) {
 }
 
 constexpr int64_t DRAWN = 4 * LANES;  // words that are made at once
+constexpr int64_t ROUNDS = 10;
+
+// The keys of a seed's rounds, from memory: to spread them from other registers costs as much as a round's shuffles.
+struct Keys {
+    uint32_t first[ROUNDS], second[ROUNDS];
+
+    explicit Keys(uint64_t seed) {
+        for (uint32_t round = 0; round < ROUNDS; round++) {
+            first[round] = static_cast<uint32_t>(seed) + round * 0x9E3779B9;
+            second[round] = static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85;
+        }
+    }
+};
 
 // The words of the DRAWN numbers from place 4 · quad on, in their order.
-inline void draw(uint32_t *to, uint64_t quad, const Stream &s) {
+inline void draw(uint32_t *to, uint64_t quad, const Stream &s, const Keys &keys) {
     // Lane 4q + r has counter LANES / 4 · r + q, so that transposing quads of lanes brings the words in order
     Words c0, c1, c2 = Words{} + s.step, c3 = Words{} + s.stream;
     for (int64_t l = 0; l < LANES; l++) c0[l] = LANES / 4 * (l % 4) + l / 4;
@@ -91,12 +122,11 @@ inline void draw(uint32_t *to, uint64_t quad, const Stream &s) {
     c0 += low;
     c1 = static_cast<uint32_t>(quad >> 32) - (Words)(c0 < low);  // a comparison that holds is -1
     uint32_t k0 = static_cast<uint32_t>(s.seed), k1 = static_cast<uint32_t>(s.seed >> 32);
-    for (int round = 0; round < 10; round++) {
+    for (int64_t round = 0; round < ROUNDS; round++) {
         Words high0, low0, high1, low1;
         product(c0, 0xD2511F53, high0, low0);
         product(c2, 0xCD9E8D57, high1, low1);
-        c0 = high1 ^ c1 ^ k0, c1 = low1, c2 = high0 ^ c3 ^ k1, c3 = low0;
-        k0 += 0x9E3779B9, k1 += 0xBB67AE85;
+        c0 = high1 ^ c1 ^ k0, c1 = low1, c2 = high0 ^ c3 ^ k1, c3 = low0; k0 += 0x9E3779B9, k1 += 0xBB67AE85;
     }
     const Words a = mixed<0, true>(c0, c1), b = mixed<0, true>(c2, c3);
     const Words c = mixed<2, true>(c0, c1), d = mixed<2, true>(c2, c3);
@@ -112,8 +142,9 @@ class Row {
     // From the tensor's number `at` on; LENGTH of them.
     void move_to(int64_t at, const Stream &s) {
         const uint64_t place = s.first + at;
+        const Keys keys(s.seed);
         ahead = place % 4;
-        for (int64_t i = 0; i < LENGTH + (ahead ? DRAWN : 0); i += DRAWN) draw(words + i, (place + i) / 4, s);
+        for (int64_t i = 0; i < LENGTH + (ahead ? DRAWN : 0); i += DRAWN) draw(words + i, (place + i) / 4, s, keys);
     }
 
     Words operator[](int64_t i) const {
