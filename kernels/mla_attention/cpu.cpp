@@ -55,9 +55,10 @@ struct Forward {
                 std::fill_n(row, count, 0.0f);
             if (query + r < s.length) log_sums[(head.sequence * s.heads + h) * s.length + query + r] = log_sum;
         }
-        for (int64_t w = 0; w < head.value_line; w += PANEL)
-            tile<false>(scores.get(), score_line, 1, head.v.get() + span.begin * head.value_line + w, head.value_line,
-                        count, sums.get() + w, head.value_line);
+        tiles<false>(
+            {scores.get(), score_line, 1, head.v.get() + span.begin * head.value_line, head.value_line, PANEL, count},
+            sums.get(), head.value_line, head.value_line
+        );
         for (int64_t r = 0; r < std::min(ROWS, s.length - query); r++)
             scaled(sums.get() + r * head.value_line, part[r], s.values,
                    to + r * s.heads * s.values);
@@ -142,10 +143,11 @@ struct Backward {
             }
         if (span.empty()) return;
         head.scores(queries.get() + query * line, span, weights.get() + at + first, KEYS);
-        for (int64_t j = first; j < last; j += PANEL)
-            tile<false>(grads.get() + query * value_line, value_line, 1,
-                        head.v_columns.get() + (key + j) * shape.values, PANEL, shape.values,
-                        slopes.get() + at + j, KEYS);
+        tiles<false>(
+            {grads.get() + query * value_line, value_line, 1, head.v_columns.get() + (key + first) * shape.values, PANEL,
+             PANEL * shape.values, shape.values},
+            slopes.get() + at + first, KEYS, last - first
+        );
         for (int64_t r = 0; r < ROWS; r++) {
             float *p = weights.get() + at + r * KEYS, *ds = slopes.get() + at + r * KEYS;
             head.hide(query + r, span, p + first);
@@ -156,9 +158,10 @@ struct Backward {
                 store(ds + j, weight * (load(ds + j) - mean));
             }
         }
-        for (int64_t n = 0; n < line; n += PANEL)
-            tile<true>(slopes.get() + at + first, KEYS, 1, head.k.get() + span.begin * line + n, line, last - first,
-                       q_slopes.get() + query * line + n, line);
+        tiles<true>(
+            {slopes.get() + at + first, KEYS, 1, head.k.get() + span.begin * line, line, PANEL, last - first},
+            q_slopes.get() + query * line, line, line
+        );
     }
 
     // A block's part of dK and dV of a tile of keys, which begins in column `at` of the block.
@@ -171,12 +174,14 @@ struct Backward {
         }
         if (by.empty()) return;
         const int64_t from = (by.begin - query) * KEYS + at, count = by.end - by.begin;
-        for (int64_t w = 0; w < value_line; w += PANEL)
-            tile<true>(weights.get() + from, 1, KEYS, grads.get() + by.begin * value_line + w, value_line, count,
-                       v_slopes.get() + key * value_line + w, value_line);
-        for (int64_t n = 0; n < line; n += PANEL)
-            tile<true>(slopes.get() + from, 1, KEYS, queries.get() + by.begin * line + n, line, count,
-                       k_slopes.get() + key * line + n, line);
+        tiles<true>(
+            {weights.get() + from, 1, KEYS, grads.get() + by.begin * value_line, value_line, PANEL, count},
+            v_slopes.get() + key * value_line, value_line, value_line
+        );
+        tiles<true>(
+            {slopes.get() + from, 1, KEYS, queries.get() + by.begin * line, line, PANEL, count},
+            k_slopes.get() + key * line, line, line
+        );
     }
 
     void give_queries(int64_t h) const {

@@ -53,29 +53,47 @@ Floats floats(int64_t size) {
     return Floats(static_cast<float *>(::operator new(size * sizeof(float), std::align_val_t(64))));
 }
 
-// c (ROWS × PANEL) = or += Σₜ a[·, t] b[t, ·] over `inner` terms, in order.
+// What is summed: a[i · a_row + t · a_step] over `inner` terms with b, of which a term's columns begin b_step behind the
+// last one's, and each PANEL of them `beside` behind the one before.
+struct Sum {
+    const float *a;
+    int64_t a_row, a_step;
+    const float *b;
+    int64_t b_step, beside, inner;
+};
+
+// c (ROWS × PANELS · PANEL) = or += Σₜ a[·, t] b[t, ·], in order.
+template <bool ADDS, int64_t PANELS>
+inline void tile(const Sum &of, float *c, int64_t c_row) {
+    constexpr int64_t VECTORS = 2 * PANELS;
+    Vector sums[ROWS][VECTORS];
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < VECTORS; v++) sums[i][v] = ADDS ? load(c + i * c_row + v * LANES) : Vector{};
+    const float *a = of.a, *b = of.b;
+    for (int64_t t = 0; t < of.inner; t++, a += of.a_step, b += of.b_step) {
+        Vector row[VECTORS];
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < VECTORS; v++) row[v] = load(b + v / 2 * of.beside + v % 2 * LANES);
+#pragma GCC unroll 6
+        for (int64_t i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < VECTORS; v++) sums[i][v] += a[i * of.a_row] * row[v];
+    }
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < VECTORS; v++) store(c + i * c_row + v * LANES, sums[i][v]);
+}
+
+// The same of so many columns, whole panels.
 template <bool ADDS>
-inline void tile(const float *a, int64_t a_row, int64_t a_step, const float *b, int64_t b_step, int64_t inner, float *c,
-                 int64_t c_row) {
-    Vector sums[ROWS][2];
-#pragma GCC unroll 6
-    for (int64_t i = 0; i < ROWS; i++) {
-        sums[i][0] = ADDS ? load(c + i * c_row) : Vector{};
-        sums[i][1] = ADDS ? load(c + i * c_row + LANES) : Vector{};
-    }
-    for (int64_t t = 0; t < inner; t++, a += a_step, b += b_step) {
-        const Vector left = load(b), right = load(b + LANES);
-#pragma GCC unroll 6
-        for (int64_t i = 0; i < ROWS; i++) {
-            sums[i][0] += a[i * a_row] * left;
-            sums[i][1] += a[i * a_row] * right;
-        }
-    }
-#pragma GCC unroll 6
-    for (int64_t i = 0; i < ROWS; i++) {
-        store(c + i * c_row, sums[i][0]);
-        store(c + i * c_row + LANES, sums[i][1]);
-    }
+inline void tiles(Sum of, float *c, int64_t c_row, int64_t columns) {
+    constexpr int64_t MOST = TILE_VECTORS / 2;
+    int64_t j = 0;
+    for (; j + MOST * PANEL <= columns; j += MOST * PANEL, of.b += MOST * of.beside) tile<ADDS, MOST>(of, c + j, c_row);
+    for (; j < columns; j += PANEL, of.b += of.beside) tile<ADDS, 1>(of, c + j, c_row);
 }
 
 // Rows of a head lie too far apart for the processor to see which comes next.
@@ -194,8 +212,10 @@ struct Head {
 
     // Scores of a tile of queries, unmasked: `to` is where those of the first key of the span go.
     void scores(const float *rows, Span span, float *to, int64_t to_row) const {
-        for (int64_t j = span.begin; j < span.end; j += PANEL)
-            tile<false>(rows, line, 1, k_columns.get() + j * wide, PANEL, wide, to + j - span.begin, to_row);
+        tiles<false>(
+            {rows, line, 1, k_columns.get() + span.begin * wide, PANEL, PANEL * wide, wide}, to, to_row,
+            span.end - span.begin
+        );
     }
 
     // The scores of a query become −∞ where it does not see the key.
