@@ -215,17 +215,18 @@ __attribute__((noinline)) void logits(
         const Rows<Kind> rows(head.w + v * head.width + d, head.width, count, depth, room);
         const int64_t panel = numbers_of<Kind>(head.width) * WIDE;
         const typename Kind::Number *x = chunk.across + d / Kind::STEP * WIDE;
-        in_tiles(up_to(count, TALL), chunk.pitch, [&](int64_t i, int64_t r, auto down, auto across) {
+        // Apart, as the places of six rows need registers too
+        const auto tile = [&](int64_t i, int64_t r, auto down, auto across) __attribute__((noinline)) {
             float *place = to + i * chunk.pitch + r;
-            const auto tile = product<Kind, down(), across()>(
-                {rows.at + i * rows.row, TALL * rows.row, rows.row, 1, x + r / WIDE * panel, panel, WIDE},
-                numbers_of<Kind>(depth)
-            );
+            const Operands<typename Kind::Number> of{
+                rows.at + i * rows.row, TALL * rows.row, rows.row, 1, x + r / WIDE * panel, panel, WIDE
+            };
             if (d == 0)
-                put(tile, place, chunk.pitch);
+                put(product<Kind, down(), across()>(of, numbers_of<Kind>(depth)), place, chunk.pitch);
             else
-                add(tile, place, chunk.pitch);
-        });
+                add(product<Kind, down(), across()>(of, numbers_of<Kind>(depth)), place, chunk.pitch);
+        };
+        in_tiles(up_to(count, TALL), chunk.pitch, tile);
     } while ((d += DEPTH) < head.width);
 }
 
