@@ -9,17 +9,15 @@
 //
 // `Kind` is Exact or Rounded. Rounded, w and the slope do not lie as they are read: numbers may be pairs of neighbours in
 // the sum, so each product has its own packed form of them, a block at a time.
-#include "operands.h"
+#include "cross_entropy/tiles.h"
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <new>
-#include <type_traits>
 
 namespace {
 
-constexpr int64_t TALL = 6, WIDE = 2 * LANES;  // of a product's tile, whose sums stay in registers
 constexpr int64_t BLOCK = 16 * TALL;           // rows of the head at a time
 constexpr int64_t DEPTH = 256;                 // terms of a logit at a time: a panel of x stays in the first cache
 constexpr int64_t SPAN = 64 * TALL;            // columns of the head at a time in the gradients
@@ -41,97 +39,10 @@ Many<Number> many(int64_t count) {
 
 Floats floats(int64_t count) { return many<float>(count); }
 
-// Sums of so many tiles, one below the other or side by side: as many as registers have room for.
-template <int64_t DOWN, int64_t ACROSS>
-struct Tile {
-    static constexpr int64_t ROWS = DOWN * TALL, VECTORS = ACROSS * 2;
-    Vector at[ROWS][VECTORS];
-};
-
-// Where a product's operands lie: a's number (i, k) at a[i / TALL · below + i % TALL · row + k · step], b's (k, j) at
-// b[j / WIDE · beside + k · pitch + j % WIDE].
-template <typename Number>
-struct Operands {
-    const Number *a;
-    int64_t below, row, step;
-    const Number *b;
-    int64_t beside, pitch;
-};
-
-// tile(i, j) = Σ_k a(i, k) · b(k, j), over so many numbers
-template <typename Kind, int64_t DOWN, int64_t ACROSS>
-inline __attribute__((always_inline)) Tile<DOWN, ACROSS> product(
-    const Operands<typename Kind::Number> &of, int64_t count
-) {
-    Tile<DOWN, ACROSS> tile;
-#pragma GCC unroll 12
-    for (int64_t i = 0; i < tile.ROWS; i++)
-#pragma GCC unroll 4
-        for (int64_t v = 0; v < tile.VECTORS; v++) tile.at[i][v] = Vector{};
-    const typename Kind::Number *a = of.a, *b = of.b;
-    for (int64_t k = 0; k < count; k++, a += of.step, b += of.pitch) {
-        typename Kind::Numbers column[tile.VECTORS];
-#pragma GCC unroll 4
-        for (int64_t v = 0; v < tile.VECTORS; v++)
-            std::memcpy(&column[v], b + v / 2 * of.beside + v % 2 * LANES, sizeof column[v]);
-#pragma GCC unroll 12
-        for (int64_t i = 0; i < tile.ROWS; i++) {
-            const typename Kind::Numbers x = Kind::spread(a[i / TALL * of.below + i % TALL * of.row]);
-#pragma GCC unroll 4
-            for (int64_t v = 0; v < tile.VECTORS; v++) tile.at[i][v] = Kind::add(tile.at[i][v], column[v], x);
-        }
-    }
-    return tile;
-}
-
-// Calls each(i, j, DOWN, ACROSS), two constants, for the tiles of so many rows and columns, which are whole tiles': two side
-// by side where there are, in the last column two below each other, if TILE_VECTORS says so.
-template <typename Each>
-inline void in_tiles(int64_t rows, int64_t columns, const Each &each) {
-    typedef std::integral_constant<int64_t, 1> One;
-    typedef std::integral_constant<int64_t, TILE_VECTORS / 2> Most;
-    int64_t j = 0;
-    for (; j + Most() * WIDE <= columns; j += Most() * WIDE)
-        for (int64_t i = 0; i < rows; i += TALL) each(i, j, One(), Most());
-    if (j == columns) return;
-    int64_t i = 0;
-    for (; i + Most() * TALL <= rows; i += Most() * TALL) each(i, j, Most(), One());
-    for (; i < rows; i += TALL) each(i, j, One(), One());
-}
-
 // Neighbours in the sum, the second of which may be beyond the end.
 template <typename Kind>
 typename Kind::Number pair(const float *first, int64_t apart, bool whole) {
     return Kind::made(*first, Kind::STEP == 2 && whole ? first[apart] : 0.0f);
-}
-
-template <int64_t DOWN, int64_t ACROSS>
-inline void put(const Tile<DOWN, ACROSS> &tile, float *to, int64_t pitch) {
-#pragma GCC unroll 12
-    for (int64_t i = 0; i < tile.ROWS; i++)
-#pragma GCC unroll 4
-        for (int64_t v = 0; v < tile.VECTORS; v++) store(to + i * pitch + v * LANES, tile.at[i][v]);
-}
-
-template <int64_t DOWN, int64_t ACROSS>
-inline void add(const Tile<DOWN, ACROSS> &tile, float *to, int64_t pitch) {
-#pragma GCC unroll 12
-    for (int64_t i = 0; i < tile.ROWS; i++)
-#pragma GCC unroll 4
-        for (int64_t v = 0; v < tile.VECTORS; v++) {
-            float *place = to + i * pitch + v * LANES;
-            store(place, load(place) + tile.at[i][v]);
-        }
-}
-
-// The part of a tile that lies within the matrix.
-template <int64_t DOWN, int64_t ACROSS>
-void add_part(const Tile<DOWN, ACROSS> &tile, float *to, int64_t pitch, int64_t rows, int64_t columns) {
-    constexpr int64_t LINE = ACROSS * WIDE;
-    float whole[DOWN * TALL * LINE];
-    put(tile, whole, LINE);
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < columns; j++) to[i * pitch + j] += whole[i * LINE + j];
 }
 
 struct Head {
