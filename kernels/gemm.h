@@ -1,6 +1,7 @@
 // Products of matrices by one thread, from parts that need not lie side by side. Written for operands of a few hundred
-// rows: a panel of b (two vectors of columns) is packed and stays in the first cache while the rows of a come from the
-// second: where they lie, if they lie in order and are taken as they are, else packed as well. `Kind` is Exact or Rounded.
+// rows: a panel of b (two or four vectors of columns) is packed and stays in the first cache, or near it, while the rows of
+// a come from the second: where they lie, if they lie in order, are taken as they are and serve few columns, else packed as
+// well. `Kind` is Exact or Rounded.
 #pragma once
 
 #include <algorithm>
@@ -12,10 +13,10 @@
 constexpr int64_t TILE_ROWS = 6;          // with two vectors of columns: twelve sums, of sixteen registers
 constexpr int64_t TILE_COLUMNS = 2 * LANES;
 constexpr int64_t WIDE_TILE = TILE_VECTORS * LANES;  // where there are columns for it: the same sums, to the bit
-constexpr int64_t DEPTH = 256;            // terms of a panel: 16 KiB of eight lanes
+constexpr int64_t DEPTH = 256;            // terms of a panel: 16 KiB of two vectors of eight lanes, 64 of four of sixteen
 constexpr int64_t CACHE_LINE = 16;        // floats
-// From so many columns on a block of a is packed even where it need not be: rows that lie a power of two apart evict each
-// other from the second cache, which wide tiles are quick enough to wait for.
+// From so many columns on they repay the packing of a block of a that could be read as it lies: rows a power of two apart
+// evict each other from the second cache, for which tiles of four vectors would wait.
 constexpr int64_t PACKED_COLUMNS = 8 * TILE_COLUMNS;
 constexpr int64_t BLOCK_ROWS = 48 * TILE_ROWS;  // of a, at most: 288 KiB of a panel's depth
 
@@ -120,12 +121,16 @@ static inline void low_tile(
         typename Kind::Numbers b[VECTORS];
 #pragma GCC unroll 4
         for (int64_t v = 0; v < VECTORS; v++) std::memcpy(&b[v], panel + v * LANES, sizeof b[v]);
+#pragma GCC unroll 5
         for (int64_t i = 0; i < ROWS; i++) {
             const typename Kind::Numbers x = Kind::spread(a[i][at]);
+#pragma GCC unroll 4
             for (int64_t v = 0; v < VECTORS; v++) s[i][v] = Kind::add(s[i][v], x, b[v]);
         }
     }
+#pragma GCC unroll 5
     for (int64_t i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
         for (int64_t v = 0; v < VECTORS; v++) {
             float *to = c + i * c_row + v * LANES;
             store(to, (add ? load(to) : Vector{}) + s[i][v]);
@@ -156,7 +161,9 @@ static inline void tile(
 ) {
     constexpr int64_t VECTORS = WIDE / LANES;
     Vector s[TILE_ROWS][VECTORS];
+#pragma GCC unroll 6
     for (int64_t i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 4
         for (int64_t v = 0; v < VECTORS; v++) s[i][v] = add ? load(c + i * c_row + v * LANES) : Vector{};
     const typename Kind::Number *rows[TILE_ROWS];
     std::memcpy(rows, a, sizeof rows);
@@ -167,10 +174,13 @@ static inline void tile(
 #pragma GCC unroll 6
         for (int64_t i = 0; i < TILE_ROWS; i++) {
             const typename Kind::Numbers x = Kind::spread(rows[i][at]);
+#pragma GCC unroll 4
             for (int64_t v = 0; v < VECTORS; v++) s[i][v] = Kind::add(s[i][v], x, b[v]);
         }
     }
+#pragma GCC unroll 6
     for (int64_t i = 0; i < TILE_ROWS; i++)
+#pragma GCC unroll 4
         for (int64_t v = 0; v < VECTORS; v++) store(c + i * c_row + v * LANES, s[i][v]);
 }
 
@@ -224,7 +234,7 @@ struct Rows {
     const Matrix &a;
     const Block<Kind> &packed;
     bool as_they_lie;
-    int64_t first, count, depth;  // of a's rows, and of its columns
+    int64_t first, count, column;  // the first of a's rows and their number, and the first of its columns
 
     int64_t step() const { return as_they_lie ? 1 : packed.step(); }
 
@@ -233,7 +243,7 @@ struct Rows {
         for (int64_t r = 0; r < TILE_ROWS; r++) {
             if constexpr (std::is_same_v<Kind, Exact>)
                 if (as_they_lie) {
-                    starts[r] = a.at(first + i + std::min(r, high - 1)) + depth;
+                    starts[r] = a.at(first + i + std::min(r, high - 1)) + column;
                     continue;
                 }
             starts[r] = packed.row(i, packed.strips ? r : std::min(r, high - 1));

@@ -11,8 +11,8 @@ constexpr int64_t LANES = 16;
 constexpr int64_t LANES = 8;
 #endif
 
-// Whether the processor multiplies two whole vectors of 512 bits a cycle. Zen 4, a Zen 3 to older compilers, takes each in
-// two halves, and its divisions keep up.
+// Whether the processor multiplies two whole vectors of 512 bits a cycle: taken to be so of all with AVX-512 but Zen 4 (a
+// Zen 3 to older compilers), which takes each in two halves, and whose divisions keep up. Some have one such unit.
 #if defined(__AVX512F__) && !defined(__znver3__) && !defined(__znver4__)
 constexpr bool WHOLE_VECTORS = true;
 #else

@@ -19,7 +19,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 16 * TALL;           // rows of the head at a time
-constexpr int64_t DEPTH = 256;                 // terms of a logit at a time: a panel of x stays in the first cache
+constexpr int64_t DEPTH = 256;                 // terms of a logit at a time: a panel of x stays in the first cache, or near it
 constexpr int64_t SPAN = 64 * TALL;            // columns of the head at a time in the gradients
 constexpr float LOWEST = 1e30f;                // what minus infinity is taken for, times a probability of zero
 

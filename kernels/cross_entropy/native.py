@@ -15,7 +15,7 @@ SOURCE = "cross_entropy/cpu.cpp"
 SHARE = 20  # of all logits: up to 5 % of them are held,
 LOGITS = 1 << 21  # or so many, where they are few:
 LEAST_ROWS, MOST_ROWS = 96, 256  # at once; with more of them a product does not get faster
-WHOLE_ROWS, WHOLE_VOCAB = 32, 6  # of the widest tile of a product
+WHOLE_ROWS, WHOLE_VOCAB = 32, 6  # what both are filled up to: a tile of the widest vectors
 
 
 def rows_at_once(rows: int, vocab_size: int) -> int:

@@ -53,8 +53,8 @@ inline __attribute__((always_inline)) Tile<DOWN, ACROSS> product(
     return tile;
 }
 
-// Calls each(i, j, DOWN, ACROSS), two constants, for the tiles of so many rows and columns, which are whole tiles': two side
-// by side where there are, in the last column two below each other, if TILE_VECTORS says so.
+// Calls each(i, j, DOWN, ACROSS), two constants, for all tiles of `rows`, a multiple of TALL, and `columns`, one of WIDE.
+// Where TILE_VECTORS is 4 these are (1, 2); in a last odd WIDE of columns (2, 1), and (1, 1) for the rows left over.
 template <typename Each>
 inline void in_tiles(int64_t rows, int64_t columns, const Each &each) {
     typedef std::integral_constant<int64_t, 1> One;

@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int64_t ROWS = 6;           // of a tile: 6 × 2 sums, 2 vectors and a factor fill 15 of 16 registers
-constexpr int64_t PANEL = 2 * LANES;  // columns of a tile
+constexpr int64_t PANEL = 2 * LANES;  // columns of a tile, which may be two panels where there are more registers
 
 constexpr int64_t CACHE_LINE = 16;    // floats
 constexpr int64_t AHEAD = 8;          // rows that are asked for before they are read or written
@@ -62,7 +62,8 @@ struct Sum {
     int64_t b_step, beside, inner;
 };
 
-// c (ROWS × PANELS · PANEL) = or += Σₜ a[·, t] b[t, ·], in order.
+// c (ROWS × PANELS · PANEL) = or += Σₜ a[·, t] b[t, ·], in order, from what is there on: a tile that is summed apart and then
+// added, as the head's are (cross_entropy/tiles.h), has other bits.
 template <bool ADDS, int64_t PANELS>
 inline void tile(const Sum &of, float *c, int64_t c_row) {
     constexpr int64_t VECTORS = 2 * PANELS;

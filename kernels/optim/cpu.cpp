@@ -37,10 +37,23 @@ struct Stochastic {
     void second(uint16_t *to, Vector v, int64_t i, int64_t left) const { rounding::write(to, v, row[i] >> 16, left); }
 };
 
-// Numbers [start, start + count) of a tensor, whose own first number is at p[0], g[0] and so on
+// Calls step(i, its place in the row of words, how many numbers from i on) for vectors of numbers [start, start + count) of a
+// tensor: whole ones, whose loads look at no end, and what is left.
+template <typename Round, typename Step>
+void in_rows(int64_t start, int64_t count, Round &round, const Step &step) {
+    for (int64_t row = start; row < start + count; row += rounding::Row::LENGTH) {
+        const int64_t here = std::min(rounding::Row::LENGTH, start + count - row);
+        round.move_to(row);
+        int64_t along = 0;
+        for (; along + LANES <= here; along += LANES) step(row + along, along, LANES);
+        if (along < here) step(row + along, along, here - along);
+    }
+}
+
+// The first number of the tensor is at p[0], g[0] and so on. Rates are a copy, which no number that is written can change.
 template <typename Moment, typename Round>
 void update(float *p, const float *g, Moment *m, Moment *v, int64_t start, int64_t count, const Rates r, Round &round) {
-    const auto step = [&](int64_t i, int64_t along, int64_t left) __attribute__((always_inline)) {
+    in_rows(start, count, round, [&](int64_t i, int64_t along, int64_t left) __attribute__((always_inline)) {
         const Vector gradient = load(g + i, left) * r.coefficient;
         const Vector before = read(m + i, left);
         const Vector first = before + (gradient - before) * (1 - r.beta1);
@@ -49,14 +62,7 @@ void update(float *p, const float *g, Moment *m, Moment *v, int64_t start, int64
         round.second(v + i, second, along, left);
         const Vector moved = quotients::over_root(r.size * first, second * r.second_correction, r.eps);
         store(p + i, load(p + i, left) * r.shrink - moved, left);
-    };
-    for (int64_t row = start; row < start + count; row += rounding::Row::LENGTH) {
-        const int64_t here = std::min(rounding::Row::LENGTH, start + count - row);
-        round.move_to(row);
-        int64_t along = 0;
-        for (; along + LANES <= here; along += LANES) step(row + along, along, LANES);
-        if (along < here) step(row + along, along, here - along);
-    }
+    });
 }
 
 // Calls take(tensor, its first number, how many) for pieces of all tensors.
@@ -127,11 +133,9 @@ void round_stochastically(
         const float *from = reinterpret_cast<const float *>(at[t]);
         uint16_t *to = reinterpret_cast<uint16_t *>(at[tensors + t]);
         Stochastic round{stream_of(origins, tensors, t, seed, step), {}};
-        for (int64_t i = start; i < start + count; i += LANES) {
-            const int64_t left = start + count - i, along = (i - start) % rounding::Row::LENGTH;
-            if (along == 0) round.move_to(i);
+        in_rows(start, count, round, [&](int64_t i, int64_t along, int64_t left) {
             round.first(to + i, load(from + i, left), along, left);
-        }
+        });
     });
 }
 

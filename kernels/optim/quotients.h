@@ -37,11 +37,17 @@ inline Vector root(Vector x) {
     return plus_product(whole, less_product(x, whole, whole), half);
 }
 
+// 1 / b rounded to nearest, but where b's mantissa is all ones: Newton's steps from 14 bits to 28 and to all.
+inline Vector reciprocal(Vector b) {
+    Vector over = (Vector)_mm512_rcp14_ps((__m512)b);
+    for (int step = 0; step < 2; step++) over = plus_product(over, over, less_product(all(1.0f), b, over));
+    return over;
+}
+
 // a / b by b's reciprocal, itself rounded to nearest, and what is left of a (Markstein, IBM J. Res. Dev. 34(1), 1990,
 // theorem 8.3): for a from 2⁻⁷⁰ to 2⁶⁰, b from 2⁻⁶⁰ to 2⁵¹ whose mantissa is not all ones.
 inline Vector quotient(Vector a, Vector b) {
-    Vector over = (Vector)_mm512_rcp14_ps((__m512)b);  // 1 / b to 14 bits, 28, and all
-    for (int step = 0; step < 2; step++) over = plus_product(over, over, less_product(all(1.0f), b, over));
+    const Vector over = reciprocal(b);
     Vector q = a * over;
     for (int step = 0; step < 2; step++) q = plus_product(q, less_product(a, b, q), over);
     return q;
@@ -64,9 +70,9 @@ inline __mmask16 all_ones(Vector b) {
 // ε is 0 or more.
 inline Vector over_root(Vector a, Vector x, float eps) {
 #ifdef __AVX512F__
-    if (WHOLE_VECTORS && eps < 0x1p50f) {
+    if (WHOLE_VECTORS && eps < 0x1p50f && !(outside<-100, 100>(x) | outside<-70, 60>(a))) {  // not of zeros, for their sign
         const Vector b = root(x) + eps;
-        if (!(outside<-100, 100>(x) | outside<-70, 60>(a) | all_ones(b))) return quotient(a, b);
+        if (!all_ones(b)) return quotient(a, b);
     }
 #endif
     return by_division(a, x, eps);

@@ -99,22 +99,9 @@ inline Words mixed(Words a, Words b) {
 }
 
 constexpr int64_t DRAWN = 4 * LANES;  // words that are made at once
-constexpr int64_t ROUNDS = 10;
-
-// The keys of a seed's rounds, from memory: to spread them from other registers costs as much as a round's shuffles.
-struct Keys {
-    uint32_t first[ROUNDS], second[ROUNDS];
-
-    explicit Keys(uint64_t seed) {
-        for (uint32_t round = 0; round < ROUNDS; round++) {
-            first[round] = static_cast<uint32_t>(seed) + round * 0x9E3779B9;
-            second[round] = static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85;
-        }
-    }
-};
 
 // The words of the DRAWN numbers from place 4 · quad on, in their order.
-inline void draw(uint32_t *to, uint64_t quad, const Stream &s, const Keys &keys) {
+inline void draw(uint32_t *to, uint64_t quad, const Stream &s) {
     // Lane 4q + r has counter LANES / 4 · r + q, so that transposing quads of lanes brings the words in order
     Words c0, c1, c2 = Words{} + s.step, c3 = Words{} + s.stream;
     for (int64_t l = 0; l < LANES; l++) c0[l] = LANES / 4 * (l % 4) + l / 4;
@@ -122,11 +109,12 @@ inline void draw(uint32_t *to, uint64_t quad, const Stream &s, const Keys &keys)
     c0 += low;
     c1 = static_cast<uint32_t>(quad >> 32) - (Words)(c0 < low);  // a comparison that holds is -1
     uint32_t k0 = static_cast<uint32_t>(s.seed), k1 = static_cast<uint32_t>(s.seed >> 32);
-    for (int64_t round = 0; round < ROUNDS; round++) {
+    for (int round = 0; round < 10; round++) {
         Words high0, low0, high1, low1;
         product(c0, 0xD2511F53, high0, low0);
         product(c2, 0xCD9E8D57, high1, low1);
-        c0 = high1 ^ c1 ^ k0, c1 = low1, c2 = high0 ^ c3 ^ k1, c3 = low0; k0 += 0x9E3779B9, k1 += 0xBB67AE85;
+        c0 = high1 ^ c1 ^ k0, c1 = low1, c2 = high0 ^ c3 ^ k1, c3 = low0;
+        k0 += 0x9E3779B9, k1 += 0xBB67AE85;
     }
     const Words a = mixed<0, true>(c0, c1), b = mixed<0, true>(c2, c3);
     const Words c = mixed<2, true>(c0, c1), d = mixed<2, true>(c2, c3);
@@ -142,9 +130,8 @@ class Row {
     // From the tensor's number `at` on; LENGTH of them.
     void move_to(int64_t at, const Stream &s) {
         const uint64_t place = s.first + at;
-        const Keys keys(s.seed);
         ahead = place % 4;
-        for (int64_t i = 0; i < LENGTH + (ahead ? DRAWN : 0); i += DRAWN) draw(words + i, (place + i) / 4, s, keys);
+        for (int64_t i = 0; i < LENGTH + (ahead ? DRAWN : 0); i += DRAWN) draw(words + i, (place + i) / 4, s);
     }
 
     Words operator[](int64_t i) const {

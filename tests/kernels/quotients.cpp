@@ -54,7 +54,7 @@ extern "C" int64_t reciprocals(int64_t) {
     for (uint32_t mantissa = 0; mantissa < 1u << 23; mantissa += LANES) {
         Vector b = row(127, mantissa);
         if (quotients::all_ones(b)) b[LANES - 1] = 1;
-        count += unlike(quotients::quotient(all(1.0f), b), 1.0f / b);
+        count += unlike(quotients::reciprocal(b), 1.0f / b);
     }
 #endif
     return count;

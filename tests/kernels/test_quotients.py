@@ -40,7 +40,7 @@ def numbers(seed: int, low: int, high: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-8, 1.0])
-@pytest.mark.parametrize("low, high", [(-3, 3), (-100, 60), (-126, 127)])
+@pytest.mark.parametrize(("low", "high"), [(-3, 3), (-100, 60), (-126, 127)])
 def test_random_ones(library: Compiled, low: int, high: int, eps: float):
     a, x = numbers(0, low, high), numbers(1, low, high)
     a[::2] *= -1
