@@ -1,5 +1,5 @@
 // a / (√x + ε), each operation rounded to nearest as the processor's own are, in multiplications: where vectors of 512 bits
-// are multiplied whole, its roots and quotients take three times as long, longer than the memory takes to bring the numbers.
+// are multiplied whole, its own roots and quotients keep an optimizer's memory waiting.
 #pragma once
 
 #include <cmath>
@@ -44,8 +44,8 @@ inline Vector reciprocal(Vector b) {
     return over;
 }
 
-// a / b by b's reciprocal, itself rounded to nearest, and what is left of a (Markstein, IBM J. Res. Dev. 34(1), 1990,
-// theorem 8.3): for a from 2⁻⁷⁰ to 2⁶⁰, b from 2⁻⁶⁰ to 2⁵¹ whose mantissa is not all ones.
+// a / b by b's reciprocal, itself rounded to nearest, and what is left of a (Markstein, IBM J. Res. Dev. 34(1), 1990, pages
+// 111 to 119): for a from 2⁻⁷⁰ to 2⁶⁰, b from 2⁻⁶⁰ to 2⁵¹ whose mantissa is not all ones.
 inline Vector quotient(Vector a, Vector b) {
     const Vector over = reciprocal(b);
     Vector q = a * over;
