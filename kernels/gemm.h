@@ -108,6 +108,27 @@ static inline void pack(Panel<Kind> &panel, const Matrix &b, int64_t k0, int64_t
     }
 }
 
+// s += a's rows, `stride` between the numbers of one, times a panel; the sums stay in registers.
+template <typename Kind, int64_t ROWS, int64_t VECTORS>
+static inline __attribute__((always_inline)) void add_products(
+    Vector (&s)[ROWS][VECTORS], const typename Kind::Number *const *a, int64_t stride, const typename Kind::Number *panel,
+    int64_t count
+) {
+    const typename Kind::Number *rows[ROWS];
+    std::memcpy(rows, a, sizeof rows);
+    for (int64_t at = 0; at < count * stride; at += stride, panel += VECTORS * LANES) {
+        typename Kind::Numbers b[VECTORS];
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < VECTORS; v++) std::memcpy(&b[v], panel + v * LANES, sizeof b[v]);
+#pragma GCC unroll 6
+        for (int64_t i = 0; i < ROWS; i++) {
+            const typename Kind::Numbers x = Kind::spread(rows[i][at]);
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < VECTORS; v++) s[i][v] = Kind::add(s[i][v], x, b[v]);
+        }
+    }
+}
+
 // The last rows of a block, fewer than a tile has: the sum of the products is added last to what is there. (What sums in
 // which order router/few_of_many.h repeats.)
 template <typename Kind, int64_t ROWS, int64_t WIDE>
@@ -117,17 +138,7 @@ static inline void low_tile(
 ) {
     constexpr int64_t VECTORS = WIDE / LANES;
     Vector s[ROWS][VECTORS] = {};
-    for (int64_t at = 0; at < count * stride; at += stride, panel += WIDE) {
-        typename Kind::Numbers b[VECTORS];
-#pragma GCC unroll 4
-        for (int64_t v = 0; v < VECTORS; v++) std::memcpy(&b[v], panel + v * LANES, sizeof b[v]);
-#pragma GCC unroll 5
-        for (int64_t i = 0; i < ROWS; i++) {
-            const typename Kind::Numbers x = Kind::spread(a[i][at]);
-#pragma GCC unroll 4
-            for (int64_t v = 0; v < VECTORS; v++) s[i][v] = Kind::add(s[i][v], x, b[v]);
-        }
-    }
+    add_products<Kind>(s, a, stride, panel, count);
 #pragma GCC unroll 5
     for (int64_t i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
@@ -152,8 +163,7 @@ static inline void low_tile_of(
     }
 }
 
-// A tile of c, (TILE_ROWS, WIDE): a's rows, `stride` between the numbers of one, times a panel; added to what is there or
-// written over it.
+// A tile of c, (TILE_ROWS, WIDE): the sum begins with what is there, or with zero.
 template <typename Kind, int64_t WIDE>
 static inline void tile(
     const typename Kind::Number *const *a, int64_t stride, const typename Kind::Number *panel, int64_t count, float *c,
@@ -165,19 +175,7 @@ static inline void tile(
     for (int64_t i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 4
         for (int64_t v = 0; v < VECTORS; v++) s[i][v] = add ? load(c + i * c_row + v * LANES) : Vector{};
-    const typename Kind::Number *rows[TILE_ROWS];
-    std::memcpy(rows, a, sizeof rows);
-    for (int64_t at = 0; at < count * stride; at += stride, panel += WIDE) {
-        typename Kind::Numbers b[VECTORS];
-#pragma GCC unroll 4
-        for (int64_t v = 0; v < VECTORS; v++) std::memcpy(&b[v], panel + v * LANES, sizeof b[v]);
-#pragma GCC unroll 6
-        for (int64_t i = 0; i < TILE_ROWS; i++) {
-            const typename Kind::Numbers x = Kind::spread(rows[i][at]);
-#pragma GCC unroll 4
-            for (int64_t v = 0; v < VECTORS; v++) s[i][v] = Kind::add(s[i][v], x, b[v]);
-        }
-    }
+    add_products<Kind>(s, a, stride, panel, count);
 #pragma GCC unroll 6
     for (int64_t i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 4
