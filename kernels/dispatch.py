@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result, is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling
 
 from gristmill.kernels.compiled import compiled, may_compile
 
@@ -90,11 +90,15 @@ def _captured(
     return "torch"
 
 
-@assume_constant_result  # within a graph it is called as the graph is made, and is not in it
 def _fall_back(operation: str, device: str, dtype: torch.dtype, takes: str) -> None:
     """Say that torch's own operations run, and what tensors code of ours takes."""
     said = "%s runs in torch's own operations on %s, here of %s: code of ours takes %s"
     _say((operation, device, takes), said, operation, device, dtype, takes)
+
+
+# Within a graph it is called as the graph is made, and is not in it. This is what torch.compiler.assume_constant_result
+# does (2.11, 2.13), once it has loaded all of torch.compile, for a second and a half of every process.
+_fall_back._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _say(key: tuple[str, ...], text: str, *details: Any) -> None:

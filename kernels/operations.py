@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+_ours = torch.library.Library("gristmill", "FRAGMENT")  # whose operations last as long as it does
+
 
 class Context:
     """Stands in for the context that autograd gives to a Function's backward pass."""
@@ -85,6 +87,17 @@ def _defined(
 ) -> OpOverload:
     body = torch.no_grad()(body)
     torch.library.custom_op(f"gristmill::{name}", body, mutates_args=mutates, schema=schema).register_fake(fake)
+    return getattr(torch.ops.gristmill, name).default
+
+
+def within_passes(name: str, body: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
+    """Make of a function the operation of this name, for a Function's passes: selective recomputation can keep it.
+
+    Unlike one of custom_op it has no gradient, and does not load torch.compile, for two seconds, when first called.
+    """
+    _ours.define(name + torch.library.infer_schema(body, mutates_args=()))
+    _ours.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gristmill::{name}", fake, lib=_ours)
     return getattr(torch.ops.gristmill, name).default
 
 

@@ -80,7 +80,7 @@ def main(described: Path) -> int:
     if launcher := os.environ.get("GRISTMILL_LAUNCHER"):
         watch(int(launcher))
     torch.set_num_threads(int(job["threads"]))
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms loads all of torch.compile as well
     module, _, function = job["entry"].partition(":")
     tell = Teller(out / "log", rank)
     tell.life.show()

@@ -6,8 +6,10 @@ Python string a word. Words include punctuation marks, as datatrove's do.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -298,13 +300,29 @@ def check_words(language: str) -> None:
         _spacy(language)
 
 
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """What is loaded does without torch, where it is not loaded yet: spaCy would take it along for models that are not
+    used here, two seconds and 200 MB of each worker."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # which Python takes for a package that is not there
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 @cache
 def _spacy(language: str) -> Any:
     """The tokenizer of a language as datatrove has it, over a vocabulary of bare words: what a word looks like
     is half of spaCy's time, and nobody asks here."""
     from datatrove.utils.word_tokenizers import SpaCyTokenizer, load_tokenizer_assignments, load_word_tokenizer
-    from spacy.tokenizer import Tokenizer
-    from spacy.vocab import Vocab
+
+    with _without_torch():
+        from spacy.tokenizer import Tokenizer
+        from spacy.vocab import Vocab
 
     known = load_tokenizer_assignments()
     if language not in known:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gristmill.kernels.compiled import needed
+from gristmill.kernels.operations import within_passes
 
 SOURCE = "mla_attention/cpu.cpp"
 
@@ -76,8 +77,7 @@ def reach(mask_BSS: Tensor, first_BS: Tensor, batch: int, length: int) -> Tensor
     return reach
 
 
-@torch.library.custom_op("gristmill::attention_compiled", mutates_args=())
-def attend(
+def _attend(
     q_BSHQ: Tensor,
     k_BSGN: Tensor,
     v_BSGW: Tensor,
@@ -91,7 +91,6 @@ def attend(
     """The result (B, S, H, W), log Σ exp of the scores (B, H, S), and the keys that each query sees (B, S, 3).
 
     `first_BS` is int64, or empty as without it.
-    An operation of torch's, so that selective recomputation can keep what it gave.
     """
     inputs = Inputs(q_BSHQ, k_BSGN, v_BSGW, key_BSR, cos, sin, mask_BSS)
     batch, length, heads, _ = q_BSHQ.shape
@@ -102,7 +101,6 @@ def attend(
     return out, log_sums, seen
 
 
-@attend.register_fake
 def _fake(
     q_BSHQ: Tensor, k_BSGN: Tensor, v_BSGW: Tensor, key_BSR: Tensor, cos: Tensor, sin: Tensor, mask_BSS: Tensor,
     first_BS: Tensor, scale: float,
@@ -110,6 +108,9 @@ def _fake(
     batch, length, heads, _ = q_BSHQ.shape
     out, log_sums = q_BSHQ.new_empty(batch, length, heads, v_BSGW.shape[-1]), q_BSHQ.new_empty(batch, heads, length)
     return out, log_sums, q_BSHQ.new_empty(batch, length, 3, dtype=torch.int64)
+
+
+attend = within_passes("attention_compiled", _attend, _fake)
 
 
 def _backward(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gristmill.kernels.operations import within_passes
 
-@torch.library.custom_op("gristmill::attention_in_triton", mutates_args=())
-def attend(
+
+def by_itself(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -22,10 +23,12 @@ def attend(
     return gpu.attend(gpu.Sides(q, k, v, q_second, k_second), scale, seen)
 
 
-@attend.register_fake
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, q_second: Tensor | None, k_second: Tensor | None, seen: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = q.shape
     out = v.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
     return out, q.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+attend = within_passes("attention_in_triton", by_itself, _fake)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +128,10 @@ class MuonAdamW(torch.optim.Optimizer):
             {"pieces": plain, **adam, "decay": 0.0},
         ]
         super().__init__([{**g, "params": list(g["pieces"])} for g in groups if g["pieces"]], {})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, without what keeps it out of graphs, which loads all of torch.compile, for two seconds."""
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def begin_step(self, scale: float) -> None:
         """The next calls of `step` are one step, with this factor (0 to 1) of the schedule on all rates."""

@@ -20,7 +20,7 @@ from gristmill.data.executor import close_cluster
 from gristmill.data.filters import FilterConfig, Profile, check_filters, filter_documents
 from gristmill.data.filters.profile import sections
 from gristmill.data.filters.rule import RuleConfig
-from gristmill.data.filters.words import ExactSplitter
+from gristmill.data.filters.words import ExactSplitter, code_points
 from gristmill.data.sieve import Edit, Verdict, edited
 from gristmill.data.stage_types import silent
 
@@ -77,6 +77,22 @@ assert "spacy" not in sys.modules, "loaded"
 def test_rules_that_count_no_words_load_no_splitter() -> None:
     """In a process of its own, since another test may have loaded it here."""
     subprocess.run([sys.executable, "-P", "-c", WITHOUT_SPACY], check=True)
+
+
+WITHOUT_TORCH = """
+import sys
+from gristmill.data.filters.words import ExactSplitter, code_points
+text = "I don't know."
+assert ExactSplitter("en").split(text, code_points(text)).of(text) == ["I", "do", "n't", "know", "."]
+assert "spacy" in sys.modules
+assert "torch" not in sys.modules, "loaded"
+import torch
+assert torch.ones(2).sum() == 2
+"""
+
+
+def test_the_splitter_loads_no_torch_and_leaves_it_loadable() -> None:
+    subprocess.run([sys.executable, "-P", "-c", WITHOUT_TORCH], check=True)
 
 
 def test_a_language_without_rules_is_refused_before_the_run() -> None:
