@@ -1,16 +1,16 @@
 """A step of GRPO, ours against TRL's GRPOTrainer: sampling, judging and one optimizer step. JSON at the end.
 
-    python -P bench/rl.py [--steps 8] [--rounds 3] [--shapes tiny small]
-                       [--theirs generate/32 generate/256 continuous/32]
+    python -P bench/rl.py [--steps 6] [--rounds 3] [--shapes tiny small] [--theirs 32 256]
 
 Both start from the same model, fine-tuned here on worked sums until it answers in the form that is asked for, and are
 asked the same questions in the same order: 32 a step, 8 responses each, at temperature 1. Rewards are those of the
 same rules, the loss is GRPO's mean of means with the same clipping, without a KL term; AdamW's rate is so low that the
 responses stay what they are, since sides that draw other numbers would drift apart. Float32 on both sides; groups
 whose rewards are all equal are trained on as well, as TRL does (ours would leave them out). Every run is a process of
-its own; sides take turns. Theirs samples by `generate` or by transformers' continuous batching, without gradient
-checkpointing, and the number is its responses a forward; its fastest counts. `tiny` is the recipe's model (1.2 M
-parameters), `small` that of bench/pretrain.py (22 M). Keys of the last line, of each shape:
+its own; sides take turns. Theirs samples by `generate`, since transformers' continuous batching (5.23) has no cache for
+keys and values of different widths, and trains without gradient checkpointing on so many responses a forward; its
+fastest counts. `tiny` is the recipe's model (1.2 M parameters), `small` has the widths of bench/pretrain.py's (22 M).
+TRL is no dependency: pip install -c constraints.txt -e '.[peers]'. Keys of the last line, of each shape:
 
     ratio               seconds a sampled token of their fastest over ours (medians of the steps)
     sampling_ratio      the same of the sampling alone
@@ -45,7 +45,7 @@ QUESTIONS, SAMPLES, LONGEST, VOCAB = 32, 8, 56, 1024
 RATE = 1e-6
 WARM = 2  # steps that are run and not counted
 SHAPES = {"tiny": 300, "small": 150}  # and the steps of fine-tuning after which most responses keep the form
-THEIRS = ("generate/32", "generate/256", "continuous/32")
+THEIRS = (32, 256)
 APART = 1e-3  # float32 sums of other orders; a norm of half the gradient, or of another weighting, is far from it
 
 
@@ -155,7 +155,7 @@ def _written(rollout: Rollout) -> dict[str, Any]:
     }
 
 
-def run_theirs(folder: Path, steps: int, how: str, micro: int, *, given: bool = False) -> dict[str, Any]:
+def run_theirs(folder: Path, steps: int, micro: int, *, given: bool = False) -> dict[str, Any]:
     """GRPOTrainer over the same questions; where they are given, one step on the responses that ours sampled."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -203,7 +203,7 @@ def run_theirs(folder: Path, steps: int, how: str, micro: int, *, given: bool = 
             epsilon=config.clip_low, epsilon_high=config.clip_high, scale_rewards="none" if given else "group",
             learning_rate=RATE, lr_scheduler_type="constant", adam_beta2=config.optimizer.beta2, weight_decay=0.0,
             max_grad_norm=config.optimizer.gradient_clip, shuffle_dataset=False, gradient_checkpointing=False,
-            use_transformers_continuous_batching=how == "continuous", bf16=False, use_cpu=True, logging_steps=1,
+            bf16=False, use_cpu=True, logging_steps=1,
             report_to="none", save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         trainer = Timed(
@@ -224,7 +224,7 @@ def run_theirs(folder: Path, steps: int, how: str, micro: int, *, given: bool = 
 
 def run_given(folder: Path, steps: int) -> dict[str, Any]:
     """The norm of their gradient on our responses."""
-    return run_theirs(folder, steps, "generate", 32, given=True)
+    return run_theirs(folder, steps, 32, given=True)
 
 
 def measured(what: str, *arguments: str, threads: int) -> dict[str, Any]:
@@ -248,16 +248,15 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     prepare(folder, name, arguments.threads)
     count = arguments.steps + WARM
     sides: dict[str, tuple[str, ...]] = {"ours": ("run_ours",)}
-    sides |= {f"theirs {one}": ("run_theirs", *one.split("/")) for one in arguments.theirs}
+    sides |= {f"theirs {micro}": ("run_theirs", str(micro)) for micro in arguments.theirs}
     each: dict[str, dict[str, list[float]]] = {side: {"whole": [], "sampling": [], "training": []} for side in sides}
     tokens: dict[str, list[float]] = {side: [] for side in sides}
     last: dict[str, dict[str, Any]] = {}
     for _ in range(arguments.rounds):
         for side, (what, *how) in sides.items():
             run = last[side] = measured(what, str(folder), str(count), *how, threads=arguments.threads)
-            for sampled, seconds, sampling in list(zip(run["tokens"], run["seconds"], run["sampling"], strict=True))[
-                WARM:
-            ]:
+            steps = list(zip(run["tokens"], run["seconds"], run["sampling"], strict=True))
+            for sampled, seconds, sampling in steps[WARM:]:
                 tokens[side].append(sampled)
                 each[side]["whole"].append(seconds / sampled)
                 each[side]["sampling"].append(sampling / sampled)
@@ -288,18 +287,17 @@ def compare(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
 def main() -> int:
     """Parse the arguments, run, print the line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--theirs", nargs="+", default=list(THEIRS), choices=THEIRS)
+    parser.add_argument("--theirs", nargs="+", type=int, default=list(THEIRS), choices=THEIRS)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        what, folder, steps, *how = arguments.run
-        more = [how[0], int(how[1])] if how else []
+        what, folder, *numbers = arguments.run
         run: Any = {"run_ours": run_ours, "run_theirs": run_theirs, "run_given": run_given}[what]
-        print(json.dumps({**run(Path(folder), int(steps), *more), "peak_mib": peak_mib()}))
+        print(json.dumps({**run(Path(folder), *map(int, numbers)), "peak_mib": peak_mib()}))
         return 0
     import torch
     import transformers

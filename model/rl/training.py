@@ -165,12 +165,15 @@ class Policy:
             part = self._chunk_loss(rollout, chunk, len(members))
             part.loss.backward()
             kl, clipped = kl + float(part.kl), clipped + float(part.clip_fraction)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.gradient_clip, foreach=True)
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None], foreach=True)
         if not norm.isfinite():
             raise FloatingPointError(
                 f"the policy's gradient is not finite at step {step}; the last checkpoint is of step "
                 f"{step // config.checkpoint_every * config.checkpoint_every}: lower the learning rate and resume"
             )
+        # Clipped as it is taken up: `clip_grad_norm_` would read and write all gradients for it.
+        coefficient = (config.optimizer.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
+        self.optimizer.admit = lambda: float(coefficient)
         self.optimizer.begin_step(scale)
         self.optimizer.step()
         return {"kl": kl, "clip_fraction": clipped, "grad_norm": float(norm)}

@@ -20,7 +20,7 @@ from gristmill.data.executor import close_cluster
 from gristmill.data.filters import FilterConfig, Profile, check_filters, filter_documents
 from gristmill.data.filters.profile import sections
 from gristmill.data.filters.rule import RuleConfig
-from gristmill.data.filters.words import ExactSplitter, code_points
+from gristmill.data.filters.words import ExactSplitter
 from gristmill.data.sieve import Edit, Verdict, edited
 from gristmill.data.stage_types import silent
 
