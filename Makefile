@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 RECIPE ?= tiny
 # The files of tests that run side by side; those that take longest begin.
 TEST_PROCESSES ?= 2
-SLOWEST_FIRST := tests/faults tests/model
+SLOWEST_FIRST := tests/kernels/test_interpreted.py tests/faults tests/kernels/test_gpu_code.py tests/model
 SLOWEST_FIRST += $(filter-out $(SLOWEST_FIRST) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 
 .PHONY: help run test coverage test-slow test-ui lint types layers bench bench-corpus bench-kernels ui clean

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from gristmill.model.rl.training import Rollout
 
 QUESTIONS, SAMPLES, LONGEST, VOCAB = 32, 8, 56, 1024
+LESSONS = 3000  # that the tokenizer is trained on; twice as many worked sums are there for fine-tuning
 RATE = 1e-6
 WARM = 2  # steps that are run and not counted
 SHAPES = {"tiny": 300, "small": 150}  # and the steps of fine-tuning after which most responses keep the form
@@ -81,9 +82,9 @@ def prepare(folder: Path, name: str, threads: int) -> None:
 
     for part in ("problems", "tokens", "model", "theirs"):
         (folder / part).mkdir()
-    make_problems(ProblemsConfig(cold_start=6000, train=2000, test=100), folder / "problems", 0, progress=silent)
+    make_problems(ProblemsConfig(cold_start=2 * LESSONS, train=2000, test=100), folder / "problems", 0, progress=silent)
     metadata = {"source": "lessons", "kind": "lessons"}
-    rows = [{"text": lesson(0, i), "id": f"lessons/{i}", "metadata": metadata} for i in range(3000)]
+    rows = [{"text": lesson(0, i), "id": f"lessons/{i}", "metadata": metadata} for i in range(LESSONS)]
     write_rows(folder / "lessons" / "documents" / "00000.jsonl.zst", rows)
     config = TokenizeConfig(vocab_size=VOCAB, sample_bytes=3_000_000)
     tokenize(config, folder / "lessons", folder / "tokens", 0, workers=0, progress=silent)

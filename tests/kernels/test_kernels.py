@@ -98,9 +98,11 @@ def test_grouped_gemm(
 
 @pytest.mark.usefixtures("cpu_path")
 def test_groups_of_several_blocks() -> None:
-    """Rows, columns and terms of more than a block, beside few and none."""
-    sizes = [0, 23, 300, 0, 1, 24, 590, 0]
-    x, w, seen = draw(30, sum(sizes), 300), draw(31, len(sizes), 530, 300), draw(32, sum(sizes), 530)
+    """Rows, columns and terms of more than a block, beside few and none; the interpreter's are of 64, 64 and 32."""
+    sizes, outer, inner = (
+        ([0, 23, 70, 0, 1, 24, 140, 0], 140, 70) if INTERPRETED else ([0, 23, 300, 0, 1, 24, 590, 0], 530, 300)
+    )
+    x, w, seen = draw(30, sum(sizes), inner), draw(31, len(sizes), outer, inner), draw(32, sum(sizes), outer)
     *_, grad_w = check_grouped(x, w, seen, torch.tensor(sizes).cumsum(0).to(DEVICE))
     assert not grad_w[[0, 3, 7]].any()  # nobody's
 
@@ -247,8 +249,9 @@ def test_groups_read_by_the_copy_engine() -> None:
     if not INTERPRETED and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("a GPU without the engine")
     counts = [0, 257, 1, 0, 640, 64, 130, 0]
-    x, w = draw(24, sum(counts), 328, dtype=torch.bfloat16), draw(25, len(counts), 520, 328, dtype=torch.bfloat16)
-    seen, ends = draw(26, sum(counts), 520, dtype=torch.bfloat16), torch.tensor(counts).cumsum(0).to(DEVICE)
+    inner, outer = (136, 264) if INTERPRETED else (328, 520)  # whole steps of 64 terms and a begun one, tiles of 256
+    x, w = draw(24, sum(counts), inner, dtype=torch.bfloat16), draw(25, len(counts), outer, inner, dtype=torch.bfloat16)
+    seen, ends = draw(26, sum(counts), outer, dtype=torch.bfloat16), torch.tensor(counts).cumsum(0).to(DEVICE)
     assert _fits_engine(x, w, seen)
     assert not _fits_engine(x[:, 1:], w)
     assert not _fits_engine(x.float(), w.float())
@@ -258,7 +261,7 @@ def test_groups_read_by_the_copy_engine() -> None:
             x[257], seen[257] = float("nan"), float("nan")  # the one row of its group
         got, wanted = both_ways(x, w, seen, ends), wanted_of(x, w, seen, ends)
         sizes = wanted_of(x.abs(), w.abs(), seen.abs(), ends)
-        for mine, theirs, size, terms in zip(got, wanted, sizes, (328, 520, max(counts)), strict=True):
+        for mine, theirs, size, terms in zip(got, wanted, sizes, (inner, outer, max(counts)), strict=True):
             assert mine.isnan().equal(theirs.isnan())
             there = ~theirs.isnan()
             close(mine[there], theirs[there], size[there], terms)

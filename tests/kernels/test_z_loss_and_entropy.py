@@ -24,6 +24,7 @@ from gristmill.kernels.dispatch import INTERPRETED
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 TRITON = INTERPRETED or DEVICE == "cuda"
 EPS = torch.finfo(torch.float32).eps
+EXAMPLES = 4 if INTERPRETED else 10
 
 
 def inputs(rows: int, width: int, vocab: int, scale: float = 1.0) -> tuple[Tensor, ...]:
@@ -42,7 +43,7 @@ def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
 @pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("reference", [False, True])
 @given(rows=st.integers(0, 130), vocab=st.integers(1, 500), z_loss=st.sampled_from([1e-4, 0.01, 0.5]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_z_loss_against_float64(rows: int, vocab: int, z_loss: float, reference: bool) -> None:
     x, w, target, weight = inputs(rows, 24, vocab)
     xd, wd = x.double().requires_grad_(), w.double().requires_grad_()
@@ -85,7 +86,7 @@ def test_a_whole_number_is_a_z_loss_as_well() -> None:
     rows=st.integers(0, 130), vocab=st.integers(1, 500), scale=st.sampled_from([0.0, 1.0, 30.0]),
     temperature=st.sampled_from([0.6, 1.0, 2.0]),
 )  # fmt: skip
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_entropy_against_float64(rows: int, vocab: int, scale: float, temperature: float, reference: bool) -> None:
     x, w, target, _ = inputs(rows, 24, vocab, scale)
     target = target.clamp_min(0)
