@@ -11,7 +11,9 @@ RECIPE ?= tiny
 # The files of tests that run side by side; those that take longest begin.
 TEST_PROCESSES ?= 2
 SLOWEST_FIRST := tests/kernels/test_interpreted.py tests/faults tests/kernels/test_gpu_code.py tests/model
-SLOWEST_FIRST += $(filter-out $(SLOWEST_FIRST) %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+# A folder's files one by one, where some of them began: pytest takes a file out that lies in a folder it is given.
+SLOWEST_FIRST += $(filter-out $(SLOWEST_FIRST) tests/kernels %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
+SLOWEST_FIRST += $(filter-out $(SLOWEST_FIRST),$(wildcard tests/kernels/test_*.py))
 
 .PHONY: help run test coverage test-slow test-ui lint types layers bench bench-corpus bench-kernels ui clean
 

@@ -144,7 +144,7 @@ def pretend() -> list[Row]:
     from gristmill.kernels import tiles
     from gristmill.kernels.mla_attention import operation
 
-    operation.attend = operation.by_itself  # torch would only ask what shapes it gives
+    operation.attend = operation.attend_directly  # torch would only ask what shapes it gives
     tiles.tuned = lambda kernel, device, usual: tiles._found(tiles.FILE, kernel, NAME, usual)
     return compiled
 

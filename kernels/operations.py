@@ -93,7 +93,7 @@ def _defined(
 def within_passes(name: str, body: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
     """Make of a function the operation of this name, for a Function's passes: selective recomputation can keep it.
 
-    Unlike one of custom_op it has no gradient, and does not load torch.compile, for two seconds, when first called.
+    Its first call does not load torch.compile, for two seconds, as that of an operation of `custom_op` does.
     """
     _ours.define(name + torch.library.infer_schema(body, mutates_args=()))
     _ours.impl(name, body, "CompositeExplicitAutograd")

@@ -381,7 +381,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        numbers = torch.empty(vocab_size, config.hidden_size)  # `initialise` draws them, and nn.Embedding would as well
+        # `initialise` draws them. nn.Embedding would too, and on the device "meta" load all of torch.compile for it.
+        numbers = torch.empty(vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(numbers, freeze=False)
         self.layers = nn.ModuleList(
             Block(config, dense=i < config.first_k_dense_replace) for i in range(config.num_hidden_layers)

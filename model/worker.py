@@ -73,14 +73,24 @@ def watch(launcher: int) -> None:
     threading.Thread(target=look, daemon=True, name="launcher-watch").start()
 
 
+def settle(threads: int) -> None:
+    """Let torch compute as a job does: by so many threads, deterministically.
+
+    New memory is not filled with NaN meanwhile, for some percent of a step; in the tests it is, so that whatever reads
+    of it is found there.
+    """
+    torch.set_num_threads(threads)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms loads all of torch.compile as well
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def main(described: Path) -> int:
     """Run the job; its metrics go to work/metrics.json, its error (one sentence) to log/error.json."""
     job: dict[str, Any] = json.loads(described.read_text(encoding="utf-8"))
     out, rank = Path(job["out"]), int(os.environ.get("RANK", "0"))
     if launcher := os.environ.get("GRISTMILL_LAUNCHER"):
         watch(int(launcher))
-    torch.set_num_threads(int(job["threads"]))
-    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms loads all of torch.compile as well
+    settle(int(job["threads"]))
     module, _, function = job["entry"].partition(":")
     tell = Teller(out / "log", rank)
     tell.life.show()

@@ -300,18 +300,22 @@ def check_words(language: str) -> None:
         _spacy(language)
 
 
+_loading = threading.Lock()
+
+
 @contextmanager
 def _without_torch() -> Iterator[None]:
     """What is loaded does without torch, where it is not loaded yet: spaCy would take it along for models that are not
-    used here, two seconds and 200 MB of each worker."""
-    if "torch" in sys.modules:
-        yield
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]  # which Python takes for a package that is not there
-    try:
-        yield
-    finally:
-        del sys.modules["torch"]
+    used here, two seconds and 180 MB of each worker. For this process spaCy then has none."""
+    with _loading:
+        if "torch" in sys.modules:
+            yield
+            return
+        sys.modules["torch"] = None  # type: ignore[assignment]  # which Python takes for a package that is not there
+        try:
+            yield
+        finally:
+            del sys.modules["torch"]
 
 
 @cache

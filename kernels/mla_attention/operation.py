@@ -8,7 +8,7 @@ from torch import Tensor
 from gristmill.kernels.operations import within_passes
 
 
-def by_itself(
+def attend_directly(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -31,4 +31,4 @@ def _fake(
     return out, q.new_empty(batch, heads, length, dtype=torch.float32)
 
 
-attend = within_passes("attention_in_triton", by_itself, _fake)
+attend = within_passes("attention_in_triton", attend_directly, _fake)

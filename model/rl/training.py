@@ -172,8 +172,8 @@ class Policy:
                 f"{step // config.checkpoint_every * config.checkpoint_every}: lower the learning rate and resume"
             )
         # Clipped as it is taken up: `clip_grad_norm_` would read and write all gradients for it.
-        coefficient = (config.optimizer.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
-        self.optimizer.admit = lambda: float(coefficient)
+        coefficient = float((config.optimizer.gradient_clip / (norm + 1e-6)).clamp(max=1.0))
+        self.optimizer.admit = lambda: coefficient
         self.optimizer.begin_step(scale)
         self.optimizer.step()
         return {"kl": kl, "clip_fraction": clipped, "grad_norm": float(norm)}

@@ -133,6 +133,10 @@ class MuonAdamW(torch.optim.Optimizer):
         """As torch's, without what keeps it out of graphs, which loads all of torch.compile, for two seconds."""
         inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, likewise."""
+        inspect.unwrap(torch.optim.Optimizer.zero_grad)(self, set_to_none)
+
     def begin_step(self, scale: float) -> None:
         """The next calls of `step` are one step, with this factor (0 to 1) of the schedule on all rates."""
         self.scale, self._asked = scale, False

@@ -249,7 +249,7 @@ def test_groups_read_by_the_copy_engine() -> None:
     if not INTERPRETED and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("a GPU without the engine")
     counts = [0, 257, 1, 0, 640, 64, 130, 0]
-    inner, outer = (136, 264) if INTERPRETED else (328, 520)  # whole steps of 64 terms and a begun one, tiles of 256
+    inner, outer = (264, 272) if INTERPRETED else (328, 520)  # whole and begun: steps of 64 terms, tiles of 256 columns
     x, w = draw(24, sum(counts), inner, dtype=torch.bfloat16), draw(25, len(counts), outer, inner, dtype=torch.bfloat16)
     seen, ends = draw(26, sum(counts), outer, dtype=torch.bfloat16), torch.tensor(counts).cumsum(0).to(DEVICE)
     assert _fits_engine(x, w, seen)

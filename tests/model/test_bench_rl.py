@@ -55,6 +55,6 @@ def test_steps_have_seconds_and_tokens(ours: dict[str, Any], folder: Path) -> No
 
 def test_theirs_takes_the_same_gradient_of_our_responses(ours: dict[str, Any], rl: ModuleType, folder: Path) -> None:
     pytest.importorskip("trl")
-    theirs = rl.run_theirs(folder, 1, QUESTIONS * SAMPLES, given=True)
+    theirs = rl.run_theirs(folder, 1, "grouped_mm", QUESTIONS * SAMPLES, given=True)
     assert ours["grad_norm"] > 0
     assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=rl.APART)

@@ -16,7 +16,7 @@ from gristmill.model.training.config import OptimizerConfig
 from gristmill.model.training.optimizers import MuonAdamW
 from gristmill.model.transformer import Batch, Routing, Transformer
 
-torch.set_deterministic_debug_mode("warn")
+worker.settle(1)
 config = ModelConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=8,
     qk_rope_head_dim=8, v_head_dim=16, intermediate_size=64, n_routed_experts=4, moe_intermediate_size=16,
@@ -36,6 +36,7 @@ main, ahead = model.losses(
 torch.stack([main, *ahead, *routing.balance_loss]).sum().backward()
 optimizer.begin_step(1.0)
 optimizer.step()
+optimizer.zero_grad(set_to_none=True)
 with torch.no_grad():
     decoder = Decoder(model.eval())
     decoder.advance(token_BS[:, :4], torch.zeros(2, dtype=torch.int64), decoder.cache(2, 8))
