@@ -176,7 +176,18 @@ def run_theirs(folder: Path, device: str, dtype: str, experts: str) -> dict[str,
 
 def measured(what: str, folder: Path, device: str, *arguments: str, threads: int) -> dict[str, Any]:
     """One of the functions above in a process of its own, with the most memory it held."""
-    command = [sys.executable, "-P", __file__, "--run", what, str(folder), device, *arguments]
+    command = [
+        sys.executable,
+        "-P",
+        __file__,
+        "--threads",
+        str(threads),
+        "--run",
+        what,
+        str(folder),
+        device,
+        *arguments,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RANK": "0"}
     if device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
@@ -275,6 +286,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.run:
         what, folder, *how = arguments.run
+        if what == "run_ours":
+            from gristmill.model.worker import settle
+
+            settle(arguments.threads)
         result = {"run_ours": run_ours, "run_theirs": run_theirs}[what](Path(folder), *how)
         print(json.dumps({**result, "peak_mib": peak_mib(how[0])}))
         return 0

@@ -124,7 +124,6 @@ def run_ours(folder: Path, steps: int) -> dict[str, Any]:
     """The stage's code as a job runs it; what is asked, and what the first step sampled, is left for the other side."""
     import torch
 
-    from gristmill.model import worker
     from gristmill.model.chat import Chat
     from gristmill.model.rl import training
     from gristmill.model.stage_types import silent
@@ -139,7 +138,6 @@ def run_ours(folder: Path, steps: int) -> dict[str, Any]:
         sampling.append(time.perf_counter() - began)
         return made
 
-    worker.settle(torch.get_num_threads())
     problems = [json.loads(line) for line in (folder / "problems" / "train.jsonl").read_text().splitlines()]
     model = load_model(folder / "model" / "model", torch.device("cpu"), mtp=False)
     with tempfile.TemporaryDirectory() as out:
@@ -247,7 +245,7 @@ def run_given(folder: Path, steps: int) -> dict[str, Any]:
 
 def measured(what: str, *arguments: str, threads: int) -> dict[str, Any]:
     """One of the functions above in a process of its own, with the most memory it held."""
-    command = [sys.executable, "-P", __file__, "--run", what, *arguments]
+    command = [sys.executable, "-P", __file__, "--threads", str(threads), "--run", what, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -314,6 +312,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.run:
         what, folder, *rest = arguments.run
+        if what == "run_ours":
+            from gristmill.model.worker import settle
+
+            settle(arguments.threads)
         run: Any = {"run_ours": run_ours, "run_theirs": run_theirs, "run_given": run_given}[what]
         found = run(Path(folder), *(int(word) if word.isdigit() else word for word in rest))
         print(json.dumps({**found, "peak_mib": peak_mib()}))

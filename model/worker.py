@@ -76,8 +76,8 @@ def watch(launcher: int) -> None:
 def settle(threads: int) -> None:
     """Let torch compute as a job does: by so many threads, deterministically.
 
-    New memory is not filled with NaN meanwhile, for some percent of a step; in the tests it is, so that whatever reads
-    of it is found there.
+    New memory is not filled with NaN meanwhile, for some percent of a step. In tests that run a job in their process
+    (tests/model/in_process.py) it is, so that what reads of it is found there.
     """
     torch.set_num_threads(threads)
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms loads all of torch.compile as well
