@@ -2,7 +2,7 @@
 
 Comments, docstrings and layout do not count. It is recorded beside a result and never part of its key: where it
 changed and the version did not, a plan warns. Files are found by path and parsed, never imported, so that a plan
-stays free of torch.
+stays free of torch. Parsing them all takes seconds: what a file said is kept on disk by the hash of its bytes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ import ast
 import hashlib
 import importlib.util
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from gristmill.data.documents import atomic
+from gristmill.flows.caches import CACHES
 
 ROOMS = ("data", "model", "kernels", "flows", "infra")
 
@@ -28,6 +33,7 @@ def fingerprint(function: Callable[..., Any]) -> str:
         return f"{python}:unknown"
     seen: dict[str, str] = {}
     _gather(Path(source), "", function.__module__, seen)
+    _known().save()
     text = "\n".join(f"{name} {digest}" for name, digest in sorted(seen.items()))
     return f"{python}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -38,7 +44,7 @@ def drifted(recorded: str, now: str) -> bool:
 
 
 def _gather(file: Path, label: str, module: str, seen: dict[str, str]) -> None:
-    digest, imported = _parsed(str(file), module, file.stat().st_mtime_ns, file.stat().st_size)
+    digest, imported = _said(file, module, file.stat().st_mtime_ns, file.stat().st_size)
     seen[label] = digest
     for name in imported:
         if name not in seen and not _is_contract(name) and (found := _file_of(name)) is not None:
@@ -75,17 +81,60 @@ def _file_of(module: str) -> Path | None:
     return None
 
 
+class _Known:
+    """What files said when they were parsed last: [hash of its bytes, hash of its code, imported] a module."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.changed = False
+        self.entries: dict[str, tuple[str, str, list[str]]] = {}
+        with suppress(OSError, ValueError):  # only a cache: it is made again
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            self.entries = kept if isinstance(kept, dict) else {}
+
+    def parsed(self, file: Path, module: str) -> tuple[str, list[str]]:
+        """Hash of a file's code, and the modules of Gristmill that it imports or names as "module:function"."""
+        content = file.read_bytes()
+        key = hashlib.sha256(b"\0".join([_rules(), module.encode(), file.name.encode(), content])).hexdigest()
+        if self.entries.get(module, ("",))[0] != key:
+            package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+            self.entries[module] = (key, *_parsed(content, package))
+            self.changed = True
+        _, digest, imported = self.entries[module]
+        return digest, imported
+
+    def save(self) -> None:
+        """One that cannot be written is done without."""
+        if self.changed:
+            with suppress(OSError), atomic(self.file) as part:
+                part.write_text(json.dumps(self.entries, sort_keys=True), encoding="utf-8")
+            self.changed = False
+
+
 @cache
-def _parsed(path: str, module: str, _changed: int, _size: int) -> tuple[str, tuple[str, ...]]:
-    """Hash of a file's code, and the modules of Gristmill that it imports or names as "module:function"."""
-    tree = ast.parse(Path(path).read_bytes())
-    package = module.split(".") if Path(path).name == "__init__.py" else module.split(".")[:-1]
+def _said(file: Path, module: str, _changed: int, _size: int) -> tuple[str, list[str]]:
+    return _known().parsed(file, module)
+
+
+@cache
+def _known() -> _Known:
+    return _Known(CACHES / "parsed.json")
+
+
+@cache
+def _rules() -> bytes:
+    """What an entry depends on besides its file: the Python that parsed it, and this file."""
+    return sys.version.encode() + Path(__file__).read_bytes()
+
+
+def _parsed(content: bytes, package: list[str]) -> tuple[str, list[str]]:
+    tree = ast.parse(content)
     imported = sorted({name for node in ast.walk(tree) for name in _named(node, package)})
     for node in ast.walk(tree):
         documented = isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
         if documented and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), tuple(imported)
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imported
 
 
 def _named(node: ast.AST, package: list[str]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from gristmill.data.decontaminate import DecontaminateConfig, check_decontamination, evaluation_files
@@ -17,6 +16,7 @@ from gristmill.data.sources.base import Contents
 from gristmill.data.spans import remove_spans
 from gristmill.data.tokenize import tokenize as tokenize_documents
 from gristmill.flows import estimates
+from gristmill.flows.caches import CACHES
 from gristmill.flows.fetched import is_remote, local_path
 from gristmill.flows.report import make_report
 from gristmill.flows.scaling import fit_ladder
@@ -33,7 +33,7 @@ from gristmill.model.traces import sample_traces
 from gristmill.model.training.config import MOST_PHASES, ExtendConfig, PretrainConfig, SFTConfig
 from gristmill.model.training.inputs import check_context, check_extension, check_pretraining, check_tokenizer
 
-HASHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gristmill" / "hashes.json"
+HASHES = CACHES / "hashes.json"
 
 
 def _hashes(files: list[str]) -> dict[str, str]:

@@ -134,10 +134,11 @@ CODE = {
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Writes CODE with changes as `gristmill.data.stages_` and its helper; the fingerprint of `work`."""
     monkeypatch.setattr(fingerprints, "_room", lambda name: tmp_path if name == "data" else None)
+    monkeypatch.setattr(fingerprints, "CACHES", tmp_path / "caches")
 
     def write(**changed: str) -> str:
-        fingerprints._file_of.cache_clear()
-        fingerprints._parsed.cache_clear()
+        for kept in (fingerprints._file_of, fingerprints._said, fingerprints._known):
+            kept.cache_clear()  # as in a new process
         for name, text in {**CODE, **changed}.items():
             (tmp_path / f"{name}.py").write_text(text)
         module = ModuleType("stages_under_test")
@@ -146,6 +147,7 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     yield write
     fingerprints._file_of.cache_clear()
+    fingerprints._known.cache_clear()
 
 
 def test_comments_docstrings_and_layout_do_not_count(code) -> None:
@@ -159,6 +161,33 @@ def test_code_counts_where_it_is_imported_too(code) -> None:
     assert drifted(first, code(helper=CODE["helper"].replace("return 1", "return 2")))
     assert drifted(first, code(stages=CODE["stages"].replace("return help_out()", "return help_out() + 0")))
     assert code() == first
+
+
+def test_a_file_is_parsed_once_on_a_machine(code, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed, really = [], fingerprints._parsed
+    monkeypatch.setattr(
+        fingerprints, "_parsed", lambda content, package: parsed.append(content) or really(content, package)
+    )
+    first = code()
+    assert len(parsed) == 2
+    assert code() == first
+    assert len(parsed) == 2
+    code(helper=CODE["helper"].replace("return 1", "return 3"))  # of the same size
+    assert len(parsed) == 3
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]", '{"gristmill.data.helper": ["x"]}'])
+def test_a_damaged_cache_of_parsed_files_is_made_again(code, tmp_path: Path, damaged: str) -> None:
+    first, cache = code(), tmp_path / "caches" / "parsed.json"
+    whole = cache.read_bytes()
+    cache.write_text(damaged)
+    assert code() == first
+    assert cache.read_bytes() == whole
+
+
+def test_without_a_place_for_the_cache_there_is_a_fingerprint(code, tmp_path: Path) -> None:
+    (tmp_path / "caches").write_text("not a folder")
+    assert code() == code()
 
 
 def test_another_python_is_no_drift() -> None:
