@@ -107,7 +107,7 @@ class _Known:
         """One that cannot be written is done without."""
         if self.changed:
             with suppress(OSError), atomic(self.file) as part:
-                part.write_text(json.dumps(self.entries, sort_keys=True), encoding="utf-8")
+                part.write_text(json.dumps(dict(self.entries), sort_keys=True), encoding="utf-8")
             self.changed = False
 
 

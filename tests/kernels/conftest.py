@@ -12,7 +12,7 @@ import torch
 
 
 def _patch_once_a_launch() -> None:
-    """Spares a quarter of the interpreter's time, and changes nothing that it computes.
+    """Spares up to a fifth of the interpreter's time, and changes nothing that it computes.
 
     It patches Triton's language when a kernel is launched, and again, over what is patched already, wherever one
     function of the kernel calls another.
