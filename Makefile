@@ -17,6 +17,7 @@ SLOWEST_FIRST := tests/kernels/test_interpreted.py tests/faults tests/kernels/te
 SLOWEST_FIRST += $(filter-out $(SLOWEST_FIRST) tests/kernels %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 SLOWEST_FIRST += $(filter-out $(SLOWEST_FIRST),$(wildcard tests/kernels/test_*.py))
 
+.NOTPARALLEL: # two installations into one folder
 .PHONY: help run test coverage test-slow test-ui lint types layers bench bench-corpus bench-kernels ui clean
 
 help: ## list the targets

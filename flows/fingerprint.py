@@ -2,7 +2,7 @@
 
 Comments, docstrings and layout do not count. It is recorded beside a result and never part of its key: where it
 changed and the version did not, a plan warns. Files are found by path and parsed, never imported, so that a plan
-stays free of torch. Parsing them all takes seconds: what a file said is kept on disk by the hash of its bytes.
+stays free of torch. Parsing them all takes seconds: what they said is kept on disk as long as their bytes stay.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from gristmill.data.documents import atomic
 from gristmill.flows.caches import CACHES
 
 ROOMS = ("data", "model", "kernels", "flows", "infra")
+# What it says of a file depends on the Python that parses it and on this module, as it was loaded.
+RULES = sys.version.encode() + Path(__file__).read_bytes()
 
 
 def fingerprint(function: Callable[..., Any]) -> str:
@@ -82,7 +84,7 @@ def _file_of(module: str) -> Path | None:
 
 
 class _Known:
-    """What files said when they were parsed last: [hash of its bytes, hash of its code, imported] a module."""
+    """What modules' files said when they were parsed last: (hash of what that depends on, hash of code, imported)."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -90,12 +92,13 @@ class _Known:
         self.entries: dict[str, tuple[str, str, list[str]]] = {}
         with suppress(OSError, ValueError):  # only a cache: it is made again
             kept = json.loads(file.read_text(encoding="utf-8"))
-            self.entries = kept if isinstance(kept, dict) else {}
+            rows = kept.items() if isinstance(kept, dict) else ()
+            self.entries = {module: (*row,) for module, row in rows if isinstance(row, list) and len(row) == 3}
 
     def parsed(self, file: Path, module: str) -> tuple[str, list[str]]:
         """Hash of a file's code, and the modules of Gristmill that it imports or names as "module:function"."""
         content = file.read_bytes()
-        key = hashlib.sha256(b"\0".join([_rules(), module.encode(), file.name.encode(), content])).hexdigest()
+        key = hashlib.sha256(b"\0".join([RULES, module.encode(), file.name.encode(), content])).hexdigest()
         if self.entries.get(module, ("",))[0] != key:
             package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
             self.entries[module] = (key, *_parsed(content, package))
@@ -118,13 +121,7 @@ def _said(file: Path, module: str, _changed: int, _size: int) -> tuple[str, list
 
 @cache
 def _known() -> _Known:
-    return _Known(CACHES / "parsed.json")
-
-
-@cache
-def _rules() -> bytes:
-    """What an entry depends on besides its file: the Python that parsed it, and this file."""
-    return sys.version.encode() + Path(__file__).read_bytes()
+    return _Known(CACHES / f"parsed-{sys.implementation.cache_tag}.json")
 
 
 def _parsed(content: bytes, package: list[str]) -> tuple[str, list[str]]:

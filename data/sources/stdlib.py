@@ -26,10 +26,10 @@ LEAST_WORDS = 40  # a shorter docstring says little without its function
 @cache
 def library_files() -> tuple[str, ...]:
     """Paths of the library's modules below its folder, sorted, tests left out."""
-    names = []
-    for folder, below, files in os.walk(_root()):
+    root, names = _root(), []
+    for folder, below, files in os.walk(root):
         below[:] = [name for name in below if name not in LEFT_OUT]  # not walked: site-packages holds the most by far
-        place = Path(folder).relative_to(_root())
+        place = Path(folder).relative_to(root)
         names += [(place / name).as_posix() for name in files if name.endswith(".py")]
     return tuple(sorted(names))
 

@@ -163,7 +163,7 @@ def test_code_counts_where_it_is_imported_too(code) -> None:
     assert code() == first
 
 
-def test_a_file_is_parsed_once_on_a_machine(code, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_at_rest_is_parsed_once(code, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed, really = [], fingerprints._parsed
     monkeypatch.setattr(
         fingerprints, "_parsed", lambda content, package: parsed.append(content) or really(content, package)
@@ -176,9 +176,11 @@ def test_a_file_is_parsed_once_on_a_machine(code, monkeypatch: pytest.MonkeyPatc
     assert len(parsed) == 3
 
 
-@pytest.mark.parametrize("damaged", ["", "{", "[]", '{"gristmill.data.helper": ["x"]}'])
+@pytest.mark.parametrize(
+    "damaged", ["", "{", "[]", *(f'{{"gristmill.data.helper": {row}}}' for row in ("null", "[]", '["x"]', '{"a": 1}'))]
+)
 def test_a_damaged_cache_of_parsed_files_is_made_again(code, tmp_path: Path, damaged: str) -> None:
-    first, cache = code(), tmp_path / "caches" / "parsed.json"
+    first, (cache,) = code(), (tmp_path / "caches").iterdir()
     whole = cache.read_bytes()
     cache.write_text(damaged)
     assert code() == first

@@ -14,8 +14,8 @@ import torch
 def _patch_once_a_launch() -> None:
     """Spares up to a fifth of the interpreter's time, and changes nothing that it computes.
 
-    It patches Triton's language when a kernel is launched, and again, over what is patched already, wherever one
-    function of the kernel calls another.
+    It looks through all of Triton's language for what to patch when a kernel is launched, and again, when it is patched
+    already and nothing is left to do, wherever one function of the kernel calls another.
     """
     from triton.runtime import interpreter
 
@@ -24,7 +24,7 @@ def _patch_once_a_launch() -> None:
     def once(part: Any, builder: Any, scope: Any) -> None:
         if mark not in vars(part):
             patch(part, builder, scope)
-            scope.set_attr(part, mark, True)  # until the launch ends
+            scope.set_attr(part, mark, True)  # which goes with the patch
 
     interpreter._patch_builtin = once
 
