@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 # An index of CPU builds of torch saves gigabytes on a machine without a GPU; empty takes pip's own.
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
-# pip compiles with one process, half of an installation's time. Like pip, it passes over files that are no Python any more.
+# pip compiles with one process. Like pip, this passes over files that are no Python any more.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 RECIPE ?= tiny
 # The files of tests that run side by side; those that take longest begin.
@@ -17,7 +17,7 @@ SLOWEST_FIRST := tests/kernels/test_interpreted.py tests/faults tests/kernels/te
 SLOWEST_FIRST += $(filter-out $(SLOWEST_FIRST) tests/kernels %/__pycache__,$(patsubst %/,%,$(wildcard tests/*/)))
 SLOWEST_FIRST += $(filter-out $(SLOWEST_FIRST),$(wildcard tests/kernels/test_*.py))
 
-.NOTPARALLEL: # two installations into one folder
+.NOTPARALLEL: # else two targets install into one folder at once
 .PHONY: help run test coverage test-slow test-ui lint types layers bench bench-corpus bench-kernels ui clean
 
 help: ## list the targets
